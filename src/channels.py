@@ -1,0 +1,330 @@
+"""How channels flow through a network: which parameters make a channel, and which channels can be taken out exactly.
+
+One description serves three users. The penalty wants the groups of parameters that must vanish together for a channel
+to be removable (`channel_groups`); the metrics want to know what is left after exact removal, and the removal itself
+wants the index maps (`account`). Both read the same list of operations (src/graph.py).
+
+Worked case, a basic block. Inner channel 3 is made by filter 3 of conv1, scaled and shifted by bn1, and read by slice 3
+of conv2: these are its group. If filter 3 is zero the channel is not zero but *constant*: BatchNorm turns 0 into
+beta - gamma mean / sqrt(var + eps), ReLU passes that on where it is positive, and at the border conv2's zero padding
+makes its effect differ from the middle. It can still be removed: one channel of ones carries all constants of conv2.
+A channel of the residual stream is made by the stem and by conv2 of every block, and option A's shortcut carries
+channel c of one stage on as channel c + planes / 4 of the next: all of these are one group.
+
+Axis letters: O output channels, I input channels, k kernel, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from src.graph import Op, trace
+from utils_quantization import shared_quantized_weights
+
+Flags = NDArray[np.bool_]
+Values = NDArray[np.float64]
+CHANNELWISE = ("batchnorm", "relu", "pass", "pool", "stride", "pad", "flatten", "add")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter's part in the groups: entry j of `groups` is the group of index j along `dim`, -1 for none.
+
+    role: filter (rows of a weight), slice (columns of a weight: what reads a channel), scale, shift, bias.
+    """
+
+    module: str
+    parameter: str
+    role: str
+    dim: int
+    groups: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """Disjoint groups of parameters; group g holds all that removing one channel takes away.
+
+    names[g] says where the channel is made first ("layer1.0.conv1[3]"). Channels that the network's output, its input
+    or an operation unknown to src/graph.py depend on belong to no group, because they cannot be removed.
+    """
+
+    members: tuple[Member, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def slices(self, group: int) -> list[tuple[str, str, int, NDArray[np.int64]]]:
+        """What group `group` holds: (module, parameter, dimension, indices) for every member that takes part."""
+        found = [(m.module, m.parameter, m.dim, np.flatnonzero(m.groups == group)) for m in self.members]
+        return [entry for entry in found if len(entry[3])]
+
+
+def channel_groups(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> ChannelGroups:
+    """The groups of removable channels of `model`, from its structure alone (no weights are read).
+
+    Channels that are added, element by element, are one channel; so are a channel and what the shortcut makes of it.
+    Raises src.graph.GraphError where the network cannot be traced.
+    """
+    return groups_of(trace(model, input_size), dict(model.named_modules()))
+
+
+def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups:
+    """`channel_groups` for operations that were traced already."""
+    union = _Union()
+    labels: dict[str, NDArray[np.int64]] = {}  # of each operation's output channels
+    drafts: list[tuple[str, str, str, int, NDArray[np.int64]]] = []
+    born: list[tuple[str, NDArray[np.int64]]] = []
+    for op in ops:
+        sources = [labels[name] for name in op.inputs]
+        own = union.fresh(op.channels)
+        labels[op.name] = own
+        if op.kind in ("conv", "linear"):
+            name = cast(str, op.module)
+            drafts += [(name, "weight", "filter", 0, own), (name, "weight", "slice", 1, sources[0])]
+            if getattr(modules[name], "bias", None) is not None:
+                drafts.append((name, "bias", "bias", 0, own))
+            born.append((name, own))
+        elif op.kind == "add":
+            union.join(own, sources[0])
+            union.join(own, sources[1])
+        elif op.kind == "pad":
+            before = op.settings["before"]
+            union.join(own[before : before + len(sources[0])], sources[0])
+        elif op.kind == "flatten":
+            union.join(own, sources[0].repeat(op.settings["area"]))
+        elif op.kind in CHANNELWISE:
+            union.join(own, sources[0])
+            if op.kind == "batchnorm" and getattr(modules[cast(str, op.module)], "weight", None) is not None:
+                drafts += [(cast(str, op.module), "weight", "scale", 0, own), (cast(str, op.module), "bias", "shift", 0, own)]
+        else:  # input, output, opaque
+            union.pin(own)
+            for source in sources:
+                union.pin(source)
+    return _numbered(union, drafts, born)
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """One convolution or linear layer in the account.
+
+    constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
+    dead_out: whether all weights of the filter are zero (O,).
+    kept_out, kept_in: indices of the output channels, and of the input channels read by them, after exact removal.
+    carries_constants: whether the layer then needs one more input channel, of ones, for the constants it reads.
+    """
+
+    name: str
+    kind: str
+    out_channels: int
+    in_channels: int
+    constant_out: Values
+    dead_out: Flags
+    kept_out: NDArray[np.int64]
+    kept_in: NDArray[np.int64]
+    carries_constants: bool
+    pixels: int
+
+    @property
+    def inputs_after_removal(self) -> int:
+        return len(self.kept_in) + int(self.carries_constants)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What exact removal would keep. Arrays by operation name, one entry per channel of its output.
+
+    constant: the value where the channel is the same for every image and pixel, NaN where it is live.
+    kept: live, and read by something that reaches the output.
+    """
+
+    ops: tuple[Op, ...]
+    constant: dict[str, Values]
+    kept: dict[str, Flags]
+    layers: tuple[LayerFlow, ...]
+
+
+@torch.no_grad()
+def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Account:
+    """Follow every channel of `model` as it would compute in eval mode, with the quantizers as they are switched.
+
+    Forwards: a channel is constant where every weight that reads a live channel is zero, and where no nonzero constant
+    is read through zero padding. Backwards: a live channel is kept where a nonzero weight of a kept channel reads it.
+    Works in float64. Raises src.graph.GraphError where the network cannot be traced.
+    """
+    ops = trace(model, input_size)
+    modules = dict(model.named_modules())
+    with shared_quantized_weights(model):
+        weights = {
+            op.name: _numpy(cast(Tensor, modules[op.module].weight)) for op in ops if op.kind in ("conv", "linear") and op.module
+        }
+    whole = _whole(ops)
+    constant: dict[str, Values] = {}
+    for op in ops:
+        value = _constant(op, modules.get(op.module or ""), weights.get(op.name), [constant[name] for name in op.inputs])
+        constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
+    kept = _kept(ops, constant, weights, whole)
+    layers = [
+        _layer(op, cast(nn.Module, modules[op.module]), weights[op.name], constant, kept)
+        for op in ops
+        if op.name in weights and op.module
+    ]
+    return Account(tuple(ops), constant, kept, tuple(layers))
+
+
+def _constant(op: Op, module: nn.Module | None, weight: Values | None, sources: list[Values]) -> Values:
+    """The constants of one operation's output, NaN for live channels."""
+    if weight is not None:
+        return _constant_of_layer(cast(nn.Module, module), weight, sources[0])
+    if op.kind == "batchnorm":
+        norm = cast(nn.BatchNorm2d, module)
+        scale, shift = batchnorm_affine(norm)
+        return np.where(scale == 0, shift, scale * sources[0] + shift)
+    if op.kind == "relu":
+        return np.where(np.isnan(sources[0]), np.nan, np.maximum(sources[0], 0))
+    if op.kind == "add":
+        return sources[0] + sources[1]
+    if op.kind == "pad":
+        padded = np.zeros(op.channels)
+        padded[op.settings["before"] : op.settings["before"] + len(sources[0])] = sources[0]
+        return padded
+    if op.kind == "flatten":
+        return sources[0].repeat(op.settings["area"])
+    if op.kind in CHANNELWISE:
+        return sources[0].copy()
+    return np.full(op.channels, np.nan)
+
+
+def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Values:
+    reads = weight.reshape(*weight.shape[:2], -1).any(axis=2)  # (O, I)
+    live = np.isnan(source)
+    value = np.where(live, 0, source)
+    moving = reads[:, live].any(axis=1)
+    if is_padded(module):  # a nonzero constant read through zero padding differs between border and middle
+        moving |= reads[:, value != 0].any(axis=1)
+    bias = getattr(module, "bias", None)
+    fixed = weight.reshape(*weight.shape[:2], -1).sum(axis=2) @ value + (0 if bias is None else _numpy(bias))
+    return np.where(moving, np.nan, fixed)
+
+
+def _kept(ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Values], whole: set[str]) -> dict[str, Flags]:
+    needed = {op.name: np.full(op.channels, op.kind == "input" or op.name in whole) for op in ops}
+    for op in reversed(ops):
+        wanted = needed[op.name] & np.isnan(constant[op.name])
+        if op.name in weights:
+            reads = weights[op.name].reshape(*weights[op.name].shape[:2], -1).any(axis=2)
+            needed[op.inputs[0]] |= reads[wanted].any(axis=0)
+        elif op.kind == "pad":
+            before = op.settings["before"]
+            needed[op.inputs[0]] |= wanted[before : before + len(needed[op.inputs[0]])]
+        elif op.kind == "flatten":
+            needed[op.inputs[0]] |= wanted.reshape(-1, op.settings["area"]).any(axis=1)
+        elif op.kind in CHANNELWISE:
+            for name in op.inputs:
+                needed[name] |= wanted
+    return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
+
+
+def _layer(
+    op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]
+) -> LayerFlow:
+    source = constant[op.inputs[0]]
+    flat = weight.reshape(*weight.shape[:2], -1)
+    reads = flat[kept[op.name]].any(axis=2).any(axis=0)  # (I,): read by a kept output channel
+    live = np.isnan(source)
+    return LayerFlow(
+        name=cast(str, op.module),
+        kind=op.kind,
+        out_channels=weight.shape[0],
+        in_channels=weight.shape[1],
+        constant_out=constant[op.name],
+        dead_out=~flat.any(axis=(1, 2)),
+        kept_out=np.flatnonzero(kept[op.name]),
+        kept_in=np.flatnonzero(reads & live),
+        carries_constants=bool(is_padded(module) and (reads & ~live & (source != 0)).any()),
+        pixels=op.height * op.width,
+    )
+
+
+def is_padded(module: nn.Module) -> bool:
+    """Whether a layer reads beyond its input's border."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.padding == "same" and module.kernel_size != (1, 1) or any(np.atleast_1d(module.padding) != 0) and module.padding != "valid"
+
+
+def batchnorm_affine(norm: nn.BatchNorm2d) -> tuple[Values, Values]:
+    """BatchNorm in eval mode as scale and shift, float64: y = scale x + shift, both (C,)."""
+    mean, variance = _numpy(cast(Tensor, norm.running_mean)), _numpy(cast(Tensor, norm.running_var))
+    scale = 1 / np.sqrt(variance + norm.eps)
+    if norm.affine:
+        scale = scale * _numpy(norm.weight)
+    return scale, (_numpy(norm.bias) if norm.affine else 0) - mean * scale
+
+
+def _whole(ops: Sequence[Op]) -> set[str]:
+    """Operations whose output must stay whole because the network's output or an opaque operation reads it."""
+    whole: set[str] = {op.name for op in ops if op.kind in ("opaque", "input")}
+    for op in reversed(ops):
+        if op.kind in ("output", "opaque") or (op.name in whole and op.kind in CHANNELWISE):
+            whole.update(op.inputs)
+    return whole
+
+
+def _numpy(tensor: Tensor) -> Values:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+class _Union:
+    """Disjoint sets of channel labels, with marks on those that cannot be removed."""
+
+    def __init__(self) -> None:
+        self.parent: list[int] = []
+        self.pinned: set[int] = set()
+
+    def fresh(self, count: int) -> NDArray[np.int64]:
+        start = len(self.parent)
+        self.parent += range(start, start + count)
+        return np.arange(start, start + count)
+
+    def find(self, label: int) -> int:
+        while self.parent[label] != label:
+            self.parent[label] = self.parent[self.parent[label]]
+            label = self.parent[label]
+        return label
+
+    def join(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> None:
+        for a, b in zip(left, right, strict=True):
+            first, second = sorted((self.find(int(a)), self.find(int(b))))
+            self.parent[second] = first
+
+    def pin(self, labels: NDArray[np.int64]) -> None:
+        self.pinned.update(int(label) for label in labels)
+
+
+def _numbered(
+    union: _Union,
+    drafts: Sequence[tuple[str, str, str, int, NDArray[np.int64]]],
+    born: Sequence[tuple[str, NDArray[np.int64]]],
+) -> ChannelGroups:
+    fixed = {union.find(label) for label in union.pinned}
+    number: dict[int, int] = {}
+    names: list[str] = []
+    for module, labels in born:
+        for channel, label in enumerate(labels):
+            root = union.find(int(label))
+            if root not in fixed and root not in number:
+                number[root] = len(names)
+                names.append(f"{module}[{channel}]")
+    members = [
+        Member(module, parameter, role, dim, np.array([number.get(union.find(int(x)), -1) for x in labels], dtype=np.int64))
+        for module, parameter, role, dim, labels in drafts
+    ]
+    return ChannelGroups(tuple(m for m in members if (m.groups >= 0).any()), tuple(names))

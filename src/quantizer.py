@@ -1,0 +1,264 @@
+"""The learnable dead-zone quantizer of CoDeQ (arXiv 2512.12981, section 3) and its straight-through pieces.
+
+One quantizer per layer. With the layer's weights w, its range R (the 0.99-quantile of |w|, no gradient) and two
+logits, both learned:
+
+    dead zone   d = 2 R (1 - |tanh theta_dz|)                         |w| <= d / 2 becomes exactly 0
+    bits        b = round(|tanh theta_bit| (b_max - b_min) + b_min)    b_min = 2
+    levels      Q = 2^(b - 1) - 1                                      on each side of 0
+    step        s = (R - d / 2) / (Q - 1/2) + 1e-8
+    shift       delta = d / 2 - s / 2
+    index       q = clip(round(sign(w) relu(|w| - delta) / s), -Q, Q)
+    value       s q + delta sign(q)
+
+Gradients pass straight through round, relu and clip, so that a pruned or saturated weight still moves, and not at
+all through sign and R. Axis letters: L layers, T weights of all layers together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+RANGE_QUANTILE = 0.99
+STEP_EPSILON = 1e-8
+MIN_BITS = 2
+LARGEST_BITS = 16  # beyond this, float32 no longer tells neighbouring levels apart reliably
+
+
+class QuantizerError(ValueError):
+    """A quantizer was asked for something outside its range, or given a tensor it cannot quantize."""
+
+
+class Grid(NamedTuple):
+    """The grid a quantizer lays over its weights, in weight units; every field is () or (L,)."""
+
+    range: Tensor
+    dead_zone: Tensor
+    levels: Tensor
+    step: Tensor
+    shift: Tensor
+
+
+class DeadZoneLDZCompander(nn.Module):
+    """Quantize a weight tensor of any shape: zeros inside a dead zone, a uniform grid outside (CoDeQ eq. 10 to 14).
+
+    fixed_bit_val: bit width used where `learnable_bit` is False (2 to 16).
+    max_bits: largest bit width that can be learned (2 to 16).
+    init_bit_logit, init_deadzone_logit: starting points of theta_bit and theta_dz (any finite number; the sign is
+        immaterial, 0 means 2 bits and a dead zone over the whole range).
+    learnable_bit: learn the bit width from theta_bit; otherwise it is `fixed_bit_val`.
+    learnable_deadzone: train theta_dz; otherwise it stays at `init_deadzone_logit`.
+
+    Parameters and buffers carry the names of the paper's public code, so its checkpoints load; the two flags in a
+    loaded checkpoint take effect. Raises QuantizerError for arguments out of range.
+    """
+
+    fixed_bit: Tensor
+    max_bits: Tensor
+    min_bits: Tensor
+    learnable_bit: Tensor
+    learnable_deadzone: Tensor
+
+    def __init__(
+        self,
+        fixed_bit_val: int = 4,
+        max_bits: int = 8,
+        init_bit_logit: float = 3.0,
+        init_deadzone_logit: float = 3.0,
+        learnable_bit: bool = True,
+        learnable_deadzone: bool = True,
+    ) -> None:
+        super().__init__()
+        check_bits("fixed_bit_val", fixed_bit_val)
+        check_bits("max_bits", max_bits)
+        check_logit("init_bit_logit", init_bit_logit)
+        check_logit("init_deadzone_logit", init_deadzone_logit)
+        self.logit_dz = nn.Parameter(torch.tensor(float(init_deadzone_logit)), requires_grad=bool(learnable_deadzone))
+        self.logit_bit = nn.Parameter(torch.tensor(float(init_bit_logit)), requires_grad=bool(learnable_bit))
+        self.register_buffer("fixed_bit", torch.tensor(float(fixed_bit_val)))
+        self.register_buffer("max_bits", torch.tensor(float(max_bits)))
+        self.register_buffer("min_bits", torch.tensor(float(MIN_BITS)))
+        self.register_buffer("learnable_bit", torch.tensor(float(learnable_bit)))
+        self.register_buffer("learnable_deadzone", torch.tensor(float(learnable_deadzone)))
+        # The flag is also kept as a Python bool: reading a buffer in the forward pass would wait for the device.
+        self._learns_bits = bool(learnable_bit)
+        self.register_load_state_dict_post_hook(DeadZoneLDZCompander._follow_loaded_flags)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """Return the quantized weights, same shape and dtype. Raises QuantizerError on an empty or integer tensor."""
+        return quantize([w], self.logit_dz[None], self.get_bitwidth()[None])[0]
+
+    def get_bitwidth(self) -> Tensor:
+        """The bit width b in use: (), a whole number, with a straight-through gradient to theta_bit."""
+        if not self._learns_bits:
+            return self.fixed_bit
+        return round_through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits)
+
+    def get_deadzone_logit(self) -> Tensor:
+        """theta_dz, ()."""
+        return self.logit_dz
+
+    def get_bitwidth_logit(self) -> Tensor:
+        """theta_bit, ()."""
+        return self.logit_bit
+
+    def dead_zone_share(self) -> Tensor:
+        """d / (2 R) = 1 - |tanh theta_dz|: the dead zone's half width as a share of the layer's range, ()."""
+        return 1 - self.logit_dz.tanh().abs()
+
+    @torch.no_grad()
+    def grid(self, w: Tensor) -> Grid:
+        """The grid for the weights `w`: range, dead zone, step and shift in weight units, levels on each side of 0."""
+        flat = _checked([w])
+        grid = _grid(weight_ranges(flat), self.logit_dz[None], self.get_bitwidth()[None])
+        return Grid(*(field[0] for field in grid))
+
+    @torch.no_grad()
+    def indices(self, w: Tensor) -> Tensor:
+        """The integer index q of every weight, int32, same shape; the value is s q + delta sign(q) (see `dequantize`)."""
+        return _indices(w, self.grid(w)).to(torch.int32)
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Quantize the weights of many layers in a few operations; same values as one call per layer."""
+        logits = torch.stack([quantizer.logit_dz for quantizer in quantizers])
+        bits = torch.stack([quantizer.get_bitwidth() for quantizer in quantizers])
+        return quantize(weights, logits, bits)
+
+    @staticmethod
+    def _follow_loaded_flags(module: nn.Module, _: Any) -> None:
+        quantizer = cast(DeadZoneLDZCompander, module)
+        quantizer._learns_bits = bool(quantizer.learnable_bit.item())
+        quantizer.logit_bit.requires_grad_(quantizer._learns_bits)
+        quantizer.logit_dz.requires_grad_(bool(quantizer.learnable_deadzone.item()))
+
+    def extra_repr(self) -> str:
+        bits = f"2..{self.max_bits.item():.0f} learned" if self._learns_bits else f"{self.fixed_bit.item():.0f} fixed"
+        return f"bits {bits}, dead zone {'learned' if self.logit_dz.requires_grad else 'fixed'}"
+
+
+def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[Tensor]:
+    """Quantize L weight tensors at once. logit_dz, bits: (L,). Returns tensors of the shapes given.
+
+    All weights are laid end to end, (T,), so that the number of operations does not grow with L: a small network on
+    a GPU is bound by launches, not by arithmetic. Raises QuantizerError on an empty or non-floating tensor.
+    """
+    flat = _checked(weights)
+    grid = _grid(weight_ranges(flat), logit_dz, bits)
+    sizes = [w.numel() for w in flat]
+    if len(flat) == 1:
+        values = dequantize(_indices(flat[0], Grid(*(field[0] for field in grid))), grid.step[0], grid.shift[0])
+        return [values.view_as(weights[0])]
+    counts = torch.tensor(sizes, device=logit_dz.device)
+    spread = Grid(*(field.repeat_interleave(counts, output_size=sum(sizes)) for field in grid))
+    values = dequantize(_indices(torch.cat(flat), spread), spread.step, spread.shift)
+    return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
+
+
+def dequantize(q: Tensor, step: Tensor, shift: Tensor) -> Tensor:
+    """value = s q + delta sign(q) (CoDeQ eq. 12)."""
+    return step * q + shift * q.sign()
+
+
+@torch.no_grad()
+def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
+    """R of each tensor: the 0.99-quantile of |w| with linear interpolation, (L,). Not differentiated.
+
+    Only the largest 1 % has to be put in order, which `topk` does for all layers at once.
+    """
+    sizes = [w.numel() for w in weights]
+    positions = [RANGE_QUANTILE * (size - 1) for size in sizes]
+    below = [math.floor(position) for position in positions]
+    magnitudes = pad_sequence([w.detach().abs().flatten() for w in weights], batch_first=True, padding_value=-1.0)
+    largest = magnitudes.topk(max(size - low for size, low in zip(sizes, below, strict=True)), dim=1).values
+    device = largest.device
+    rank_low = torch.tensor([size - 1 - low for size, low in zip(sizes, below, strict=True)], device=device)
+    fraction = torch.tensor([p - low for p, low in zip(positions, below, strict=True)], device=device, dtype=largest.dtype)
+    low = largest.gather(1, rank_low[:, None])[:, 0]
+    high = largest.gather(1, (rank_low - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.lerp(low, high, fraction)
+
+
+def round_through(x: Tensor) -> Tensor:
+    """round(x) forward (halves to even), the identity backward."""
+    return cast(Tensor, _RoundThrough.apply(x))
+
+
+def relu_through(x: Tensor) -> Tensor:
+    """max(x, 0) forward, the identity backward."""
+    return cast(Tensor, _ReluThrough.apply(x))
+
+
+def clip_through(x: Tensor, bound: Tensor) -> Tensor:
+    """x limited to [-bound, bound] forward; backward the identity for x and nothing for the bound."""
+    return cast(Tensor, _ClipThrough.apply(x, bound))
+
+
+def check_bits(name: str, bits: object) -> None:
+    """Raise QuantizerError unless `bits` is a whole number from 2 to 16."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= LARGEST_BITS:
+        raise QuantizerError(f"{name}={bits!r}: need a whole number from {MIN_BITS} to {LARGEST_BITS}; 2 means ternary")
+
+
+def check_logit(name: str, logit: object) -> None:
+    """Raise QuantizerError unless `logit` is a finite number."""
+    if isinstance(logit, bool) or not isinstance(logit, (int, float)) or not math.isfinite(logit):
+        raise QuantizerError(f"{name}={logit!r}: need a finite number; 3.0 starts at full width and almost no dead zone")
+
+
+def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
+    for w in weights:
+        if w.numel() == 0 or not w.is_floating_point():
+            raise QuantizerError(
+                f"cannot quantize a tensor of shape {tuple(w.shape)} and dtype {w.dtype}: need at least one "
+                "floating-point weight; leave this layer out with `exclude_layers`"
+            )
+    return [w.flatten() for w in weights]
+
+
+def _grid(range_: Tensor, logit_dz: Tensor, bits: Tensor) -> Grid:
+    dead_zone = 2 * range_ * (1 - logit_dz.tanh().abs())
+    levels = torch.exp2(bits - 1) - 1
+    step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
+    return Grid(range_, dead_zone, levels, step, dead_zone / 2 - step / 2)
+
+
+def _indices(w: Tensor, grid: Grid) -> Tensor:
+    outside = w.sign() * relu_through(w.abs() - grid.shift)
+    return clip_through(round_through(outside / grid.step), grid.levels)
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _ReluThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _ClipThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, -bound), bound)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -1,0 +1,212 @@
+"""Attach quantizers to a network, switch them on and off, and walk the quantized layers.
+
+A quantizer is attached as a parametrization of the layer's weight (`torch.nn.utils.parametrize`), so that
+`layer.weight` is the quantized tensor wherever the network reads it, the latent weight stays a parameter
+(`layer.parametrizations.weight.original`), and the state dictionary has the keys of the paper's public code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+CANDIDATES = (nn.modules.conv._ConvNd, nn.Linear)
+NORMALISATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+NORMALISATION_PATTERN = "bn"
+
+
+class AttachmentError(ValueError):
+    """A pattern that names nothing, or a network to which no quantizer could be attached."""
+
+
+class FakeQuantParametrization(nn.Module):
+    """The parametrization put on a layer's weight: `quantizer(w)` while `enabled`, `w` itself otherwise."""
+
+    def __init__(self, quantizer: nn.Module, enabled: bool = True) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.enabled = enabled
+        self._shared: Tensor | None = None  # this step's quantized weight, see `shared_quantized_weights`
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not self.enabled:
+            return w
+        return cast(Tensor, self.quantizer(w)) if self._shared is None else self._shared
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """Assigning to `layer.weight` sets the latent weight."""
+        return w
+
+
+def attach_weight_quantizers(
+    model: nn.Module,
+    exclude_layers: Sequence[str],
+    quantizer: Callable[..., nn.Module],
+    quantizer_kwargs: Mapping[str, Any] | None = None,
+    enabled: bool = True,
+) -> list[str]:
+    """Attach one `quantizer(**quantizer_kwargs)` to the weight of every convolution and linear layer not excluded.
+
+    exclude_layers: patterns. A pattern names a module path from the root by whole components and takes in all that is
+        below it: "conv1" is the stem and not layer1.0.conv1, "layer1" is the whole first stage. Shell wildcards are
+        allowed ("layer*.conv1", "*.downsample"). "bn" stands for the normalisation layers, which are never quantized.
+    enabled: whether the quantizers are on.
+
+    Returns the names of the layers it attached to, in the network's order. Raises AttachmentError, before anything is
+    changed, for a pattern that matches no module, where no layer is left, or where a layer has a quantizer already.
+    """
+    modules = {name: module for name, module in model.named_modules() if name and ".parametrizations" not in name}
+    for pattern in exclude_layers:
+        _check_pattern(pattern, modules)
+    candidates = {name: module for name, module in modules.items() if isinstance(module, CANDIDATES)}
+    chosen = {
+        name: module
+        for name, module in candidates.items()
+        if not any(matches(name, pattern) for pattern in exclude_layers)
+    }
+    if not chosen:
+        raise AttachmentError(
+            f"nothing to quantize: the network's convolution and linear layers are {_listing(candidates)} and "
+            f"exclude_layers={list(exclude_layers)} leaves none of them; exclude less"
+        )
+    attached_before = [name for name, module in chosen.items() if parametrize.is_parametrized(module, "weight")]
+    if attached_before:
+        raise AttachmentError(
+            f"these layers have a parametrized weight already: {', '.join(attached_before)}; attach once to a fresh "
+            "network, or exclude them"
+        )
+    for module in chosen.values():
+        weight = cast(Tensor, module.weight)
+        fake_quant = FakeQuantParametrization(quantizer(**(quantizer_kwargs or {})), enabled).to(weight.device)
+        parametrize.register_parametrization(module, "weight", fake_quant)
+    return list(chosen)
+
+
+def toggle_quantization(model: nn.Module, enabled: bool) -> None:
+    """Switch all quantizers on or off. Raises AttachmentError where the network has none."""
+    for fake_quant in _fake_quants(model).values():
+        fake_quant.enabled = enabled
+
+
+@contextmanager
+def quantization(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """`with quantization(model, enabled=False): ...` switches, and restores what was there, also after an exception."""
+    before = {fake_quant: fake_quant.enabled for fake_quant in _fake_quants(model).values()}
+    toggle_quantization(model, enabled)
+    try:
+        yield
+    finally:
+        for fake_quant, state in before.items():
+            fake_quant.enabled = state
+
+
+@contextmanager
+def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, every quantized weight is computed once, all layers together, and shared by all who read it.
+
+    A parametrized weight is otherwise recomputed at every access: by the forward pass, by the penalty, by each metric.
+    Gradients flow as usual. The weights must not change inside. Without quantizers this does nothing.
+    """
+    fake_quants = [fake_quant for fake_quant in _find_fake_quants(model).values() if fake_quant.enabled]
+    layers = {id(_fake_quant(layer)): layer for layer in _parametrized(model).values()}
+    quantizers = [fake_quant.quantizer for fake_quant in fake_quants]
+    latent = [latent_weight(layers[id(fake_quant)]) for fake_quant in fake_quants]
+    kinds = {type(quantizer) for quantizer in quantizers}
+    try:
+        if len(kinds) == 1 and hasattr(many := kinds.pop(), "quantize_many"):
+            # float32 whatever the autocast mode: a step of 1/127 of the range is below bfloat16's resolution
+            with torch.autocast(latent[0].device.type, enabled=False):
+                values = many.quantize_many(quantizers, latent)
+        else:
+            values = [quantizer(w) for quantizer, w in zip(quantizers, latent, strict=True)]
+        for fake_quant, value in zip(fake_quants, values, strict=True):
+            fake_quant._shared = value
+        yield
+    finally:
+        for fake_quant in fake_quants:
+            fake_quant._shared = None
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with a quantizer on their weight, by name, in the network's order."""
+    return {name: layer for name, layer in _parametrized(model).items() if _fake_quant(layer) is not None}
+
+
+def quantizer_of(layer: nn.Module) -> nn.Module:
+    """The quantizer of a quantized layer. Raises AttachmentError where it has none."""
+    fake_quant = _fake_quant(layer)
+    if fake_quant is None:
+        raise AttachmentError(f"{type(layer).__name__} has no quantizer; attach one with attach_weight_quantizers")
+    return fake_quant.quantizer
+
+
+def latent_weight(layer: nn.Module) -> Tensor:
+    """The full-precision weight behind a layer: what the optimizer moves, parametrized or not."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return cast(Tensor, layer.parametrizations.weight.original)  # type: ignore[union-attr]
+    return cast(Tensor, layer.weight)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` names the module path `name` or one above it, by whole components."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+
+
+def _parametrized(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if parametrize.is_parametrized(module, "weight")}
+
+
+def _fake_quant(layer: nn.Module) -> FakeQuantParametrization | None:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    for parametrization in layer.parametrizations.weight:  # type: ignore[union-attr]
+        if isinstance(parametrization, FakeQuantParametrization):
+            return parametrization
+    return None
+
+
+def _find_fake_quants(model: nn.Module) -> dict[str, FakeQuantParametrization]:
+    found = {name: _fake_quant(layer) for name, layer in _parametrized(model).items()}
+    return {name: fake_quant for name, fake_quant in found.items() if fake_quant is not None}
+
+
+def _fake_quants(model: nn.Module) -> dict[str, FakeQuantParametrization]:
+    found = _find_fake_quants(model)
+    if not found:
+        raise AttachmentError(
+            f"{type(model).__name__} has no quantizer to switch; attach some with attach_weight_quantizers first"
+        )
+    return found
+
+
+def _check_pattern(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise AttachmentError(f"exclude_layers holds {pattern!r}: each entry is a module path or a pattern of one")
+    if pattern == NORMALISATION_PATTERN or any(matches(name, pattern) for name in modules):
+        return
+    near = difflib.get_close_matches(pattern, modules, n=1, cutoff=0)
+    nested = [name for name in modules if name.endswith("." + pattern)]
+    nearest = f"*.{pattern}" if nested else near[0] if near else "none"
+    raise AttachmentError(
+        f"exclude_layers pattern {pattern!r} matches no module; did you mean {nearest!r}? "
+        f"A pattern is a path from the root; the modules are {_listing(modules)}"
+    )
+
+
+def _listing(names: Mapping[str, object], most: int = 40) -> str:
+    shown = list(names)[:most]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(shown) or "none") + more
