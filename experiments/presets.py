@@ -178,7 +178,7 @@ PRESETS = {config.preset: config for config in (DEBUG, SMOKE, PAPER, PAPER_4BIT)
 
 
 def configure(preset: str = "debug", **changes: Any) -> RunConfig:
-    """The preset called `preset` with `changes`; a change of None leaves the preset's value.
+    """The preset called `preset` with `changes`; None, and "auto" for the data, leave the preset's value.
 
     Raises ConfigError for an unknown preset or setting, with the nearest known name.
     """
@@ -186,7 +186,10 @@ def configure(preset: str = "debug", **changes: Any) -> RunConfig:
     known = [f.name for f in fields(RunConfig)]
     for name in changes:
         _choice("setting", name, known)
-    return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given.get("data") == "auto":  # some presets are made for one dataset
+        del given["data"]
+    return replace(PRESETS[preset], **given)
 
 
 def suited_to(config: RunConfig, data_name: str) -> RunConfig:

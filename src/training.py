@@ -43,10 +43,11 @@ class StepLosses:
 
 @dataclass(frozen=True)
 class Step:
-    """Where an epoch stands: `index` of `steps` (from 0), and its losses. `loss()` waits for the device."""
+    """Where an epoch stands: `index` of `steps` (from 0), with a batch of `images`. `loss()` waits for the device."""
 
     index: int
     steps: int
+    images: int
     losses: StepLosses
 
     def loss(self) -> float:
@@ -181,14 +182,14 @@ def train_epoch(
     """
     model.train()
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    steps = steps_per_epoch(len(data.train_labels), batch_size)
+    steps = steps_per_epoch(data, batch_size)
     batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip)
     for index, (images, labels) in enumerate(batches):
         _scale_learning_rate(optimizer, weights_factor((epoch + index / steps) / epochs))
         losses = train_step(model, optimizer, images, labels, objective, coefficient, precision)
         if index % STEPS_BETWEEN_CHECKS == 0 or index == steps - 1:
             _check_finite(losses, epoch, index, model)
-        yield Step(index, steps, losses)
+        yield Step(index, steps, len(labels), losses)
 
 
 class EpochMeans:
@@ -199,12 +200,12 @@ class EpochMeans:
         self._steps = 0
         self._images = 0
 
-    def add(self, step: Step, images: int) -> None:
+    def add(self, step: Step) -> None:
         parts = step.losses
         row = torch.stack([parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)])
         self._sums = row if self._sums is None else self._sums + row
         self._steps += 1
-        self._images += images
+        self._images += step.images
 
     def read(self) -> dict[str, float]:
         """Means over the steps: loss, task_loss, logit_penalty, group_penalty; train_accuracy over the images."""

@@ -1,0 +1,225 @@
+"""From a configuration to a trained, evaluated run: the steps that the script and the notebook share.
+
+data -> network -> quantizers -> optimizer -> epochs -> evaluation. Each step is a function that can be called alone; the
+notebook does so, the script runs them one after another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments import figures
+from experiments.evaluator import EvalResult, Evaluator
+from experiments.presets import RunConfig, suited_to
+from experiments.sparsity import coupled_group_lasso
+from experiments.verdict import Verdict
+from resnet import NETWORKS, ResNet
+from src import runs, training
+from src.data import ImageData, load_data
+from src.quantizer import DeadZoneLDZCompander
+from src.records import EpochRecord, History
+from src.runs import RunFolder
+from utils_quantization import attach_weight_quantizers
+
+OnStep = Callable[[int, training.Step], None]
+
+
+@dataclass
+class Run:
+    """Everything that moves while a network trains. `config` is the one that is really run (see `suited_to`)."""
+
+    config: RunConfig
+    data: ImageData
+    device: torch.device
+    precision: torch.dtype
+    model: nn.Module
+    attached: list[str]
+    optimizer: torch.optim.Optimizer
+    objective: training.Objective
+    history: History
+
+    @property
+    def subtitle(self) -> str:
+        """One line for figures: what was trained on what."""
+        part = f", {len(self.data.train_labels):,} training images" if self.config.limit else ""
+        return f"{self.config.model} on {self.data.title}{part}; preset {self.config.preset}, seed {self.config.seed}"
+
+
+def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
+    """Load the data, and the configuration that suits it; `report` hears where that is not the one asked for.
+
+    Raises DataError or TrainingError (absent device).
+    """
+    device = training.pick_device(config.device)
+    data = load_data(config.data, config.data_root, config.limit, report)
+    suited = suited_to(config, data.name)
+    if suited != config and report:
+        report(
+            f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: batches of {suited.batch_size}, "
+            f"{suited.epochs} epochs"
+        )
+    count = len(data.train_labels)
+    if suited.batch_size > count:
+        suited = replace(suited, batch_size=max(2, count))
+        if report:
+            report(f"batch size lowered to {count}: there are no more training images")
+    return suited, data.to(device)
+
+
+def build_network(config: RunConfig, data: ImageData, device: torch.device) -> ResNet:
+    """The full-precision network, from `config.seed`, laid out for speed."""
+    torch.manual_seed(config.seed)
+    network = NETWORKS[config.model](data.num_classes, config.shortcut)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def attach(config: RunConfig, model: nn.Module) -> list[str]:
+    """Attach the quantizers `config` describes and return the layers' names."""
+    return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, config.quantizer_kwargs)
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the three groups: weights, dead-zone logits, bit-width logits."""
+    return training.make_optimizer(training.parameter_groups(model, **config.group_kwargs))
+
+
+def build_run(config: RunConfig, data: ImageData) -> Run:
+    """All of the above, in order, for a configuration and data from `prepare_data`."""
+    device = data.train_images.device
+    model = build_network(config, data, device)
+    attached = attach(config, model)
+    return Run(
+        config=config,
+        data=data,
+        device=device,
+        precision=training.pick_precision(config.precision, device),
+        model=model,
+        attached=attached,
+        optimizer=build_optimizer(config, model),
+        objective=config.objective(coupled_group_lasso(model) if config.peak > 0 else None),
+        history=History(config.epochs),
+    )
+
+
+def train_epochs(run: Run, on_step: OnStep | None = None) -> Iterator[EpochRecord]:
+    """Train the epochs that are left, yielding each one's record, which is in `run.history` by then."""
+    config = run.config
+    schedule, factor = config.schedule(), config.weights_factor()
+    for epoch in range(len(run.history), config.epochs):
+        coefficient = schedule(epoch, config.epochs)
+        means, started = training.EpochMeans(), time.perf_counter()
+        for step in training.train_epoch(
+            run.model, run.optimizer, run.data, run.objective, coefficient=coefficient, weights_factor=factor,
+            precision=run.precision, **epoch_settings(config, epoch),
+        ):  # fmt: skip
+            means.add(step)
+            if on_step:
+                on_step(epoch, step)
+        record = training.measure_epoch(
+            run.model, run.optimizer, run.data, means, epoch=epoch, coefficient=coefficient,
+            seconds=time.perf_counter() - started, precision=run.precision,
+        )  # fmt: skip
+        run.history.append(record)
+        yield record
+
+
+def epoch_settings(config: RunConfig, epoch: int) -> dict[str, Any]:
+    """The settings of `train_epoch` that come from the configuration."""
+    return {
+        "epoch": epoch,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "crop_padding": config.crop_padding,
+        "flip": config.flip,
+    }
+
+
+def evaluate_run(run: Run) -> tuple[EvalResult, float]:
+    """Compression against the dense FP32 network, and the test accuracy computed in float32."""
+    baseline = NETWORKS[run.config.model](run.data.num_classes, run.config.shortcut)
+    result = Evaluator(baseline).evaluate(run.model)
+    return result, training.evaluate(run.model, run.data)[1]
+
+
+def save_figures(run: Run, folder: RunFolder) -> list[str]:
+    """Write the four diagnostic plots; returns their names."""
+    from experiments.live import png_bytes
+
+    last = run.history.last.layers
+    drawn = {
+        "accuracy_curve.png": figures.accuracy_curve(run.history, subtitle=run.subtitle, chance=1 / run.data.num_classes),
+        "sparsity_curves.png": figures.sparsity_curves(run.history, subtitle=run.subtitle),
+        "channel_liveness.png": figures.channel_liveness(last, subtitle=run.subtitle),
+        "per_layer_channels.png": figures.per_layer_channels(last, subtitle=run.subtitle),
+    }
+    for name, figure in drawn.items():
+        folder.write(name, png_bytes(figure))
+    return list(drawn)
+
+
+def summary(run: Run, result: EvalResult, accuracy: float, verdict: Verdict) -> dict[str, Any]:
+    """What run.json holds: configuration, data, machine, versions, results, verdict."""
+    last, structured = run.history.last, result.structured_stats
+    baseline_bops = structured.total_bops * result.structured_bops_ratio
+    return {
+        "config": asdict(run.config),
+        "data": {
+            "name": run.data.name,
+            "title": run.data.title,
+            "notice": run.data.notice,
+            "train_images": len(run.data.train_labels),
+            "test_images": len(run.data.test_labels),
+            "classes": list(run.data.class_names),
+            "sha256": run.data.digest,
+        },
+        "machine": runs.machine(run.device, run.precision),
+        "versions": runs.versions(),
+        "quantized_layers": run.attached,
+        "results": {
+            "epochs": len(run.history),
+            "accuracy": last.accuracy,
+            "accuracy_float32": accuracy,
+            "unstructured_sparsity": last.unstructured_sparsity,
+            "structured_sparsity": last.structured_sparsity,
+            "mean_bits": last.mean_bits,
+            "structured_macs": structured.total_macs,
+            "structured_mac_ratio": result.structured_mac_ratio,
+            "structured_bops_ratio": result.structured_bops_ratio,
+            "unstructured_macs": result.unstructured_stats.total_macs,
+            "unstructured_mac_ratio": result.unstructured_mac_ratio,
+            "unstructured_bops_ratio": result.unstructured_bops_ratio,
+            "relative_bops": result.unstructured_stats.total_bops / baseline_bops if baseline_bops else 0.0,
+            "seconds": sum(record.seconds for record in run.history),
+        },
+        "verdict": verdict.to_json(),
+    }
+
+
+def compression_table(result: EvalResult, accuracy: float) -> str:
+    """Compression a layer at a time, and in total, as text."""
+    header = f"{'layer':<16} {'bits':>4} {'zeros':>7} {'dead':>8} {'left':>8} {'MACs non-zero':>14} {'MACs removed':>13}"
+    lines = [header, "-" * len(header)]
+    for row in result.rows():
+        lines.append(
+            f"{row['layer']:<16} {row['bits']:>4.0f} {100 * float(row['zeros']):>6.1f}% "
+            f"{row['dead filters']:>3}/{row['channels']:<4} {row['channels left']:>3}/{row['channels']:<4} "
+            f"{row['MACs, non-zero weights']:>14,} {row['MACs, after removal']:>13,}"
+        )
+    lines += [
+        "-" * len(header),
+        f"{'network':<16} {'':>4} {'':>7} {'':>8} {'':>8} {result.unstructured_stats.total_macs:>14,} "
+        f"{result.structured_stats.total_macs:>13,}",
+        f"Unstructured: {result.unstructured_mac_ratio:.2f}x fewer MACs, {result.unstructured_bops_ratio:.2f}x fewer BOPs "
+        "than dense FP32 (every non-zero weight counts)",
+        f"Structured:   {result.structured_mac_ratio:.2f}x fewer MACs, {result.structured_bops_ratio:.2f}x fewer BOPs "
+        "(whole channels removed, outputs unchanged)",
+        f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%",
+    ]
+    return "\n".join(lines)

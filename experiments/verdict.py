@@ -1,0 +1,169 @@
+"""The verdict on a finished run: what a healthy one shows, what this one shows, and where to look if it does not.
+
+Each expectation is judged by itself. One that a run could not meet, because it was too short or saw too few images, is
+"not judged" instead of failed; the run is healthy when nothing failed and everything was judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from experiments.presets import PRESETS, RunConfig
+from src.records import History
+
+PASSED, FAILED, NOT_JUDGED = "passed", "FAILED", "not judged"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One expectation: what it proves, what was expected, what was measured, and what to look at where it failed."""
+
+    name: str
+    expected: str
+    measured: str
+    status: str
+    look_at: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings of a run. healthy: nothing failed and everything was judged. faulty: something failed."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def faulty(self) -> bool:
+        return any(finding.status == FAILED for finding in self.findings)
+
+    @property
+    def healthy(self) -> bool:
+        return all(finding.status == PASSED for finding in self.findings)
+
+    @property
+    def headline(self) -> str:
+        failed = [finding.name for finding in self.findings if finding.status == FAILED]
+        if failed:
+            return f"FAULT: {len(failed)} of {len(self.findings)} expectations not met ({', '.join(failed)})"
+        judged = sum(finding.status == PASSED for finding in self.findings)
+        if self.healthy:
+            return f"HEALTHY: all {judged} expectations met"
+        return f"INCONCLUSIVE: {judged} of {len(self.findings)} expectations met, the rest could not be judged in this run"
+
+    def to_json(self) -> dict[str, Any]:
+        state = "healthy" if self.healthy else "faulty" if self.faulty else "inconclusive"
+        return {"state": state, "headline": self.headline, "findings": [asdict(finding) for finding in self.findings]}
+
+    def text(self) -> str:
+        """The findings as a table for a terminal, failures with what to look at below them."""
+        names = max(len(finding.name) for finding in self.findings)
+        expected = max(len(finding.expected) for finding in self.findings)
+        lines = [self.headline]
+        for finding in self.findings:
+            lines.append(
+                f"  {finding.status:<10}  {finding.name:<{names}}  expected {finding.expected:<{expected}}  measured {finding.measured}"
+            )
+            if finding.status == FAILED:
+                lines.append(f"  {'':<10}  {'':<{names}}  look at: {finding.look_at}")
+        return "\n".join(lines)
+
+
+def judge(history: History, config: RunConfig, num_classes: int, attached: Sequence[str]) -> Verdict:
+    """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history."""
+    first, last = history[0], history.last
+    chance = 1 / num_classes
+    preset = PRESETS[config.preset]
+    full = config.limit is None and len(history) >= preset.epochs
+    penalised = sum(record.coefficient > 0 for record in history)
+    settled = penalised >= (preset.epochs - preset.delay) // 2  # epochs that dead filters take to appear
+    middle = history[max(0, len(history) // 2 - 1)]
+    learned_bits, learned_zone = config.learnable_bit, config.learnable_deadzone
+
+    def finding(name: str, expected: str, measured: str, ok: bool, judged: bool, look_at: str) -> Finding:
+        return Finding(name, expected, measured, (PASSED if ok else FAILED) if judged else NOT_JUDGED, look_at)
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.1f}%"
+
+    unnamed = len(attached) != len(last.layers)
+    findings = [
+        finding(
+            "layers quantized",
+            f"{len(attached)}",
+            f"{len(last.layers)}",
+            not unnamed,
+            True,
+            "exclude_layers: a pattern may take out more than was meant",
+        ),
+        finding(
+            "loss falls",
+            f"below {first.task_loss:.2f} (epoch 1)",
+            f"{last.task_loss:.2f} task loss",
+            last.task_loss < first.task_loss,
+            len(history) > 1,
+            "learning rate, normalisation of the images, labels",
+        ),
+        finding(
+            "accuracy climbs",
+            f"above {percent(2 * chance)}, twice chance",
+            percent(last.accuracy),
+            last.accuracy > 2 * chance,
+            len(history) > 1 and (full or config.limit is None),
+            "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only",
+        ),
+        finding(
+            "accuracy reached",
+            f"at least {percent(config.expected_accuracy)}",
+            percent(last.accuracy),
+            last.accuracy >= config.expected_accuracy,
+            full,
+            "the coefficient's peak (accuracy that falls as it ramps), then the learning-rate schedule",
+        ),
+        finding(
+            "zeros appear",
+            "more at the end than after epoch 1",
+            f"{percent(first.unstructured_sparsity)} -> {percent(last.unstructured_sparsity)}",
+            last.unstructured_sparsity > first.unstructured_sparsity and last.unstructured_sparsity > 0.01,
+            learned_zone and (full or penalised > 0),
+            "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
+        ),
+        finding(
+            "channels die",
+            "more than 0 dead filters",
+            f"{percent(last.structured_sparsity)} of the filters",
+            last.structured_sparsity > 0,
+            config.peak > 0 and settled,
+            "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
+        ),
+        finding(
+            "bits fall",
+            f"below {first.mean_bits:.1f} (epoch 1)" if len(history) > 1 else f"below {config.max_bits}",
+            f"{last.mean_bits:.2f} bits on average",
+            last.mean_bits < first.mean_bits or last.mean_bits < config.max_bits,
+            learned_bits and full,
+            "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
+        ),
+        finding(
+            "nothing collapses",
+            f"above {percent(0.5 * max(middle.accuracy, 2 * chance))}, half of mid-run",
+            percent(last.accuracy),
+            last.accuracy > 0.5 * max(middle.accuracy, 2 * chance),
+            len(history) > 3,
+            "the coefficient when accuracy fell; layers that died whole in the liveness map",
+        ),
+        finding(
+            "no layer dies whole",
+            "a live filter in every layer",
+            ", ".join(layer.name for layer in last.layers if all(layer.dead)) or "all live",
+            not any(all(layer.dead) for layer in last.layers),
+            True,
+            "the coefficient's peak: a whole branch was pruned away",
+        ),
+    ]
+    applicable = {
+        "zeros appear": learned_zone,
+        "channels die": config.peak > 0,
+        "bits fall": learned_bits,
+    }
+    return Verdict(tuple(f for f in findings if applicable.get(f.name, True)))
