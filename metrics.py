@@ -1,7 +1,7 @@
 """What a network costs: multiply-adds, bit operations and removable channels, a layer at a time.
 
-1 MAC = one multiply and one add, for one image. BOPs = MACs x weight bits x activation bits. Activations stay at 32 bits
-(`b_a`), as the paper counts them; a layer without quantizer has 32-bit weights. Left out: BatchNorm, bias, ReLU,
+1 MAC = one multiply and one add, for one image. BOPs = MACs x weight bits x activation bits. Activations stay at 32
+bits (`b_a`), as the paper counts them; a layer without quantizer has 32-bit weights. Left out: BatchNorm, bias, ReLU,
 pooling and adds, which are less than 1 % of ResNet-20.
 
     structured     MACs of the network that exact removal leaves (src/channels.py): whole channels only.
@@ -60,8 +60,8 @@ class LayerStats:
     macs, bops: per image, counted as the whole `ModelStats` says.
     bitwidth: of the weights, 32 without quantizer. pruning_ratio: share of the weights that are exactly 0.
     null_in, null_out: input and output channels that exact removal takes out.
-    dead_out: output channels whose filter is entirely 0; constant_out: those that are the same for every image and pixel;
-    zero_out: those of them whose constant is 0.
+    dead_out: output channels whose filter is entirely 0; constant_out: those that are the same for every image and
+    pixel; zero_out: those of them whose constant is 0.
     """
 
     name: str
@@ -96,7 +96,8 @@ class ModelStats:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise MetricsError(f"no layer is called {name!r}: choose one of {', '.join(layer.name for layer in self.layers)}")
+        known = ", ".join(layer.name for layer in self.layers)
+        raise MetricsError(f"no layer is called {name!r}: choose one of {known}")
 
 
 class QuantizationComparison:
@@ -107,7 +108,9 @@ class QuantizationComparison:
 
     def __init__(self, input_size: tuple[int, int, int] = (3, 32, 32), b_a: int = 32) -> None:
         if len(input_size) != 3 or min(input_size) < 1:
-            raise MetricsError(f"input_size={input_size}: need channels, height and width of one image, such as (3, 32, 32)")
+            raise MetricsError(
+                f"input_size={input_size}: need channels, height and width of one image, such as (3, 32, 32)"
+            )
         if not 1 <= b_a <= 64:
             raise MetricsError(f"b_a={b_a}: need activation bits from 1 to 64")
         self.input_size = input_size

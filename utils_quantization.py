@@ -124,6 +124,7 @@ def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
     quantizers = [fake_quant.quantizer for fake_quant in fake_quants]
     latent = [latent_weight(layers[id(fake_quant)]) for fake_quant in fake_quants]
     kinds = {type(quantizer) for quantizer in quantizers}
+    before = [fake_quant._shared for fake_quant in fake_quants]
     try:
         if len(kinds) == 1 and hasattr(many := kinds.pop(), "quantize_many"):
             # float32 whatever the autocast mode: a step of 1/127 of the range is below bfloat16's resolution
@@ -135,8 +136,8 @@ def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
             fake_quant._shared = value
         yield
     finally:
-        for fake_quant in fake_quants:
-            fake_quant._shared = None
+        for fake_quant, value in zip(fake_quants, before, strict=True):
+            fake_quant._shared = value
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

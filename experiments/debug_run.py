@@ -13,13 +13,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from experiments import pipeline
 from experiments.live import TerminalProgress
 from experiments.presets import PRESETS, RunConfig, configure
 from experiments.verdict import judge
 from src.data import steps_per_epoch
-from src.runs import RunFolder
+from src.runs import RunFolder, check_writable
 from src.training import DEVICES, Step, TrainingError
 
 HEALTHY, FAULTY, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -35,39 +36,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or options.output!r}: {error.strerror or error}")
+    except KeyboardInterrupt:  # outside of the training loop, which keeps what it has
+        _say("interrupted")
+        return INTERRUPTED
 
 
 def _run(config: RunConfig, output: str, resume: bool) -> int:
-    folder = RunFolder.open(output, keep=True)
+    check_writable(output)  # before minutes of work, and without creating anything
     config, data = pipeline.prepare_data(config, _say)
     run = pipeline.build_run(config, data)
     if resume:
+        folder = RunFolder(Path(output))
         run.history = folder.resume(run.model, run.optimizer, asdict(config), run.device)
         _say(f"resumed after epoch {len(run.history)} of {config.epochs}")
     else:
         folder = RunFolder.open(output)
-    _say(f"{run.subtitle}; {run.device.type}, {str(run.precision).removeprefix('torch.')}; {len(run.attached)} quantizers")
+    _say(
+        f"{run.subtitle}; {run.device.type}, {str(run.precision).removeprefix('torch.')}; {len(run.attached)} quantizers"
+    )
+    saved = len(run.history)
     progress = TerminalProgress()
     progress.start(config.epochs, steps_per_epoch(data, config.batch_size), len(run.history))
 
     def on_step(epoch: int, step: Step) -> None:
-        progress.step(epoch, step.index, step.loss)
+        progress.step(epoch + 1, step.index + 1, step.loss)
 
     try:
         for record in pipeline.train_epochs(run, on_step):
+            folder.save_progress(run.model, run.optimizer, run.history, asdict(config))
+            saved = record.epoch
             progress.epoch_done(record)
             print(record.console_line(config.epochs), flush=True)
-            folder.save_progress(run.model, run.optimizer, run.history, asdict(config))
     except KeyboardInterrupt:
         progress.close("interrupted")
-        _say(
-            f"stopped in epoch {len(run.history) + 1}; history and checkpoint of {len(run.history)} epochs are in "
-            f"{folder.path}; the same command with --resume goes on"
-        )
+        kept = f"history and checkpoint of {saved} epochs are in {folder.path}; the same command with --resume goes on"
+        _say(f"stopped in epoch {saved + 1}; {kept if saved else 'no epoch was finished, so there is nothing to resume'}")
         return INTERRUPTED
     except TrainingError as error:
         progress.close("stopped")
-        return _fail(f"{error}; {len(run.history)} finished epochs are kept in {folder.path}")
+        return _fail(f"{error}; {saved} finished epochs are kept in {folder.path}")
     progress.close("trained")
     return _conclude(run, folder)
 

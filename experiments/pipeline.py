@@ -1,7 +1,7 @@
 """From a configuration to a trained, evaluated run: the steps that the script and the notebook share.
 
-data -> network -> quantizers -> optimizer -> epochs -> evaluation. Each step is a function that can be called alone; the
-notebook does so, the script runs them one after another.
+data -> network -> quantizers -> optimizer -> epochs -> evaluation. Each step is a function that can be called alone:
+the notebook does so, the script runs them one after another.
 """
 
 from __future__ import annotations
@@ -109,32 +109,36 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
 
 def train_epochs(run: Run, on_step: OnStep | None = None) -> Iterator[EpochRecord]:
     """Train the epochs that are left, yielding each one's record, which is in `run.history` by then."""
-    config = run.config
-    schedule, factor = config.schedule(), config.weights_factor()
-    for epoch in range(len(run.history), config.epochs):
-        coefficient = schedule(epoch, config.epochs)
+    for epoch in range(len(run.history), run.config.epochs):
+        settings = epoch_settings(run.config, epoch, run.precision)
         means, started = training.EpochMeans(), time.perf_counter()
-        for step in training.train_epoch(
-            run.model, run.optimizer, run.data, run.objective, coefficient=coefficient, weights_factor=factor,
-            precision=run.precision, **epoch_settings(config, epoch),
-        ):  # fmt: skip
+        for step in training.train_epoch(run.model, run.optimizer, run.data, run.objective, **settings):
             means.add(step)
             if on_step:
                 on_step(epoch, step)
         record = training.measure_epoch(
-            run.model, run.optimizer, run.data, means, epoch=epoch, coefficient=coefficient,
-            seconds=time.perf_counter() - started, precision=run.precision,
-        )  # fmt: skip
+            run.model,
+            run.optimizer,
+            run.data,
+            means,
+            epoch=epoch,
+            coefficient=settings["coefficient"],
+            seconds=time.perf_counter() - started,
+            precision=run.precision,
+        )
         run.history.append(record)
         yield record
 
 
-def epoch_settings(config: RunConfig, epoch: int) -> dict[str, Any]:
-    """The settings of `train_epoch` that come from the configuration."""
+def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
+    """The keyword arguments of `train_epoch` for epoch `epoch` (from 0) of the run that `config` describes."""
     return {
         "epoch": epoch,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
+        "coefficient": config.schedule()(epoch, config.epochs),
+        "weights_factor": config.weights_factor(),
+        "precision": precision,
         "seed": config.seed,
         "crop_padding": config.crop_padding,
         "flip": config.flip,
@@ -154,7 +158,9 @@ def save_figures(run: Run, folder: RunFolder) -> list[str]:
 
     last = run.history.last.layers
     drawn = {
-        "accuracy_curve.png": figures.accuracy_curve(run.history, subtitle=run.subtitle, chance=1 / run.data.num_classes),
+        "accuracy_curve.png": figures.accuracy_curve(
+            run.history, subtitle=run.subtitle, chance=1 / run.data.num_classes
+        ),
         "sparsity_curves.png": figures.sparsity_curves(run.history, subtitle=run.subtitle),
         "channel_liveness.png": figures.channel_liveness(last, subtitle=run.subtitle),
         "per_layer_channels.png": figures.per_layer_channels(last, subtitle=run.subtitle),
@@ -204,7 +210,9 @@ def summary(run: Run, result: EvalResult, accuracy: float, verdict: Verdict) -> 
 
 def compression_table(result: EvalResult, accuracy: float) -> str:
     """Compression a layer at a time, and in total, as text."""
-    header = f"{'layer':<16} {'bits':>4} {'zeros':>7} {'dead':>8} {'left':>8} {'MACs non-zero':>14} {'MACs removed':>13}"
+    header = (
+        f"{'layer':<16} {'bits':>4} {'zeros':>7} {'dead':>8} {'left':>8} {'MACs non-zero':>14} {'MACs removed':>13}"
+    )
     lines = [header, "-" * len(header)]
     for row in result.rows():
         lines.append(
@@ -216,10 +224,16 @@ def compression_table(result: EvalResult, accuracy: float) -> str:
         "-" * len(header),
         f"{'network':<16} {'':>4} {'':>7} {'':>8} {'':>8} {result.unstructured_stats.total_macs:>14,} "
         f"{result.structured_stats.total_macs:>13,}",
-        f"Unstructured: {result.unstructured_mac_ratio:.2f}x fewer MACs, {result.unstructured_bops_ratio:.2f}x fewer BOPs "
-        "than dense FP32 (every non-zero weight counts)",
-        f"Structured:   {result.structured_mac_ratio:.2f}x fewer MACs, {result.structured_bops_ratio:.2f}x fewer BOPs "
-        "(whole channels removed, outputs unchanged)",
+        _ratios(
+            "Unstructured:", result.unstructured_mac_ratio, result.unstructured_bops_ratio, "every non-zero weight"
+        ),
+        _ratios(
+            "Structured:", result.structured_mac_ratio, result.structured_bops_ratio, "after exact channel removal"
+        ),
         f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%",
     ]
     return "\n".join(lines)
+
+
+def _ratios(kind: str, macs: float, bops: float, meaning: str) -> str:
+    return f"{kind:<13} {macs:.2f}x fewer MACs, {bops:.2f}x fewer BOPs than dense FP32 ({meaning})"

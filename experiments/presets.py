@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.schedules import Schedule, linear_warmup
 from resnet import NETWORKS
-from src.quantizer import check_bits, check_logit
+from src.quantizer import QuantizerError, check_bits, check_logit
 from src.training import DEVICES, PRECISIONS, Factor, Objective, Penalty, cosine_to_zero, hold_then_linear
 
 LEARNING_RATE_SHAPES: dict[str, Callable[[float], Factor]] = {
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 def _choice(name: str, value: object, allowed: Any) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         near = difflib.get_close_matches(str(value), list(allowed), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}{hint}")
@@ -42,7 +42,12 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
         raise ConfigError(f"{name}={value!r}: need a number from {low:g} to {high:g}")
 
 
@@ -112,10 +117,15 @@ class RunConfig:
             _number(name, getattr(self, name), 0, 1000)
         _number("hold", self.hold, 0, 0.999)
         _number("expected_accuracy", self.expected_accuracy, 0, 1)
-        check_bits("fixed_bits", self.fixed_bits)
-        check_bits("max_bits", self.max_bits)
-        check_logit("init_bit_logit", self.init_bit_logit)
-        check_logit("init_deadzone_logit", self.init_deadzone_logit)
+        if isinstance(self.exclude_layers, str):
+            raise ConfigError(f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)")
+        try:
+            check_bits("fixed_bits", self.fixed_bits)
+            check_bits("max_bits", self.max_bits)
+            check_logit("init_bit_logit", self.init_bit_logit)
+            check_logit("init_deadzone_logit", self.init_deadzone_logit)
+        except QuantizerError as error:
+            raise ConfigError(str(error)) from error
 
     @property
     def quantizer_kwargs(self) -> dict[str, Any]:
@@ -171,7 +181,14 @@ SMOKE = RunConfig(
     expected_accuracy=0.9,
 )
 PAPER = RunConfig(
-    preset="paper", data="cifar10", epochs=300, learning_rate_shape="cosine", delay=0, ramp=0, peak=0.0, expected_accuracy=0.91
+    preset="paper",
+    data="cifar10",
+    epochs=300,
+    learning_rate_shape="cosine",
+    delay=0,
+    ramp=0,
+    peak=0.0,
+    expected_accuracy=0.91,
 )
 PAPER_4BIT = replace(PAPER, preset="paper-4bit", learnable_bit=False, fixed_bits=4)
 PRESETS = {config.preset: config for config in (DEBUG, SMOKE, PAPER, PAPER_4BIT)}

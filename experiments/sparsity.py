@@ -25,11 +25,11 @@ class PenaltyError(ValueError):
 def coupled_group_lasso(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Penalty:
     """sum over channels g of || all parameters that removing channel g takes away ||_2.
 
-    The groups come from src.channels: the filters that make the channel, their BatchNorm scale and shift, and the slices
-    that read it, over all layers that a residual connection ties together. Scale and shift belong in the group because
-    a filter before BatchNorm is scale-free: without them nothing distinguishes an important channel from another, and
-    none ever dies (docs/experiments.md). The groups are found once, here; the function returned computes the scalar for
-    that network or one of the same structure. Raises PenaltyError where no channel is removable.
+    The groups come from src.channels: the filters that make the channel, their BatchNorm scale and shift, and the
+    slices that read it, over all layers that a residual connection ties together. Scale and shift belong in the group
+    because a filter before BatchNorm is scale-free: without them nothing distinguishes an important channel from
+    another, and none ever dies (docs/experiments.md). The groups are found once, here; the function returned computes
+    the scalar for that network or one of the same structure. Raises PenaltyError where no channel is removable.
     """
     return group_lasso(channel_groups(model, input_size))
 
@@ -100,7 +100,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def _total(model: nn.Module, group_sums: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.stack([safe_sqrt(group_sums(cast(Tensor, layer.weight))).sum() for layer in _convolutions(model)]).sum()
+    weights = [cast(Tensor, layer.weight) for layer in _convolutions(model)]
+    return torch.stack([safe_sqrt(group_sums(weight)).sum() for weight in weights]).sum()
 
 
 def _convolutions(model: nn.Module) -> list[nn.Conv2d]:

@@ -49,7 +49,9 @@ class Verdict:
         judged = sum(finding.status == PASSED for finding in self.findings)
         if self.healthy:
             return f"HEALTHY: all {judged} expectations met"
-        return f"INCONCLUSIVE: {judged} of {len(self.findings)} expectations met, the rest could not be judged in this run"
+        return (
+            f"INCONCLUSIVE: {judged} of {len(self.findings)} expectations met, the rest could not be judged in this run"
+        )
 
     def to_json(self) -> dict[str, Any]:
         state = "healthy" if self.healthy else "faulty" if self.faulty else "inconclusive"
@@ -71,10 +73,11 @@ class Verdict:
 
 def judge(history: History, config: RunConfig, num_classes: int, attached: Sequence[str]) -> Verdict:
     """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history."""
-    first, last = history[0], history.last
+    last, first = history.last, history[0]
     chance = 1 / num_classes
-    preset = PRESETS[config.preset]
-    full = config.limit is None and len(history) >= preset.epochs
+    preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
+    whole = config.limit is None  # a part of the images makes too few steps for most that is expected
+    full = whole and len(history) >= preset.epochs
     penalised = sum(record.coefficient > 0 for record in history)
     settled = penalised >= (preset.epochs - preset.delay) // 2  # epochs that dead filters take to appear
     middle = history[max(0, len(history) // 2 - 1)]
@@ -109,7 +112,7 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
             f"above {percent(2 * chance)}, twice chance",
             percent(last.accuracy),
             last.accuracy > 2 * chance,
-            len(history) > 1 and (full or config.limit is None),
+            whole and len(history) > 1,
             "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only",
         ),
         finding(
@@ -125,7 +128,7 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
             "more at the end than after epoch 1",
             f"{percent(first.unstructured_sparsity)} -> {percent(last.unstructured_sparsity)}",
             last.unstructured_sparsity > first.unstructured_sparsity and last.unstructured_sparsity > 0.01,
-            learned_zone and (full or penalised > 0),
+            learned_zone and (full or whole and penalised > 0),
             "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
         ),
         finding(
@@ -133,7 +136,7 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
             "more than 0 dead filters",
             f"{percent(last.structured_sparsity)} of the filters",
             last.structured_sparsity > 0,
-            config.peak > 0 and settled,
+            config.peak > 0 and whole and settled,
             "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
         ),
         finding(
@@ -149,7 +152,7 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
             f"above {percent(0.5 * max(middle.accuracy, 2 * chance))}, half of mid-run",
             percent(last.accuracy),
             last.accuracy > 0.5 * max(middle.accuracy, 2 * chance),
-            len(history) > 3,
+            whole and len(history) > 3,
             "the coefficient when accuracy fell; layers that died whole in the liveness map",
         ),
         finding(

@@ -103,7 +103,10 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
         elif op.kind in CHANNELWISE:
             union.join(own, sources[0])
             if op.kind == "batchnorm" and getattr(modules[cast(str, op.module)], "weight", None) is not None:
-                drafts += [(cast(str, op.module), "weight", "scale", 0, own), (cast(str, op.module), "bias", "shift", 0, own)]
+                drafts += [
+                    (cast(str, op.module), "weight", "scale", 0, own),
+                    (cast(str, op.module), "bias", "shift", 0, own),
+                ]
         else:  # input, output, opaque
             union.pin(own)
             for source in sources:
@@ -115,6 +118,7 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
 class LayerFlow:
     """One convolution or linear layer in the account.
 
+    in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
     constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
     dead_out: whether all weights of the filter are zero (O,).
     kept_out, kept_in: indices of the output channels, and of the input channels read by them, after exact removal.
@@ -163,18 +167,29 @@ def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):
         weights = {
-            op.name: _numpy(cast(Tensor, modules[op.module].weight)) for op in ops if op.kind in ("conv", "linear") and op.module
+            op.name: _numpy(cast(Tensor, modules[op.module].weight))
+            for op in ops
+            if op.kind in ("conv", "linear") and op.module
+        }
+        counted_whole = {
+            op.name: _numpy(modules[op.module].weight)
+            for op in ops
+            if op.kind == "opaque" and op.module and isinstance(modules[op.module], (nn.Conv2d, nn.Linear))
         }
     whole = _whole(ops)
     constant: dict[str, Values] = {}
     for op in ops:
-        value = _constant(op, modules.get(op.module or ""), weights.get(op.name), [constant[name] for name in op.inputs])
+        value = _constant(
+            op, modules.get(op.module or ""), weights.get(op.name), [constant[name] for name in op.inputs]
+        )
         constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
     kept = _kept(ops, constant, weights, whole)
     layers = [
-        _layer(op, cast(nn.Module, modules[op.module]), weights[op.name], constant, kept)
+        _layer(op, modules[op.module], weights[op.name], constant, kept)
+        if op.name in weights
+        else _opaque_layer(op, counted_whole[op.name])
         for op in ops
-        if op.name in weights and op.module
+        if op.module and (op.name in weights or op.name in counted_whole)
     ]
     return Account(tuple(ops), constant, kept, tuple(layers))
 
@@ -214,7 +229,9 @@ def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Val
     return np.where(moving, np.nan, fixed)
 
 
-def _kept(ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Values], whole: set[str]) -> dict[str, Flags]:
+def _kept(
+    ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Values], whole: set[str]
+) -> dict[str, Flags]:
     needed = {op.name: np.full(op.channels, op.kind == "input" or op.name in whole) for op in ops}
     for op in reversed(ops):
         wanted = needed[op.name] & np.isnan(constant[op.name])
@@ -232,9 +249,7 @@ def _kept(ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Val
     return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
 
 
-def _layer(
-    op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]
-) -> LayerFlow:
+def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]) -> LayerFlow:
     source = constant[op.inputs[0]]
     flat = weight.reshape(*weight.shape[:2], -1)
     reads = flat[kept[op.name]].any(axis=2).any(axis=0)  # (I,): read by a kept output channel
@@ -253,11 +268,30 @@ def _layer(
     )
 
 
+def _opaque_layer(op: Op, weight: Values) -> LayerFlow:
+    """A grouped or shared layer: nothing of it is removed, but its cost counts."""
+    outputs, inputs = weight.shape[:2]
+    return LayerFlow(
+        name=cast(str, op.module),
+        kind=op.kind,
+        out_channels=outputs,
+        in_channels=inputs,
+        constant_out=np.full(outputs, np.nan),
+        dead_out=~weight.reshape(outputs, -1).any(axis=1),
+        kept_out=np.arange(outputs),
+        kept_in=np.arange(inputs),
+        carries_constants=False,
+        pixels=op.height * op.width,
+    )
+
+
 def is_padded(module: nn.Module) -> bool:
     """Whether a layer reads beyond its input's border."""
     if not isinstance(module, nn.Conv2d):
         return False
-    return module.padding == "same" and module.kernel_size != (1, 1) or any(np.atleast_1d(module.padding) != 0) and module.padding != "valid"
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(size > 1 for size in module.kernel_size)
+    return any(size > 0 for size in module.padding)
 
 
 def batchnorm_affine(norm: nn.BatchNorm2d) -> tuple[Values, Values]:
@@ -324,7 +358,9 @@ def _numbered(
                 number[root] = len(names)
                 names.append(f"{module}[{channel}]")
     members = [
-        Member(module, parameter, role, dim, np.array([number.get(union.find(int(x)), -1) for x in labels], dtype=np.int64))
+        Member(
+            module, parameter, role, dim, np.array([number.get(union.find(int(x)), -1) for x in labels], dtype=np.int64)
+        )
         for module, parameter, role, dim, labels in drafts
     ]
     return ChannelGroups(tuple(m for m in members if (m.groups >= 0).any()), tuple(names))

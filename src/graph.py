@@ -124,16 +124,14 @@ def _read(node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[str, 
         return op("input")
     if node.op == "output":
         return op("output")
-    if any(source.op == "get_attr" for source in node.all_input_nodes):
+    if any(source.op == "get_attr" for source in node.all_input_nodes) or _overwrites_shared(node, modules):
         return op("opaque")
     if node.op == "call_module":
         return _read_module(node, modules[cast(str, node.target)], op, shapes)
     return _read_function(node, op, shapes)
 
 
-def _read_module(
-    node: fx.Node, module: nn.Module, op: Callable[..., Op], shapes: Mapping[str, torch.Size]
-) -> Op:
+def _read_module(node: fx.Node, module: nn.Module, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:
     target = cast(str, node.target)
     if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
         return op("conv", target)
@@ -150,11 +148,13 @@ def _read_module(
     if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
         kernel, stride, padding = (_one(v) for v in (module.kernel_size, module.stride, module.padding))
         dilation = _one(getattr(module, "dilation", 1))
-        if None not in (kernel, stride) and padding == 0 and dilation == 1 and not module.ceil_mode:
+        # a divisor of its own changes constants, and indices come as a second output
+        unusual = getattr(module, "divisor_override", None) or getattr(module, "return_indices", False)
+        if None not in (kernel, stride) and padding == 0 and dilation == 1 and not module.ceil_mode and not unusual:
             return op("pool", average=int(isinstance(module, nn.AvgPool2d)), kernel=kernel, stride=stride)
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
         return _flatten(node, op, shapes)
-    return op("opaque")
+    return op("opaque", target)
 
 
 def _read_function(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:
@@ -164,7 +164,7 @@ def _read_function(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, to
     both_nodes = len(arguments) == 2 and all(isinstance(argument, fx.Node) for argument in arguments)
     if target in (operator.add, operator.iadd, torch.add, "add", "add_") and both_nodes and not node.kwargs:
         left, right = (cast(fx.Node, argument) for argument in arguments)
-        if left is not right and shapes[left.name] == shapes[right.name]:
+        if left is not right and shapes.get(left.name) == shapes.get(right.name) is not None:
             return op("add")
     if target is F.adaptive_avg_pool2d and _one((node.kwargs | dict(enumerate(arguments))).get(1)) == 1:
         return op("pool", average=1)
@@ -177,9 +177,28 @@ def _read_function(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, to
     return op("opaque")
 
 
+def _overwrites_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the operation writes in place over a value that something else reads too, itself or a view of it."""
+    module = modules.get(node.target) if isinstance(node.target, str) else None
+    written = getattr(module, "inplace", False) or node.target in (operator.iadd, "add_")
+    if not (written or node.kwargs.get("inplace") or (node.target is F.relu and node.args[1:] == (True,))):
+        return False
+    source = node.all_input_nodes[0]
+    while len(source.users) == 1:
+        module = modules.get(str(source.target)) if source.op == "call_module" else None
+        viewed = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten))
+        called = source.target if source.op in ("call_function", "call_method") else None
+        if not (viewed or called in (operator.getitem, torch.flatten, "flatten")):
+            return False
+        source = source.all_input_nodes[0]
+    return True
+
+
 def _flatten(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:
     source = shapes[node.all_input_nodes[0].name]
-    return op("flatten", area=source[2] * source[3]) if len(source) == 4 else op("pass")
+    if len(source) == 4:
+        return op("flatten", area=source[2] * source[3])
+    return op("pass") if len(source) == 2 else op("opaque")
 
 
 def _stride(index: Any) -> int | None:

@@ -121,7 +121,7 @@ class DeadZoneLDZCompander(nn.Module):
 
     @torch.no_grad()
     def indices(self, w: Tensor) -> Tensor:
-        """The integer index q of every weight, int32, same shape; the value is s q + delta sign(q) (see `dequantize`)."""
+        """The integer index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
         return _indices(w, self.grid(w)).to(torch.int32)
 
     @staticmethod
@@ -179,7 +179,9 @@ def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
     largest = magnitudes.topk(max(size - low for size, low in zip(sizes, below, strict=True)), dim=1).values
     device = largest.device
     rank_low = torch.tensor([size - 1 - low for size, low in zip(sizes, below, strict=True)], device=device)
-    fraction = torch.tensor([p - low for p, low in zip(positions, below, strict=True)], device=device, dtype=largest.dtype)
+    fraction = torch.tensor(
+        [p - low for p, low in zip(positions, below, strict=True)], device=device, dtype=largest.dtype
+    )
     low = largest.gather(1, rank_low[:, None])[:, 0]
     high = largest.gather(1, (rank_low - 1).clamp(min=0)[:, None])[:, 0]
     return torch.lerp(low, high, fraction)
@@ -209,7 +211,9 @@ def check_bits(name: str, bits: object) -> None:
 def check_logit(name: str, logit: object) -> None:
     """Raise QuantizerError unless `logit` is a finite number."""
     if isinstance(logit, bool) or not isinstance(logit, (int, float)) or not math.isfinite(logit):
-        raise QuantizerError(f"{name}={logit!r}: need a finite number; 3.0 starts at full width and almost no dead zone")
+        raise QuantizerError(
+            f"{name}={logit!r}: need a finite number; 3.0 starts at full width and almost no dead zone"
+        )
 
 
 def _checked(weights: Sequence[Tensor]) -> list[Tensor]:

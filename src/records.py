@@ -122,7 +122,9 @@ class History:
         allowed = ("bits", "dead_zone", "sparsity", "dead_channels")
         if name not in allowed:
             raise ValueError(f"unknown layer column {name!r}: choose one of {', '.join(allowed)}")
-        return np.array([[getattr(layer, name) for layer in record.layers] for record in self.records], dtype=np.float64)
+        return np.array(
+            [[getattr(layer, name) for layer in record.layers] for record in self.records], dtype=np.float64
+        )
 
     def csv_text(self) -> str:
         """One row per epoch: the scalars, then bits, dead_zone, sparsity and dead_channels of each layer."""

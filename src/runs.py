@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import platform
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from torch import nn
 from src.records import History
 
 CHECKPOINT_FORMAT = 1
+CHECKPOINT_PARTS = ("config", "model", "optimizer", "history")
 CHECKPOINT, HISTORY, SUMMARY = "checkpoint.pt", "history.csv", "run.json"
 PREVIOUS = "previous"
 LIBRARIES = ("torch", "torchvision", "numpy", "matplotlib", "seaborn", "ipywidgets", "nbclient", "scikit-learn")
@@ -49,16 +49,12 @@ class RunFolder:
 
         Raises RunError where the path is a file or cannot be written to.
         """
+        check_writable(path)
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"output folder {str(path)!r} is a file; name a folder, or a path that does not exist yet")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
-                pass
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise RunError(f"output folder {str(path)!r} cannot be written ({reason}); name another folder") from error
+            raise _not_writable(path, error) from error
         run = cls(folder)
         if not keep:
             run._set_aside()
@@ -104,12 +100,21 @@ class RunFolder:
         """
         state = load_checkpoint(self.path / CHECKPOINT, device)
         _check_same(state["config"], config)
-        load_model_state(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return History.from_json(state["history"])
+        check_model_state(model, state["model"])
+        try:
+            history = History.from_json(state["history"])
+            optimizer.load_state_dict(state["optimizer"])  # checks its groups before it takes anything over
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"the checkpoint does not fit this run: {error}; start without --resume") from error
+        model.load_state_dict(state["model"])
+        return history
 
     def _set_aside(self) -> None:
-        files = [entry for entry in self.path.iterdir() if entry.name in (CHECKPOINT, HISTORY, SUMMARY) or entry.suffix == ".png"]
+        files = [
+            entry
+            for entry in self.path.iterdir()
+            if entry.name in (CHECKPOINT, HISTORY, SUMMARY) or entry.suffix == ".png"
+        ]
         if not files:
             return
         previous = self.path / PREVIOUS
@@ -119,24 +124,49 @@ class RunFolder:
             entry.replace(previous / entry.name)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise RunError where `path` is a file, or where no file could be put into it. Creates nothing."""
+    folder = Path(path)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"output folder {str(path)!r} is a file; name a folder, or a path that does not exist yet")
+        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.NamedTemporaryFile(dir=present, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The contents of a checkpoint, read without running any code from it (`weights_only`). Raises RunError."""
     if not Path(path).exists():
         raise RunError(f"there is no checkpoint at {str(path)!r} to resume from; run without --resume first")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise RunError(f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; start without --resume") from error
+    except Exception as error:  # a damaged file makes the reader fail in many ways; all mean the same here
+        raise RunError(
+            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; "
+            "start without --resume"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise RunError(
             f"checkpoint {str(path)!r} has format {found!r}, this version reads {CHECKPOINT_FORMAT}; start without --resume"
         )
+    absent = [name for name in CHECKPOINT_PARTS if not isinstance(state.get(name), dict)]
+    if absent:
+        raise RunError(f"checkpoint {str(path)!r} is incomplete: no {', '.join(absent)} in it; start without --resume")
     return state
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load parameters and buffers. Raises RunError, before changing anything, where names or shapes differ."""
+    check_model_state(model, state)
+    model.load_state_dict(state)
+
+
+def check_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise RunError where `state` has other names or shapes than `model`."""
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
@@ -146,7 +176,6 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
             f"the checkpoint is of another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
             f"{len(reshaped)} of another shape, the first {first!r}; build the same network and attach the same quantizers"
         )
-    model.load_state_dict(state)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -198,9 +227,18 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(dict(wanted)))  # tuples become lists, as in a file
     before = json.loads(json.dumps(dict(saved)))
     names = sorted((before.keys() | plain.keys()) - MAY_DIFFER)
-    differing = [f"{name}: {before.get(name)!r} then, {plain.get(name)!r} now" for name in names if before.get(name) != plain.get(name)]
+    differing = [
+        f"{name}: {before.get(name)!r} then, {plain.get(name)!r} now"
+        for name in names
+        if before.get(name) != plain.get(name)
+    ]
     if differing:
         raise RunError(
-            "the checkpoint belongs to another configuration (" + "; ".join(differing) + "); repeat the settings of that "
-            "run, or start without --resume"
+            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); repeat the settings of that run, "
+            "or start without --resume"
         )
+
+
+def _not_writable(path: str | Path, error: OSError) -> RunError:
+    reason = error.strerror or str(error)
+    return RunError(f"output folder {str(path)!r} cannot be written ({reason}); name another folder")

@@ -6,6 +6,7 @@ Objective of a step: task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ Penalty = Callable[[nn.Module], Tensor]
 Factor = Callable[[float], float]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+CALM = "lower the learning rate or the peak of the penalty"
 STEPS_BETWEEN_CHECKS = 16  # reading the loss waits for a GPU; NaN is still found within seconds
 
 
@@ -94,7 +96,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, dz_learning_rate: float, bit_learning_rate: float, dz_decay: float = 0.0, bit_decay: float = 0.0
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    dz_learning_rate: float,
+    bit_learning_rate: float,
+    dz_decay: float = 0.0,
+    bit_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """The optimizer's three groups, each named: "weights" (no decay), "logit_dz" and "logit_bit".
 
@@ -103,7 +111,14 @@ def parameter_groups(
     """
     trainable = [(name.rpartition(".")[2], p) for name, p in model.named_parameters() if p.requires_grad]
     settings = {"logit_dz": (dz_learning_rate, dz_decay), "logit_bit": (bit_learning_rate, bit_decay)}
-    groups = [{"name": "weights", "lr": learning_rate, "weight_decay": 0.0, "params": [p for leaf, p in trainable if leaf not in settings]}]
+    groups = [
+        {
+            "name": "weights",
+            "lr": learning_rate,
+            "weight_decay": 0.0,
+            "params": [p for leaf, p in trainable if leaf not in settings],
+        }
+    ]
     for group, (rate, decay) in settings.items():
         members = [p for leaf, p in trainable if leaf == group]
         groups.append({"name": group, "lr": rate, "weight_decay": decay, "params": members})
@@ -151,7 +166,9 @@ def squared_logits(model: nn.Module, lambda_dz: float, lambda_bit: float) -> Ten
     """
     total = next(model.parameters()).new_zeros(())
     for weight, leaf in ((lambda_dz, "logit_dz"), (lambda_bit, "logit_bit")):
-        members = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == leaf and p.requires_grad]
+        members: list[Tensor] = [
+            p for name, p in model.named_parameters() if name.rpartition(".")[2] == leaf and p.requires_grad
+        ]
         if weight and members:
             total = total + weight * torch.stack(members).square().sum()
     return total
@@ -294,8 +311,13 @@ def measure_epoch(
     seconds: float,
     precision: torch.dtype = torch.float32,
 ) -> EpochRecord:
-    """The record of an epoch that has just been trained (`epoch` from 0): test set, sparsity and bits as they are now."""
+    """The record of an epoch that has just been trained (`epoch` from 0): test set, sparsity and bits as they are now.
+
+    Raises TrainingError where the test loss is not finite: the epoch's last update may be what broke the network.
+    """
     test_loss, accuracy = evaluate(model, data, precision=precision)
+    if not math.isfinite(test_loss):
+        raise TrainingError(f"the test loss is {test_loss} after epoch {epoch + 1}; {_first_broken(model)}; {CALM}")
     layers = layer_records(model)
     sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in quantized_layers(model).items()}
     return EpochRecord(
@@ -340,12 +362,15 @@ def _scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> Non
 def _check_finite(losses: StepLosses, epoch: int, index: int, model: nn.Module) -> None:
     if torch.isfinite(losses.total):
         return
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     raise TrainingError(
         f"the loss is {losses.total.item()} at epoch {epoch + 1}, step {index + 1} (task {losses.task.item():.4g}, "
-        f"logits {losses.logits.item():.4g}, groups {losses.groups.item():.4g}); first parameter that is not finite: "
-        f"{bad[0] if bad else 'none yet'}; lower the learning rate or the peak of the penalty"
+        f"logits {losses.logits.item():.4g}, groups {losses.groups.item():.4g}); {_first_broken(model)}; {CALM}"
     )
+
+
+def _first_broken(model: nn.Module) -> str:
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    return f"first parameter that is not finite: {bad[0] if bad else 'none yet'}"
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

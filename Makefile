@@ -1,0 +1,98 @@
+# Needs make and Python 3.11, 3.12 or 3.13; everything else goes into .venv, once. Works with GNU make 3.81 and newer.
+# Parameters are taken from the command line only (make walkthrough DATA=cifar10), never from the environment.
+
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+.SUFFIXES:
+.DEFAULT_GOAL := help
+PYTHON_IN_VENV := .venv/bin/python
+
+PARAMETERS := PRESET DATA DATA_ROOT EPOCHS BATCH_SIZE LIMIT SEED DEVICE OUTPUT_DIR
+GIVEN := $(strip $(foreach p,$(PARAMETERS),$(if $(filter command,$(firstword $(origin $p))),$(if $(value $p),$p))))
+
+# A value reaches the shell through the environment, as it was typed: quotes, blanks and dollars are text.
+$(foreach p,$(GIVEN),$(eval override $p := $$(value $p))$(eval export $p))
+
+FLAG_PRESET := --preset
+FLAG_DATA := --data
+FLAG_DATA_ROOT := --data-root
+FLAG_EPOCHS := --epochs
+FLAG_BATCH_SIZE := --batch-size
+FLAG_LIMIT := --limit
+FLAG_SEED := --seed
+FLAG_DEVICE := --device
+FLAG_OUTPUT_DIR := --output
+SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
+FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
+
+.PHONY: help walkthrough test lab html lint debug bench venv clean
+
+help:
+	@echo 'make walkthrough   run the notebook, write build/codeq_walkthrough.html'
+	@echo 'make test          run the tests'
+	@echo 'make lab           open the notebook in JupyterLab'
+	@echo 'make html          write the page again from the notebook that was run last'
+	@echo 'make debug         the same pipeline as a script, one line an epoch'
+	@echo 'make bench         time a training step'
+	@echo 'make lint          ruff and mypy'
+	@echo 'make clean         remove build/ and caches (.venv, data and runs stay)'
+	@echo ''
+	@echo 'walkthrough and debug take $(PARAMETERS):'
+	@echo '  make walkthrough DATA=cifar10 EPOCHS=20'
+
+walkthrough: venv
+	@$(PYTHON_IN_VENV) -m experiments.run_notebook $(SETTINGS)
+
+test: venv
+	@$(PYTHON_IN_VENV) -m pytest
+
+lab: venv
+	@$(PYTHON_IN_VENV) -m jupyterlab notebooks/codeq_walkthrough.ipynb
+
+html: venv
+	@$(PYTHON_IN_VENV) -m experiments.run_notebook --render-only
+
+lint: venv
+	@$(PYTHON_IN_VENV) -m ruff check --quiet .
+	@$(PYTHON_IN_VENV) -m ruff format --quiet --check . || { echo 'layout differs: run $(PYTHON_IN_VENV) -m ruff format .' >&2; exit 1; }
+	@$(PYTHON_IN_VENV) -m mypy --no-error-summary
+
+debug: venv
+	@$(PYTHON_IN_VENV) -m experiments.debug_run $(FLAGS)
+
+bench: venv
+	@$(PYTHON_IN_VENV) -m experiments.bench
+
+clean:
+	@rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/installed.lock is the lock that was installed last: a changed lock installs again, an equal one costs nothing.
+venv:
+	@if cmp -s requirements.lock .venv/installed.lock && $(PYTHON_IN_VENV) -c '' 2>/dev/null; then exit 0; fi; \
+	suits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; }; \
+	if ! suits $(PYTHON_IN_VENV); then \
+		python=; \
+		for candidate in python3 python3.13 python3.12 python3.11 python; do \
+			if suits $$candidate; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo 'make: no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.13, python3.12, python3.11, python).' >&2; \
+			echo 'Install one, or put it on the PATH, and run make again.' >&2; \
+			exit 1; \
+		fi; \
+	fi; \
+	echo 'Installing the pinned packages into .venv (once; some minutes) ...' >&2; \
+	uv=; if uv --version >/dev/null 2>&1; then uv=uv; fi; \
+	if ! suits $(PYTHON_IN_VENV); then \
+		rm -rf .venv; \
+		if ! { [ -n "$$uv" ] && uv venv --quiet --seed --python "$$(command -v $$python)" .venv 2>/dev/null; }; then \
+			$$python -m venv .venv || { rm -rf .venv; echo "make: $$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv." >&2; exit 1; }; \
+		fi; \
+	fi; \
+	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	if [ -z "$$uv" ] && $(PYTHON_IN_VENV) -m pip install --quiet uv >/dev/null 2>&1; then uv=.venv/bin/uv; fi; \
+	if ! { [ -n "$$uv" ] && $$uv pip install --quiet --python $(PYTHON_IN_VENV) --require-hashes -r requirements.lock 2>/dev/null; }; then \
+		$(PYTHON_IN_VENV) -m pip install --quiet --require-hashes -r requirements.lock || { echo 'make: the packages could not be installed; the reason stands above.' >&2; exit 1; }; \
+	fi; \
+	cp requirements.lock .venv/installed.lock

@@ -1,0 +1,460 @@
+"""Figures of a run: from records and counts to `matplotlib.figure.Figure`.
+
+Every function takes plain data and gives a figure with its alt text in `get_label()`; nothing is shown, saved or
+closed here. Shares (0 to 1) are drawn in per cent. Axis letters: E epochs, L layers, O output channels, I input
+channels, k kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from experiments import style
+from experiments.style import percent
+from src.records import History, LayerRecord
+
+LIVENESS = ListedColormap([style.BLACK, style.WHITE], name="liveness").with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
+"""0 dead is black, 1 alive is white, absent (masked) is transparent: the hatched ground shows through."""
+
+
+@style.styled
+def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None = None) -> Figure:
+    """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed."""
+    test, train = history.column("accuracy"), history.column("train_accuracy")
+    title = alt = "No epoch has finished yet"
+    if len(test):
+        first, last, best = percent(test[0]), percent(test[-1]), int(test.argmax())
+        verb = "climbs" if test[-1] > test[0] else "goes"
+        title = f"Test accuracy {verb} from {first} to {last} in {_epochs(len(test))}"
+        if len(test) == 1:
+            title = f"Test accuracy is {last} after the first epoch"
+        alt = f"{title}; the best is {percent(test[best])} in epoch {best + 1}. Training accuracy ends at "
+        alt += f"{percent(train[-1])}." + (f" Chance is {percent(chance)}." if chance is not None else "")
+    figure = style.canvas(title, subtitle, height=4.2)
+    axes = figure.subplots()
+    style.grid(axes)
+    x = np.arange(1, len(test) + 1)
+    axes.plot(x, 100 * train, color=style.TRAIN, lw=1.4, label="training images, augmented")
+    axes.plot(x, 100 * test, color=style.ACCURACY, lw=2.6, marker="o", ms=4.5, label="test images")
+    if chance is not None:
+        axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
+    axes.set(ylim=(0, 100), ylabel="accuracy")
+    style.percent_axis(axes.yaxis)
+    style.epoch_axis(axes, history.epochs)
+    style.legend_above(axes)
+    return style.finish(figure, f"Line chart by epoch. {alt}")
+
+
+@style.styled
+def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
+    """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed)."""
+    zeros, dead = history.column("unstructured_sparsity"), history.column("structured_sparsity")
+    coefficient = history.column("coefficient")
+    title = alt = "No epoch has finished yet"
+    if len(zeros):
+        title = f"{percent(zeros[-1])} of the weights are zero and {percent(dead[-1])} of the channels dead"
+        alt = (
+            f"After {_epochs(len(zeros))} {title}. The coefficient peaks at {coefficient.max():.3g}, first reached in "
+        )
+        alt += f"epoch {int(coefficient.argmax()) + 1}; the first dead channel appears {_first_dead(dead)}."
+    figure = style.canvas(title, subtitle, height=4.2)
+    axes = figure.subplots()
+    style.legend_above(axes, _draw_sparsity(axes, history, plan=None))
+    return style.finish(figure, f"Line chart by epoch, the penalty's coefficient on the right axis. {alt}")
+
+
+@style.styled
+def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
+    """Rows are layers, columns output channels: black dead, white alive, hatched where a layer has no such channel."""
+    dead, total = _dead_total(layers)
+    worst = max(layers, key=lambda layer: layer.dead_channels / max(layer.channels, 1), default=None)
+    title = f"{dead} of {total} output channels are dead ({percent(dead / max(total, 1))})"
+    alt = f"Map of channels, one row a layer, black for dead: {title}"
+    if worst is not None and dead:
+        alt += f"; the largest share is in {worst.name}, {worst.dead_channels} of {worst.channels}"
+    figure = style.canvas(title, subtitle, height=1.35 + 0.205 * max(len(layers), 3))
+    axes = figure.subplots()
+    _draw_liveness(axes, layers)
+    counts = [f"{layer.dead_channels}/{layer.channels}" for layer in layers]
+    widest = max(map(len, counts), default=0)
+    figure_space = "\N{FIGURE SPACE}"  # as wide as a digit: the counts stand in columns
+    labels = [f"{layer.name}  {text.rjust(widest, figure_space)}" for layer, text in zip(layers, counts, strict=True)]
+    axes.set_yticks(range(len(layers)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("output channel")
+    axes.text(-0.008, 1.012, "layer   dead/total", transform=axes.transAxes, ha="right", fontsize=9, color=style.MUTED)
+    keys = [
+        Patch(facecolor=style.BLACK, edgecolor=style.GREY, label="dead"),
+        Patch(facecolor=style.WHITE, edgecolor=style.GREY, label="alive"),
+        Patch(facecolor=style.FAINT, edgecolor=style.GREY, hatch="////", label="no such channel"),
+    ]
+    style.legend_above(axes, handles=keys)
+    return style.finish(figure, f"{alt}.")
+
+
+@style.styled
+def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
+    """One bar a layer: alive channels (blue) under dead ones (grey), the learned bit width above the bar."""
+    dead, total = _dead_total(layers)
+    bits = [layer.bits for layer in layers]
+    title = f"{total - dead} of {total} channels are alive" + (f", stored with {_span(bits)} bits" if bits else "")
+    figure = style.canvas(title, subtitle, height=4.4)
+    axes = figure.subplots()
+    style.grid(axes)
+    x = np.arange(len(layers))
+    gone = np.array([layer.dead_channels for layer in layers])
+    size = np.array([layer.channels for layer in layers])
+    axes.bar(x, size - gone, color=style.ALIVE, width=0.72, label="alive")
+    axes.bar(x, gone, bottom=size - gone, color=style.DEAD, width=0.72, label="dead")
+    unit = " bit" if len(layers) <= 20 else ""
+    for at, height, width in zip(x, size, bits, strict=True):
+        axes.annotate(f"{width:.3g}{unit}", (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    axes.set(ylabel="output channels", ylim=(0, 1.12 * max(size, default=1)))
+    style.layer_axis(axes, [layer.name for layer in layers])
+    keys = [Patch(color=style.ALIVE, label="alive"), Patch(color=style.DEAD, label="dead")]
+    style.legend_above(axes, handles=[*keys, Line2D([], [], ls="", label="above each bar: learned bits of a weight")])
+    alt = f"Stacked bars, one a layer: {title}; {dead} are dead, most of them in {_most_dead(layers)}."
+    return style.finish(figure, alt)
+
+
+@style.styled
+def dashboard(history: History, *, coefficient_plan: Sequence[float] | None = None, subtitle: str = "") -> Figure:
+    """The live figure, 2 x 2: loss and accuracy; sparsity and coefficient; bits of every layer; channel liveness.
+
+    coefficient_plan: the coefficient of every planned epoch, drawn faintly ahead of the run. Works from the first
+    moment, with no record yet. The layout is fixed, so nothing moves between two frames.
+    """
+    record = history.last if len(history) else None
+    layers = record.layers if record else ()
+    title = (
+        f"Epoch {len(history)} of {history.epochs}" if record else f"Waiting for the first of {history.epochs} epochs"
+    )
+    height = 7.3
+    figure = Figure(figsize=(style.WIDTH, height))
+    style.headline(figure, title, subtitle)
+    top = 1 - (style.header_height(subtitle) + 0.72) / height
+    cells = figure.add_gridspec(2, 2, left=0.075, right=0.915, bottom=0.075, top=top, wspace=0.5, hspace=0.5)
+    panels = [figure.add_subplot(cells[i, j]) for i in (0, 1) for j in (0, 1)]
+    style.legend_above(panels[0], _draw_loss(panels[0], history), columns=2)
+    style.legend_above(panels[1], _draw_sparsity(panels[1], history, plan=coefficient_plan), columns=2)
+    _draw_bits(panels[2], history)
+    _draw_liveness(panels[3], layers)
+    panels[3].set_yticks(*_row_groups(layers))
+    panels[3].tick_params(axis="y", length=0)
+    panels[3].set_xlabel("output channel")
+    dead, total = _dead_total(layers)
+    headings = ["Loss and accuracy", "Zeros and coefficient", "Bits of every layer", "Channels: black is dead"]
+    alt = f"Four charts of the run. {title}."
+    if record:
+        zeros, share = percent(record.unstructured_sparsity), percent(record.structured_sparsity)
+        headings[0] = f"Loss {record.loss:.2f}, test accuracy {percent(record.accuracy)}"
+        headings[1] = f"Zeros {zeros}, dead channels {share}"
+        headings[2] = f"Bits: {record.mean_bits:.1f} on average"
+        headings[3] = f"Dead (black): {dead} of {total} channels"
+        alt += f" {headings[0]}. Zero weights {zeros}, dead channels {share}, {dead} of {total}, at coefficient "
+        alt += f"{record.coefficient:.3g}. Bit widths {_span([layer.bits for layer in layers])}, mean "
+        alt += f"{record.mean_bits:.1f}."
+    for panel, heading, pad in zip(panels, headings, (36, 36, 22, 22), strict=True):
+        panel.set_title(heading, pad=pad)
+    return style.finish(figure, alt)
+
+
+@style.styled
+def layer_sparsity_bars(
+    names: Sequence[str], sparsity: Sequence[float], structured: Sequence[float], *, subtitle: str = ""
+) -> Figure:
+    """Two shares (0 to 1) of each layer, drawn in per cent: zero weights (wide bar) and dead channels (thin bar)."""
+    zeros, dead = 100 * np.asarray(sparsity, dtype=float), 100 * np.asarray(structured, dtype=float)
+    title = alt = "No layer was measured"
+    if len(zeros):
+        low, high = int(zeros.argmin()), int(zeros.argmax())
+        title = f"Zeros: from {zeros[low]:.1f} % in {names[low]} to {zeros[high]:.1f} % in {names[high]}"
+        top = int(dead.argmax())
+        alt = f"{title}. Dead channels: at most {dead[top]:.1f} %, in {names[top]}."
+    figure = style.canvas(title, subtitle, height=1.3 + 0.235 * max(len(names), 3))
+    axes = figure.subplots()
+    style.grid(axes, "x")
+    y = np.arange(len(names))
+    axes.barh(y, zeros, height=0.74, color=style.ZEROS, alpha=0.45, label="zero weights")
+    axes.barh(y, dead, height=0.3, color=style.CHANNELS, label="dead channels")
+    for at, value, other in zip(y, zeros, dead, strict=True):
+        axes.annotate(
+            f"{value:.0f} %", (max(value, other), at), (4, 0), textcoords="offset points", va="center", size=9
+        )
+    axes.set_yticks(y, list(names))
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, 108), ylim=(len(names) - 0.4, -0.6), xlabel="share of the layer")
+    axes.set_xticks(range(0, 101, 20))
+    style.percent_axis(axes.xaxis)
+    style.legend_above(axes)
+    return style.finish(figure, f"Horizontal bars, one layer a row. {alt}")
+
+
+@style.styled
+def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "") -> Figure:
+    """Every kernel of a convolution: row o, column i is kernel (o, i). Zero white, positive blue, negative orange.
+
+    weight: (O, I, k, k). A filter that is all zero is marked at its left. Raises ValueError for another shape.
+    """
+    values = np.asarray(weight, dtype=float)
+    if values.ndim != 4 or not values.size:
+        raise ValueError(f"weight of shape {values.shape}: need (O, I, k, k); pass one convolution's weight")
+    outputs, inputs, high, wide = values.shape
+    dead = np.flatnonzero(~values.any(axis=(1, 2, 3)))
+    empty = int((~values.any(axis=(2, 3))).sum())
+    zeros = float((values == 0).mean())
+    title = f"{name}: {percent(zeros)} zeros, {len(dead)} of {outputs} filters dead"
+    mosaic = np.full((outputs, high + 1, inputs, wide + 1), np.nan)
+    mosaic[:, :high, :, :wide] = values.transpose(0, 2, 1, 3)
+    limit = float(np.abs(values).max()) or 1.0
+    ratio = outputs * (high + 1) / (inputs * (wide + 1))
+    drawn = min(5.8 * ratio, 7.0)  # inches; the width follows, so that kernels stay square
+    size = {"height": drawn + 1.5, "width": max(drawn / ratio + 1.9, 6.0)}
+    figure = style.canvas(title, subtitle, **size)
+    axes = figure.subplots()
+    box = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
+    flat = mosaic.reshape(outputs * (high + 1), inputs * (wide + 1))[:-1, :-1]
+    image = axes.imshow(
+        flat, cmap=_SIGNED, norm=_AwayFromZero(limit), extent=box, interpolation="nearest", aspect="equal"
+    )
+    axes.set(xlabel="input channel", ylabel="output channel (filter)", xlim=(-0.5 - 0.035 * inputs, inputs - 0.5))
+    axes.set_facecolor(style.PAPER)
+    axes.plot(
+        np.full(len(dead), -0.5 - 0.018 * inputs), dead, ls="", marker=">", ms=5, color=style.BLACK, label="dead filter"
+    )
+    if len(dead):
+        style.legend_above(axes)
+    for locator in (axes.xaxis, axes.yaxis):
+        locator.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, label="weight (white: exactly 0)", shrink=0.7, pad=0.02, aspect=28)
+    alt = f"Map of the {outputs} by {inputs} kernels of {title}; {empty} of {outputs * inputs} kernels are all zero."
+    return style.finish(figure, alt)
+
+
+@style.styled
+def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[bool], *, subtitle: str = "") -> Figure:
+    """MACs of each layer in millions, blue where its weights are quantized, orange where they stay full precision."""
+    cost, mask = np.asarray(macs, dtype=float), np.asarray(quantized, dtype=bool)
+    total, share = float(cost.sum()), float(cost[mask].sum() / max(cost.sum(), 1.0))
+    title = f"The {int(mask.sum())} quantized layers hold {percent(share)} of the {total / 1e6:.1f} million MACs"
+    figure = style.canvas(title, subtitle, height=4.2)
+    axes = figure.subplots()
+    style.grid(axes)
+    x = np.arange(len(names))
+    groups = (
+        (mask, style.BLUE, f"quantized ({int(mask.sum())} layers)"),
+        (~mask, style.ORANGE, f"full precision ({int((~mask).sum())} layers)"),
+    )
+    for chosen, color, label in groups:
+        axes.bar(x[chosen], cost[chosen] / 1e6, color=color, width=0.72, label=label)
+    for at, value in zip(x, cost / 1e6, strict=True):
+        text = f"{value:.2g}" if value >= 0.01 else "<0.01"
+        axes.annotate(text, (at, value), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=style.MUTED)
+    axes.set(ylabel="million MACs an image", ylim=(0, 1.1 * max(cost.max(initial=0.0) / 1e6, 1e-3)))
+    style.layer_axis(axes, names)
+    style.legend_above(axes)
+    alt = f"Bars, one a layer. {title}; the largest layer is {_largest(names, cost)}."
+    return style.finish(figure, alt)
+
+
+@style.styled
+def before_after(
+    names: Sequence[str], before: Sequence[int], after: Sequence[int], label: str, *, subtitle: str = ""
+) -> Figure:
+    """Paired bars of a cost (`label`: 'MACs' or 'BOPs') of each layer, with the share that is left above the pair."""
+    old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    scale, unit = (1e9, "billion") if old.max(initial=0.0) >= 5e8 else (1e6, "million")
+    left, right = f"{old.sum() / scale:.3g}", f"{new.sum() / scale:.3g}"
+    ratio = f"{old.sum() / new.sum():.3g} times fewer" if new.sum() else "nothing is left"
+    title = f"{label}: {left} {unit} before, {right} {unit} after, {ratio}"
+    figure = style.canvas(title, subtitle, height=4.4)
+    axes = figure.subplots()
+    style.grid(axes)
+    x = np.arange(len(names))
+    axes.bar(x - 0.2, old / scale, width=0.4, color=style.PALE, edgecolor=style.GREY, lw=0.6, label="before")
+    axes.bar(x + 0.2, new / scale, width=0.4, color=style.BLUE, label="after (share left above the pair)")
+    for at, value, kept in zip(x, old, new, strict=True):
+        text = f"{100 * kept / value:.0f}%" if value else ""
+        height = max(value, kept) / scale
+        axes.annotate(text, (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=9, color=style.INK)
+    axes.set(ylabel=f"{unit} {label} an image", ylim=(0, 1.12 * max(old.max(initial=0.0) / scale, 1e-9)))
+    style.layer_axis(axes, names)
+    style.legend_above(axes)
+    return style.finish(figure, f"Paired bars, one pair a layer. {title}.")
+
+
+def _draw_loss(axes: Axes, history: History) -> Axes:
+    """Draw loss (left) and accuracy (right); gives back the right axes."""
+    x = np.arange(1, len(history) + 1)
+    style.grid(axes)
+    axes.plot(x, history.column("loss"), color=style.LOSS, lw=2.2, marker=".", label="loss, total")
+    axes.plot(x, history.column("task_loss"), color=style.TASK, lw=1.6, marker=".", ms=4, label="task loss")
+    axes.set_ylim(0, 1.08 * max(history.column("loss").max(initial=0.0), 1e-3) if len(history) else 1.0)
+    axes.set_ylabel("loss, mean of the batches")
+    style.epoch_axis(axes, history.epochs)
+    right = style.right_axis(axes, "test accuracy", style.ACCURACY)
+    right.plot(
+        x, 100 * history.column("accuracy"), color=style.ACCURACY, lw=2.2, marker=".", label="test accuracy (right)"
+    )
+    right.set_ylim(0, 100)
+    style.percent_axis(right.yaxis)
+    return right
+
+
+def _draw_sparsity(axes: Axes, history: History, *, plan: Sequence[float] | None) -> Axes:
+    """Draw the two sparsities (left) and the coefficient (right); gives back the right axes."""
+    x = np.arange(1, len(history) + 1)
+    coefficient = history.column("coefficient")
+    planned = np.asarray(plan if plan is not None else [], dtype=float)
+    style.grid(axes)
+    right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)
+    if len(planned):
+        ahead = np.arange(1, len(planned) + 1)
+        right.plot(ahead, planned, color=style.COEFFICIENT, lw=1, ls=":", label="coefficient, planned")
+    right.plot(x, coefficient, color=style.COEFFICIENT, lw=1.8, ls=(0, (4, 2)), label="coefficient (right)")
+    for column, color, label in (
+        ("unstructured_sparsity", style.ZEROS, "zero weights"),
+        ("structured_sparsity", style.CHANNELS, "dead channels"),
+    ):
+        axes.plot(x, 100 * history.column(column), color=color, lw=2.2, marker=".", label=label, clip_on=False)
+    peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
+    right.set_ylim(0, 1.15 * peak if peak > 0 else 1.0)
+    axes.set(ylim=(0, 100), ylabel="share")
+    style.percent_axis(axes.yaxis)
+    style.epoch_axis(axes, history.epochs)
+    return right
+
+
+def _draw_bits(axes: Axes, history: History) -> None:
+    """One line a layer, wide and dark to narrow and bright, so that lines that coincide show as nested stripes."""
+    x = np.arange(1, len(history) + 1)
+    bits = history.layer_column("bits").reshape(len(history), len(history.layer_names))  # (E, L)
+    count = bits.shape[1]
+    style.grid(axes)
+    for i in range(count):
+        depth = i / max(count - 1, 1)
+        axes.plot(x, bits[:, i], color=style.DEPTH(depth), lw=6.0 - 4.6 * depth, marker="." if len(x) == 1 else "")
+    axes.plot(x, history.column("mean_bits"), color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean")
+    low, high = min(2.0, bits.min(initial=2.0)), max(8.0, bits.max(initial=8.0))
+    axes.set(ylim=(low - 0.35, high + 0.35), ylabel="bits of a weight")
+    axes.set_yticks(np.arange(np.floor(low), np.ceil(high) + 1))
+    style.epoch_axis(axes, history.epochs)
+    if count:
+        values, layers = np.unique(np.round(bits[-1] * 4) / 4, return_counts=True)
+        for value, number in zip(values, layers, strict=True):
+            text = f"{number} layers" if number > 1 else "1 layer"
+            axes.annotate(
+                text, (x[-1], value), (7, 0), textcoords="offset points", va="center", fontsize=9, annotation_clip=False
+            )
+    keys = [
+        Line2D([], [], color=style.DEPTH(0.0), lw=5, label="first layer"),
+        Line2D([], [], color=style.DEPTH(1.0), lw=2, label="last layer"),
+        Line2D([], [], color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean"),
+    ]
+    style.legend_above(axes, handles=keys)
+
+
+def _draw_liveness(axes: Axes, layers: Sequence[LayerRecord]) -> None:
+    """The map itself: an image of 0 (dead), 1 (alive), masked (absent) on a hatched ground."""
+    rows, columns = max(len(layers), 1), max((layer.channels for layer in layers), default=1)
+    alive = np.ma.masked_array(np.zeros((rows, columns)), mask=True)
+    for i, layer in enumerate(layers):
+        alive[i, : layer.channels] = 1.0 - np.asarray(layer.dead, dtype=np.float64)
+    axes.set_facecolor(style.FAINT)
+    axes.patch.set(hatch="////", edgecolor=style.PALE)
+    axes.imshow(alive, cmap=LIVENESS, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    lines = []
+    for i, layer in enumerate(layers):
+        end = layer.channels - 0.5
+        lines.append([(-0.5, i - 0.5), (end, i - 0.5), (end, i + 0.5), (-0.5, i + 0.5)])
+        if columns <= 128:
+            lines += [[(j - 0.5, i - 0.5), (j - 0.5, i + 0.5)] for j in range(1, layer.channels)]
+    axes.add_collection(LineCollection(lines, colors=style.PALE, linewidths=0.5), autolim=False)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    if not layers:
+        axes.set(xticks=[], yticks=[])
+        axes.text(
+            0, 0, "from the first epoch on", ha="center", va="center", color=style.MUTED, backgroundcolor=style.PAPER
+        )
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+
+
+def _row_groups(layers: Sequence[LayerRecord]) -> tuple[list[float], list[str]]:
+    """Names of the rows: each where there is room, otherwise the first part of the name once for its rows."""
+    if len(layers) <= 12:
+        return [float(i) for i in range(len(layers))], [layer.name for layer in layers]
+    members: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        members.setdefault(layer.name.split(".")[0], []).append(i)
+    return [float(np.mean(rows)) for rows in members.values()], list(members)
+
+
+def _dead_total(layers: Sequence[LayerRecord]) -> tuple[int, int]:
+    return sum(layer.dead_channels for layer in layers), sum(layer.channels for layer in layers)
+
+
+def _epochs(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"
+
+
+def _span(bits: Sequence[float]) -> str:
+    low, high = min(bits), max(bits)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _first_dead(dead: NDArray[np.float64]) -> str:
+    return f"in epoch {int((dead > 0).argmax()) + 1}" if (dead > 0).any() else "in no epoch"
+
+
+def _most_dead(layers: Sequence[LayerRecord]) -> str:
+    worst = max(layers, key=lambda layer: layer.dead_channels, default=None)
+    return f"{worst.name} ({worst.dead_channels} of {worst.channels})" if worst and worst.dead_channels else "no layer"
+
+
+def _largest(names: Sequence[str], cost: NDArray[np.float64]) -> str:
+    return f"{names[int(cost.argmax())]} with {cost.max() / 1e6:.2f} million" if len(cost) else "none"
+
+
+class _AwayFromZero(Normalize):
+    """-limit..limit to 0..1 with a gap around 0.5: however small, a weight that is not 0 never looks like one."""
+
+    GAP = 0.004
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(-limit, limit)
+        self.limit = limit
+
+    def __call__(self, value: Any, clip: bool | None = None) -> Any:
+        share = np.ma.masked_invalid(value) / self.limit
+        return 0.5 + np.ma.asarray(np.sign(share)) * (self.GAP + (0.5 - self.GAP) * np.ma.abs(share))
+
+    def inverse(self, value: Any) -> Any:
+        side = np.asarray(value) - 0.5
+        return np.sign(side) * np.maximum(np.abs(side) - self.GAP, 0) / (0.5 - self.GAP) * self.limit
+
+
+def _signed_colors(steps: int = 512) -> Colormap:
+    """Negative orange, positive blue, white for exactly 0 only: the smallest other weight is clearly coloured."""
+    strength = np.linspace(0.25, 1.0, steps)[:, None]
+    sides = [1 - strength * (1 - np.array(rgb)) for rgb in ((0.70, 0.27, 0.0), (0.0, 0.30, 0.58))]
+    middle = np.ones((1, 3))
+    return ListedColormap(np.concatenate([sides[0][::-1], middle, sides[1]]), name="signed").with_extremes(
+        bad=style.PALE
+    )
+
+
+_SIGNED = _signed_colors()

@@ -1,0 +1,471 @@
+"""The dead-zone quantizer against an independent float64 reference in numpy, and the properties it promises.
+
+The reference follows the equations of CoDeQ (section 3), with every gradient derived by hand, none taken from autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import nn
+
+from src.quantizer import (
+    DeadZoneLDZCompander,
+    QuantizerError,
+    check_bits,
+    check_logit,
+    clip_through,
+    quantize,
+    relu_through,
+    round_through,
+    weight_ranges,
+)
+from utils_quantization import FakeQuantParametrization, attach_weight_quantizers
+
+Floats = NDArray[np.float64]
+EPSILON = 1e-8
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+LOGITS = st.floats(-4, 4).filter(lambda x: abs(x) > 1e-3)
+SHAPES = [(1,), (2,), (7,), (101,), (4, 5), (3, 2, 3, 3), (16, 3, 3, 3), (1, 1, 1, 1), ()]
+
+
+class Reference(NamedTuple):
+    """What the reference computes for one tensor."""
+
+    values: Floats
+    indices: Floats
+    bits: float
+    dead_zone: float
+    step: float
+    grad_w: Floats
+    grad_dz: float
+    grad_bit: float
+
+
+def reference(w: Floats, theta_dz: float, theta_bit: float, upstream: Floats, max_bits: int = 8) -> Reference:
+    """The quantizer and all its gradients by hand.
+
+    Forward, with R the 0.99-quantile of |w|:
+        d = 2 R (1 - |tanh theta_dz|), b = round(|tanh theta_bit| (max - 2) + 2), Q = 2^(b-1) - 1
+        s = (R - d/2) / (Q - 1/2) + eps, delta = d/2 - s/2
+        x = sign(w) max(|w| - delta, 0) / s, q = clip(round(x), -Q, Q), value = s q + delta sign(q)
+
+    Backward. Straight through means that round, max(., 0) and clip have slope 1, while sign and R are held fixed, and
+    the clipping bound passes nothing. So, with the forward values of x and q,
+        dq = dx = sign(w) (d|w| - d delta) / s - x ds / s,            d|w| = sign(w) dw
+        dvalue = q ds + s dq + sign(q) d delta
+               = sign(w)^2 dw + (q - x) ds + (sign(q) - sign(w)) d delta
+    The weight's own slope is 1 wherever w != 0, pruned and saturated weights included. The dead zone:
+        ds/dd = -1 / (2 (Q - 1/2)), d delta/dd = 1/2 - (ds/dd) / 2, dd/dtheta = -2 R sign(tanh) (1 - tanh^2)
+    The bits, straight through their rounding:
+        ds/dQ = -(R - d/2) / (Q - 1/2)^2, d delta/dQ = -(ds/dQ) / 2, dQ/db = ln(2) 2^(b-1),
+        db/dtheta = (max - 2) sign(tanh) (1 - tanh^2)
+    """
+    magnitude = np.abs(w)
+    range_ = float(np.quantile(magnitude, 0.99, method="linear"))
+    tanh_dz, tanh_bit = math.tanh(theta_dz), math.tanh(theta_bit)
+    dead_zone = 2 * range_ * (1 - abs(tanh_dz))
+    bits = float(np.round(abs(tanh_bit) * (max_bits - 2) + 2))
+    levels = 2 ** (bits - 1) - 1
+    step = (range_ - dead_zone / 2) / (levels - 0.5) + EPSILON
+    shift = dead_zone / 2 - step / 2
+    sign = np.sign(w)
+    x = sign * np.maximum(magnitude - shift, 0) / step
+    q = np.clip(np.round(x), -levels, levels)
+
+    wrt_step = float((upstream * (q - x)).sum())
+    wrt_shift = float((upstream * (np.sign(q) - sign)).sum())
+    step_dz = -0.5 / (levels - 0.5)
+    wrt_dead_zone = wrt_step * step_dz + wrt_shift * (0.5 - step_dz / 2)
+    step_levels = -(range_ - dead_zone / 2) / (levels - 0.5) ** 2
+    wrt_levels = wrt_step * step_levels - wrt_shift * step_levels / 2
+    return Reference(
+        values=step * q + shift * np.sign(q),
+        indices=q,
+        bits=bits,
+        dead_zone=dead_zone,
+        step=step,
+        grad_w=upstream * sign**2,
+        grad_dz=wrt_dead_zone * -2 * range_ * math.copysign(1, tanh_dz) * (1 - tanh_dz**2),
+        grad_bit=wrt_levels
+        * math.log(2)
+        * 2 ** (bits - 1)
+        * (max_bits - 2)
+        * math.copysign(1, tanh_bit)
+        * (1 - tanh_bit**2),
+    )
+
+
+def made(
+    theta_dz: float = 3.0, theta_bit: float = 3.0, max_bits: int = 8, dtype: torch.dtype = torch.float64
+) -> DeadZoneLDZCompander:
+    """A quantizer whose logits have full precision: the constructor's own are float32."""
+    quantizer = DeadZoneLDZCompander(max_bits=max_bits).to(dtype)
+    with torch.no_grad():
+        quantizer.logit_dz.fill_(theta_dz)
+        quantizer.logit_bit.fill_(theta_bit)
+    return quantizer
+
+
+def weights(shape: tuple[int, ...], seed: int, kind: str = "normal") -> Floats:
+    generator = np.random.default_rng(seed)
+    w = generator.standard_normal(shape) * 0.1
+    if kind == "zeros":
+        return np.zeros(shape)
+    if kind == "half zeros":
+        return w * generator.integers(0, 2, shape)
+    if kind == "outlier":
+        return w + 50 * (generator.random(shape) > 0.9)
+    return w
+
+
+def assert_matches_reference(w: Floats, theta_dz: float, theta_bit: float, max_bits: int, seed: int) -> None:
+    upstream = np.random.default_rng(seed + 1).standard_normal(w.shape)
+    expected = reference(w, theta_dz, theta_bit, upstream, max_bits)
+    quantizer = made(theta_dz, theta_bit, max_bits)
+    latent = torch.tensor(w, requires_grad=True)
+    values = quantizer(latent)
+    values.backward(torch.tensor(upstream))
+    assert values.shape == latent.shape
+    assert values.dtype == torch.float64
+    np.testing.assert_allclose(values.detach().numpy(), expected.values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(quantizer.indices(latent).numpy(), expected.indices)
+    assert float(quantizer.get_bitwidth()) == expected.bits
+    assert latent.grad is not None
+    assert quantizer.logit_dz.grad is not None
+    assert quantizer.logit_bit.grad is not None
+    np.testing.assert_allclose(latent.grad.numpy(), expected.grad_w, rtol=1e-9, atol=1e-12)
+    scale = np.abs(w).sum() * 2.0**max_bits + 1e-9  # sums of many terms that cancel
+    np.testing.assert_allclose(float(quantizer.logit_dz.grad), expected.grad_dz, rtol=1e-7, atol=1e-11 * scale)
+    np.testing.assert_allclose(float(quantizer.logit_bit.grad), expected.grad_bit, rtol=1e-7, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "zeros", "half zeros", "outlier"])
+@pytest.mark.parametrize(("theta_dz", "theta_bit"), [(3.0, 3.0), (-0.4, 0.5), (0.7, -0.2), (-1.5, -3.0)])
+def test_values_and_all_gradients_match_the_reference(
+    shape: tuple[int, ...], kind: str, theta_dz: float, theta_bit: float
+) -> None:
+    assert_matches_reference(weights(shape, 11, kind), theta_dz, theta_bit, 8, seed=3)
+
+
+@QUICK
+@given(
+    size=st.integers(1, 300),
+    seed=st.integers(0, 10_000),
+    theta_dz=LOGITS,
+    theta_bit=LOGITS,
+    max_bits=st.integers(2, 12),
+)
+def test_reference_over_random_tensors(
+    size: int, seed: int, theta_dz: float, theta_bit: float, max_bits: int
+) -> None:
+    assert_matches_reference(weights((size,), seed), theta_dz, theta_bit, max_bits, seed)
+
+
+def test_one_case_by_hand() -> None:
+    """Five weights, 2 bits: Q = 1, one level on each side, so that every number can be followed.
+
+    |w| sorted: 0.1 0.2 0.3 0.4 0.5; quantile position 0.99 * 4 = 3.96, so R = 0.4 + 0.96 * 0.1 = 0.496.
+    tanh(atanh 0.5) = 0.5: d = 2 * 0.496 * 0.5 = 0.496, d / 2 = 0.248. s = 0.248 / 0.5 = 0.496 (+ 1e-8),
+    delta = 0.248 - 0.248 = 0. |w| <= 0.248 becomes 0, all else +-(s + delta) = +-0.496.
+    """
+    w = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5], dtype=torch.float64)
+    quantizer = made(math.atanh(0.5), 3.0, max_bits=2)
+    np.testing.assert_allclose(quantizer(w).detach().numpy(), [0, 0, 0.496, -0.496, 0.496], atol=2e-8)
+    assert quantizer.indices(w).tolist() == [0, 0, 1, -1, 1]
+    grid = quantizer.grid(w)
+    assert float(grid.range) == pytest.approx(0.496, abs=1e-12)
+    assert float(grid.dead_zone) == pytest.approx(0.496, abs=1e-12)
+    assert float(grid.levels) == 1
+    assert float(quantizer.dead_zone_share()) == pytest.approx(0.5)
+
+
+def test_pruned_and_saturated_weights_still_move() -> None:
+    """A plain rounding, ReLU or clip would give slope 0 at both."""
+    w = torch.tensor([1e-4, *np.linspace(0.2, 1, 300), 30.0], dtype=torch.float64, requires_grad=True)
+    quantizer = made(0.5, 3.0)
+    values = quantizer(w)
+    assert float(values[0]) == 0
+    assert float(values[-1]) < 1.01
+    values.sum().backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == pytest.approx([1.0] * 302)
+
+
+def test_straight_through_pieces() -> None:
+    x = torch.tensor([-2.6, -0.5, 0.5, 1.5, 7.2], dtype=torch.float64, requires_grad=True)
+    bound = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for piece, expected in (
+        (round_through, [-3, 0, 0, 2, 7]),
+        (relu_through, [0, 0, 0.5, 1.5, 7.2]),
+        (lambda t: clip_through(t, bound), [-2, -0.5, 0.5, 1.5, 2]),
+    ):
+        value = piece(x)
+        np.testing.assert_allclose(value.detach().numpy(), expected)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert slope.tolist() == [1.0] * 5
+    assert bound.grad is None
+
+
+@QUICK
+@given(size=st.integers(1, 400), seed=st.integers(0, 10_000), theta_dz=LOGITS, theta_bit=LOGITS)
+def test_properties(size: int, seed: int, theta_dz: float, theta_bit: float) -> None:
+    quantizer = made(theta_dz, theta_bit)
+    w = torch.from_numpy(weights((size,), seed))
+    values = quantizer(w).detach()
+    grid = quantizer.grid(w)
+    half, levels, top = float(grid.dead_zone) / 2, float(grid.levels), float(grid.range)
+    magnitude = w.abs()
+    # exactly zero in the dead zone and nowhere else, but for the width of rounding
+    width = 1e-9 * top
+    assert bool((values[magnitude <= half - width] == 0).all())
+    assert bool((values[magnitude >= half + width] != 0).all())
+    assert len(values.unique()) <= 2 * levels + 1
+    # s Q + delta = (R - d/2) + d/2 + (Q - 1/2) 1e-8: the largest level is R but for what keeps the step above 0
+    assert float(values.abs().max()) <= top + (levels - 0.5) * EPSILON + 1e-12
+    clipped = magnitude >= top
+    assert bool(((values[clipped].abs() - top - (levels - 0.5) * EPSILON).abs() < 1e-12).all())
+    assert torch.equal(quantizer(-w), -quantizer(w))
+    with torch.no_grad():
+        quantizer.logit_dz.neg_()
+        quantizer.logit_bit.neg_()
+    assert torch.equal(quantizer(w).detach(), values), "the signs of the logits are immaterial"
+
+
+@pytest.mark.parametrize("max_bits", [2, 4, 6])
+def test_largest_level_is_the_range(max_bits: int) -> None:
+    w = torch.from_numpy(weights((1000,), 5))
+    quantizer = made(1.0, 20.0, max_bits)
+    assert float(quantizer.get_bitwidth()) == max_bits
+    assert float(quantizer(w).abs().max()) == pytest.approx(np.quantile(np.abs(w.numpy()), 0.99), abs=1e-6)
+    assert len(quantizer(w).unique()) == 2**max_bits - 1  # 1000 weights reach all 2 Q + 1 levels
+
+
+@pytest.mark.parametrize("edge", [1 - 1e-6, 1 + 1e-6])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_edge_of_the_dead_zone(edge: float, sign: int) -> None:
+    w = torch.from_numpy(weights((500,), 8))
+    quantizer = made(0.6, 3.0)
+    w[0] = 0
+    half = float(quantizer.grid(w).dead_zone) / 2
+    w[0] = sign * half * edge  # the quantile of 500 values does not depend on a small one
+    assert float(quantizer.grid(w).dead_zone) / 2 == half
+    assert (float(quantizer(w)[0]) == 0) is (edge < 1)
+
+
+@QUICK
+@given(sizes=st.lists(st.integers(1, 350), min_size=1, max_size=6), seed=st.integers(0, 10_000))
+def test_range_is_numpys_linear_quantile(sizes: list[int], seed: int) -> None:
+    tensors = [weights((size,), seed + i) for i, size in enumerate(sizes)]
+    ours = weight_ranges([torch.from_numpy(w) for w in tensors])
+    theirs = [np.quantile(np.abs(w), 0.99, method="linear") for w in tensors]
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14)
+
+
+def test_no_gradient_through_the_range() -> None:
+    w = torch.rand(50, requires_grad=True)
+    assert not weight_ranges([w]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batched_equals_one_at_a_time_bit_for_bit(dtype: torch.dtype) -> None:
+    shapes = [(16, 3, 3, 3), (5,), (1, 1), (64, 32, 3, 3), (10, 64)]
+    tensors = [torch.from_numpy(weights(shape, i)).to(dtype) for i, shape in enumerate(shapes)]
+    tensors[1].zero_()
+    quantizers = [made(0.4 * i - 1.1, 1.2 - 0.5 * i, dtype=dtype) for i in range(len(shapes))]
+    together = DeadZoneLDZCompander.quantize_many(quantizers, tensors)
+    for quantizer, w, value in zip(quantizers, tensors, together, strict=True):
+        assert value.dtype == dtype
+        assert torch.equal(value, quantizer(w))
+        assert torch.equal(
+            value, quantize([w], quantizer.logit_dz[None], quantizer.get_bitwidth()[None])[0]
+        )
+
+
+def test_batched_gradients_equal_one_at_a_time() -> None:
+    tensors = [torch.from_numpy(weights(shape, i)).requires_grad_() for i, shape in enumerate([(4, 3, 3, 3), (9,), (1,)])]
+    quantizers = [made(0.5 - i, 0.8, max_bits=6) for i in range(3)]
+    parameters = [*tensors, *(q.logit_dz for q in quantizers), *(q.logit_bit for q in quantizers)]
+    factors = [torch.from_numpy(weights(tuple(t.shape), 20 + i)) for i, t in enumerate(tensors)]
+
+    def loss(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(v * f).sum() for v, f in zip(values, factors, strict=True)]).sum()
+
+    batched = torch.autograd.grad(loss(DeadZoneLDZCompander.quantize_many(quantizers, tensors)), parameters)
+    single = torch.autograd.grad(loss([q(w) for q, w in zip(quantizers, tensors, strict=True)]), parameters)
+    for ours, theirs in zip(batched, single, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_float32_agrees_with_the_reference_away_from_ties() -> None:
+    w = weights((16, 16, 3, 3), 2).astype(np.float32)
+    quantizer = DeadZoneLDZCompander(init_bit_logit=0.9, init_deadzone_logit=1.1)
+    expected = reference(w.astype(np.float64), 1.1, 0.9, np.zeros(w.shape))
+    values = quantizer(torch.from_numpy(w))
+    assert values.dtype == torch.float32
+    shift = expected.dead_zone / 2 - expected.step / 2
+    position = np.maximum(np.abs(w) - shift, 0) / expected.step
+    safe = np.abs(position % 1 - 0.5) > 1e-3
+    assert safe.mean() > 0.95
+    np.testing.assert_allclose(values.detach().numpy()[safe], expected.values[safe], rtol=1e-5, atol=1e-6)
+
+
+def test_all_zero_tensor_gives_zeros_and_finite_gradients() -> None:
+    quantizer = DeadZoneLDZCompander()
+    w = torch.zeros(3, 2, 3, 3, requires_grad=True)
+    quantizer(w).square().sum().backward()
+    assert torch.count_nonzero(quantizer(w)) == 0
+    for parameter in (w, quantizer.logit_dz, quantizer.logit_bit):
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("value", [0.3, -2.0])
+def test_one_element_becomes_its_own_magnitude(value: float) -> None:
+    """R = |w|, which lies at the top of the grid, so the weight is kept whatever the bits."""
+    for theta_bit in (0.0, 0.5, 3.0):
+        ours = made(0.8, theta_bit)(torch.tensor([value], dtype=torch.float64))
+        assert float(ours) == pytest.approx(value, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("theta", "max_bits", "bits"),
+    [(0.0, 8, 2), (3.0, 8, 8), (-3.0, 8, 8), (0.5, 8, 5), (0.5, 4, 3), (10.0, 16, 16), (1.0, 2, 2)],
+)
+def test_bits_by_hand(theta: float, max_bits: int, bits: int) -> None:
+    """tanh 0.5 = 0.4621: 0.4621 * 6 + 2 = 4.77 -> 5 and 0.4621 * 2 + 2 = 2.92 -> 3; tanh 3 = 0.995: 7.97 -> 8."""
+    assert float(DeadZoneLDZCompander(max_bits=max_bits, init_bit_logit=theta).get_bitwidth()) == bits
+
+
+def test_fixed_bits_and_fixed_dead_zone_do_not_train() -> None:
+    quantizer = DeadZoneLDZCompander(fixed_bit_val=3, learnable_bit=False, learnable_deadzone=False)
+    w = torch.randn(2000, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    values = quantizer(w)
+    values.sum().backward()
+    assert float(quantizer.get_bitwidth()) == 3
+    assert len(values.unique()) == 7
+    assert quantizer.logit_dz.grad is None
+    assert quantizer.logit_bit.grad is None
+    assert [name for name, p in quantizer.named_parameters() if p.requires_grad] == []
+
+
+def test_state_dictionary_has_the_public_codes_keys() -> None:
+    state = DeadZoneLDZCompander().state_dict()
+    names = {"logit_dz", "logit_bit", "fixed_bit", "max_bits", "min_bits", "learnable_bit", "learnable_deadzone"}
+    assert set(state) == names
+    assert float(state["min_bits"]) == 2
+
+
+@pytest.mark.parametrize("flag", [torch.tensor(0.0), torch.tensor(False)])
+def test_flags_of_a_loaded_checkpoint_take_effect(flag: torch.Tensor) -> None:
+    checkpoint = {
+        "logit_dz": torch.tensor(1.5),
+        "logit_bit": torch.tensor(0.7),
+        "fixed_bit": torch.tensor(5.0),
+        "max_bits": torch.tensor(6.0),
+        "min_bits": torch.tensor(2.0),
+        "learnable_bit": flag,
+        "learnable_deadzone": flag,
+    }
+    quantizer = DeadZoneLDZCompander()
+    quantizer.load_state_dict(checkpoint)
+    assert float(quantizer.get_bitwidth()) == 5
+    assert float(quantizer.get_deadzone_logit()) == 1.5
+    assert float(quantizer.get_bitwidth_logit()) == pytest.approx(0.7)
+    assert not quantizer.logit_dz.requires_grad
+    assert not quantizer.logit_bit.requires_grad
+    assert "5 fixed" in repr(quantizer)
+    # tanh 0.7 = 0.6044: 0.6044 * 4 + 2 = 4.42 -> 4
+    on = {**checkpoint, "learnable_bit": torch.tensor(1.0), "learnable_deadzone": torch.tensor(1.0)}
+    quantizer.load_state_dict(on)
+    assert float(quantizer.get_bitwidth()) == 4
+    assert quantizer.logit_dz.requires_grad
+    assert quantizer.logit_bit.requires_grad
+    assert "2..6 learned" in repr(quantizer)
+
+
+def test_copies_follow_their_own_flags() -> None:
+    original = DeadZoneLDZCompander(fixed_bit_val=3, learnable_bit=False)
+    for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        twin.load_state_dict(DeadZoneLDZCompander(max_bits=6).state_dict())
+        assert float(twin.get_bitwidth()) == 6
+        assert float(original.get_bitwidth()) == 3
+
+
+def test_saved_and_loaded_gives_the_same_values() -> None:
+    buffer = io.BytesIO()
+    original = DeadZoneLDZCompander(init_deadzone_logit=0.3, init_bit_logit=-0.4)
+    torch.save(original.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = DeadZoneLDZCompander()
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    w = torch.randn(100, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded(w), original(w))
+
+
+@pytest.mark.parametrize("bits", [1, 17, 0, -3, 4.0, "4", True, None])
+def test_bits_out_of_range(bits: object) -> None:
+    with pytest.raises(QuantizerError, match=r"whole number from 2 to 16"):
+        check_bits("max_bits", bits)
+    with pytest.raises(QuantizerError, match="fixed_bit_val="):
+        DeadZoneLDZCompander(fixed_bit_val=bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf, "3", None, True])
+def test_logits_that_are_not_finite_numbers(logit: object) -> None:
+    with pytest.raises(QuantizerError, match="finite number"):
+        check_logit("init_bit_logit", logit)
+    with pytest.raises(QuantizerError, match="init_deadzone_logit="):
+        DeadZoneLDZCompander(init_deadzone_logit=logit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("w", [torch.zeros(0), torch.zeros(3, 0), torch.zeros(4, dtype=torch.int64)])
+def test_tensors_that_cannot_be_quantized(w: torch.Tensor) -> None:
+    for call in (DeadZoneLDZCompander(), DeadZoneLDZCompander().grid, DeadZoneLDZCompander().indices):
+        with pytest.raises(QuantizerError, match="at least one floating-point weight"):
+            call(w)
+
+
+def test_parametrization_identity_exact_values_gradients() -> None:
+    """The three parts: nothing when off, the reference's values when on, a gradient to every learnable."""
+    torch.manual_seed(4)
+    layer = nn.Linear(40, 30).double()
+    original = layer.weight.detach().clone()
+    model = nn.Sequential(layer)
+    attach_weight_quantizers(model, [], made, {"theta_dz": 0.9, "theta_bit": 0.6}, enabled=False)
+    fake_quant = layer.parametrizations.weight[0]  # type: ignore[union-attr]
+    assert isinstance(fake_quant, FakeQuantParametrization)
+    assert torch.equal(layer.weight, original)
+
+    fake_quant.enabled = True
+    image = np.random.default_rng(0).standard_normal((7, 40))
+    upstream = np.ones((7, 30)).T @ image  # d sum(x W^T) / d W
+    expected = reference(original.numpy(), 0.9, 0.6, upstream)
+    np.testing.assert_allclose(layer.weight.detach().numpy(), expected.values, rtol=1e-9, atol=1e-12)
+
+    model(torch.from_numpy(image)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert set(gradients) == {
+        "0.bias",
+        "0.parametrizations.weight.original",
+        "0.parametrizations.weight.0.quantizer.logit_dz",
+        "0.parametrizations.weight.0.quantizer.logit_bit",
+    }
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert bool(gradient.isfinite().all()), name
+        assert torch.count_nonzero(gradient), name
+    weight_gradient = gradients["0.parametrizations.weight.original"]
+    assert weight_gradient is not None
+    np.testing.assert_allclose(weight_gradient.numpy(), expected.grad_w, rtol=1e-9)

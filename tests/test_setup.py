@@ -1,0 +1,162 @@
+"""The set-up files agree with each other: pyproject.toml, requirements.lock, environment.yml, Makefile.
+
+Oracles: `packaging` reads requirements and markers, `make` itself says what it would do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+DIRECT = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+SUPPORTED = ("3.11.0", "3.12.0", "3.13.0")
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@functools.cache
+def locked() -> list[Requirement]:
+    """The pinned lines of the lock; a package may stand there once for each range of Python."""
+    joined = LOCK.replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if line and not line.lstrip().startswith("#")]
+    return [Requirement(re.split(r"\s--hash=", line)[0].strip()) for line in lines]
+
+
+def pinned(name: str, python: str) -> list[str]:
+    """The versions that the lock gives `name` on Linux with this Python: one, or none where a marker excludes it."""
+    environment = {"python_full_version": python, "python_version": python[:4], "sys_platform": "linux"}
+    return [
+        str(requirement.specifier).removeprefix("==")
+        for requirement in locked()
+        if canonicalize_name(requirement.name) == canonicalize_name(name)
+        and (requirement.marker is None or requirement.marker.evaluate(environment))
+    ]
+
+
+@pytest.mark.parametrize("python", SUPPORTED)
+@pytest.mark.parametrize("line", DIRECT)
+def test_lock_pins_every_direct_dependency_once_within_its_bounds(line: str, python: str) -> None:
+    requirement = Requirement(line)
+    versions = pinned(requirement.name, python)
+    assert len(versions) == 1, f"{requirement.name} on {python}: {versions}"
+    assert requirement.specifier.contains(versions[0])
+
+
+def test_every_direct_dependency_has_a_lower_bound_and_no_upper_one() -> None:
+    for line in DIRECT:
+        assert {specifier.operator for specifier in Requirement(line).specifier} == {">="}, line
+
+
+def test_lock_pins_exactly_and_hashes_every_line() -> None:
+    requirements = locked()
+    assert len(requirements) > 100
+    for requirement in requirements:
+        assert [specifier.operator for specifier in requirement.specifier] == ["=="], requirement
+    entries = re.findall(r"^[a-z0-9].*?(?=^[a-z0-9]|\Z)", LOCK, flags=re.MULTILINE | re.DOTALL)
+    assert len(entries) == len(requirements)
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_lock_names_no_address_and_no_folder_of_a_machine() -> None:
+    assert re.findall(r"\w+://\S+|--(?:extra-)?index-url|--find-links|(?<=\s)/\w+", LOCK) == []
+
+
+def test_supported_python_is_the_same_everywhere() -> None:
+    supported = SpecifierSet(PROJECT["requires-python"])
+    assert [minor for minor in range(8, 20) if supported.contains(f"3.{minor}")] == [11, 12, 13]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert Requirement(conda[0].replace(" ", "")).specifier == supported
+    assert "(3, 11) <= sys.version_info[:2] < (3, 14)" in (ROOT / "Makefile").read_text()
+
+
+def test_environment_yml_takes_every_package_from_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == PROJECT["name"]
+    assert environment["dependencies"][1:] == ["pip", {"pip": ["-r requirements.lock"]}]
+
+
+def test_the_licence_named_is_the_licence_given() -> None:
+    assert PROJECT["license"] == "MIT"
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
+    assert PROJECT["authors"][0]["name"] in (ROOT / "LICENSE").read_text()
+
+
+@needs_make
+def test_make_alone_lists_every_target() -> None:
+    listed = re.findall(r"^make (\w+)", make(), flags=re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert phony is not None
+    assert sorted(listed) == sorted(set(phony.group(1).split()) - {"help", "venv"})
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with a blank in its name, an environment that looks installed, and commands that print what they get."""
+    folder = tmp_path / "a folder"
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "requirements.lock", folder / ".venv/installed.lock")
+    python = folder / ".venv/bin/python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nfor argument; do printf "%s\\n" "$argument"; done\n')
+    python.chmod(0o755)
+    return folder
+
+
+@needs_make
+def test_make_passes_parameters_on_as_they_were_typed(checkout: Path) -> None:
+    value = 'folder:/x y/it\'s "q" $HOME `ls` $(rm) a;b'
+    output = make("walkthrough", f"DATA={value}", "EPOCHS=3", "LIMIT=", folder=checkout)
+    assert output.splitlines() == ["-m", "experiments.run_notebook", "--set", f"DATA={value}", "--set", "EPOCHS=3"]
+
+
+@needs_make
+def test_make_debug_turns_parameters_into_flags_of_the_script(checkout: Path) -> None:
+    output = make("debug", "PRESET=smoke", "BATCH_SIZE=64", "OUTPUT_DIR=my runs", folder=checkout)
+    assert output.splitlines()[2:] == ["--preset=smoke", "--batch-size=64", "--output=my runs"]
+
+
+@needs_make
+def test_make_takes_no_parameter_from_the_environment(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "somebody else's")
+    assert make("walkthrough", folder=checkout).splitlines() == ["-m", "experiments.run_notebook"]
+
+
+@needs_make
+def test_make_without_a_suitable_python_says_which_ones_it_looked_for(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(checkout / ".venv")
+    tools = checkout / "bin"
+    tools.mkdir()
+    for name in ("sh", "cmp", "make"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tools))
+    result = subprocess.run(["make", "test"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "no Python 3.11, 3.12 or 3.13 found" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def make(*arguments: str, folder: Path = ROOT) -> str:
+    # A make that runs these tests must not lend its variables to the one tested.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    result = subprocess.run(
+        ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
