@@ -70,7 +70,9 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
     except KeyboardInterrupt:
         progress.close("interrupted")
         kept = f"history and checkpoint of {saved} epochs are in {folder.path}; the same command with --resume goes on"
-        _say(f"stopped in epoch {saved + 1}; {kept if saved else 'no epoch was finished, so there is nothing to resume'}")
+        _say(
+            f"stopped in epoch {saved + 1}; {kept if saved else 'no epoch was finished, so there is nothing to resume'}"
+        )
         return INTERRUPTED
     except TrainingError as error:
         progress.close("stopped")

@@ -116,16 +116,7 @@ def train_epochs(run: Run, on_step: OnStep | None = None) -> Iterator[EpochRecor
             means.add(step)
             if on_step:
                 on_step(epoch, step)
-        record = training.measure_epoch(
-            run.model,
-            run.optimizer,
-            run.data,
-            means,
-            epoch=epoch,
-            coefficient=settings["coefficient"],
-            seconds=time.perf_counter() - started,
-            precision=run.precision,
-        )
+        record = measure(run, means, epoch, time.perf_counter() - started)
         run.history.append(record)
         yield record
 
@@ -143,6 +134,21 @@ def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dic
         "crop_padding": config.crop_padding,
         "flip": config.flip,
     }
+
+
+def measure(run: Run, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
+    """The record of epoch `epoch` (from 0), which has just been trained in `seconds`."""
+    coefficient = run.config.schedule()(epoch, run.config.epochs)
+    return training.measure_epoch(
+        run.model,
+        run.optimizer,
+        run.data,
+        means,
+        epoch=epoch,
+        coefficient=coefficient,
+        seconds=seconds,
+        precision=run.precision,
+    )
 
 
 def evaluate_run(run: Run) -> tuple[EvalResult, float]:

@@ -118,7 +118,9 @@ class RunConfig:
         _number("hold", self.hold, 0, 0.999)
         _number("expected_accuracy", self.expected_accuracy, 0, 1)
         if isinstance(self.exclude_layers, str):
-            raise ConfigError(f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)")
+            raise ConfigError(
+                f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)"
+            )
         try:
             check_bits("fixed_bits", self.fixed_bits)
             check_bits("max_bits", self.max_bits)

@@ -121,7 +121,7 @@ class DeadZoneLDZCompander(nn.Module):
 
     @torch.no_grad()
     def indices(self, w: Tensor) -> Tensor:
-        """The integer index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
+        """The index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
         return _indices(w, self.grid(w)).to(torch.int32)
 
     @staticmethod

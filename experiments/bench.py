@@ -1,0 +1,463 @@
+"""What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in four variants.
+
+    python -m experiments.bench [training] [--batch-size 512] [--rounds 15] [--threads N] [--device auto] [--json F]
+
+    plain_float32  the network alone: float32, contiguous, a batch that is ready
+    plain_fast     the same in the fastest mode the machine has: channels_last, and bfloat16 where it multiplies that
+    full           the pipeline in that mode, through src.training.train_epoch: augmentation, quantizers, squared logits,
+                   coupled group lasso at the debug preset's peak
+    naive          the same objective as it is written down first: float32, contiguous, torchvision's transforms image by
+                   image, a quantizer that runs again whenever a weight is read, a Python loop over the channel groups
+
+Time: all variants live in one process and take turns, one step each a round, so that a machine that slows down slows
+all of them; the order rotates. Printed are the median and the quartiles of the rounds; a ratio is the median of the
+ratios within a round. Two steps of each come first, uncounted. On a GPU a turn is 20 steps between two synchronisations.
+
+Memory: a process of its own for each variant. It builds everything, notes its resident memory, resets the high-water
+mark, takes three steps and reads the mark again: peak minus what was there before, so neither Python nor the images
+count, but activations, gradients, optimizer state and all scratch memory do. The mark is VmHWM where the system is
+Linux, because ru_maxrss of a child starts at its parent's; elsewhere it is ru_maxrss. On a GPU it is the allocator's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from experiments import pipeline
+from experiments.presets import DEBUG, RunConfig
+from resnet import NETWORKS
+from src import training
+from src.channels import channel_groups
+from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
+from src.quantizer import RANGE_QUANTILE, STEP_EPSILON, DeadZoneLDZCompander
+from src.runs import RunError, check_writable, machine, versions, write_atomic
+from utils_quantization import attach_weight_quantizers
+
+WARM_UP, MEMORY_STEPS, STEPS_A_TURN = 2, 3, {"cpu": 1, "mps": 5, "cuda": 20}
+LIMITS = {"full_over_plain": 1.15, "peak_memory_full_over_plain": 1.2}
+Take = Callable[[], None]
+GroupParts = list[list[tuple[str, str, int, int]]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants share. images: size of the synthetic training set; CIFAR-10's, so that gathering costs the same."""
+
+    batch_size: int = 512
+    images: int = 50_000
+    device: str = "auto"
+    precision: str = "auto"
+
+    @property
+    def config(self) -> RunConfig:
+        return replace(DEBUG, batch_size=self.batch_size, device=self.device, precision=self.precision)
+
+
+def synthetic_data(images: int, device: torch.device) -> ImageData:
+    """Random bytes with CIFAR-10's shape, statistics and number of classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (images,), generator=generator)
+    names = tuple(str(label) for label in range(10))
+    statistics_ = (CIFAR10_MEAN, CIFAR10_STD)
+    data = ImageData("synthetic", "random images", pixels, labels, pixels[:10], labels[:10], names, *statistics_)
+    return data.to(device)
+
+
+def plain_float32(setting: Setting) -> Take:
+    return _plain(setting, torch.float32, torch.contiguous_format)
+
+
+def plain_fast(setting: Setting) -> Take:
+    device = training.pick_device(setting.device)
+    return _plain(setting, training.pick_precision(setting.precision, device), torch.channels_last)
+
+
+def full(setting: Setting) -> Take:
+    """The pipeline as it is: the run that the script builds, and its own loop over epochs."""
+    config, device = setting.config, training.pick_device(setting.device)
+    run = pipeline.build_run(config, synthetic_data(max(setting.images, setting.batch_size), device))
+    means = training.EpochMeans()
+
+    def steps() -> Iterator[training.Step]:
+        for epoch in itertools.count():
+            yield from training.train_epoch(
+                run.model, run.optimizer, run.data, run.objective, coefficient=config.peak, weights_factor=lambda _: 1.0,
+                precision=run.precision, **{**pipeline.epoch_settings(config, epoch), "epochs": epoch + 1},
+            )  # fmt: skip
+
+    endless = steps()
+    return lambda: means.add(next(endless))
+
+
+def naive(setting: Setting) -> Take:
+    """The slow pipeline, with the same network, objective, rates and batches' distribution."""
+    config, device = setting.config, training.pick_device(setting.device)
+    torch.manual_seed(config.seed)
+    model = NETWORKS[config.model]().to(device)
+    attach_weight_quantizers(model, config.exclude_layers, NaiveQuantizer, config.quantizer_kwargs)
+    parts = group_parts(model)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, **config.group_kwargs), foreach=False)
+    data = synthetic_data(max(setting.images, setting.batch_size), torch.device("cpu"))
+    loader = naive_loader(data, setting.batch_size, config.crop_padding, config.flip)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    objective = config.objective(lambda network: naive_penalty(network, parts))
+
+    def take() -> None:
+        images, labels = next(batches)
+        naive_step(model, optimizer, images.to(device), labels.to(device), objective, config.peak)
+
+    return take
+
+
+VARIANTS: dict[str, tuple[str, Callable[[Setting], Take]]] = {
+    "plain_float32": ("plain, float32, contiguous", plain_float32),
+    "plain_fast": ("plain, fastest mode", plain_fast),
+    "full": ("full pipeline, fastest mode", full),
+    "naive": ("naive pipeline, float32", naive),
+}
+RATIOS = {
+    "full_over_plain": ("full", "plain_fast"),
+    "naive_over_full": ("naive", "full"),
+    "plain_float32_over_fast": ("plain_float32", "plain_fast"),
+}
+
+
+class NaiveQuantizer(DeadZoneLDZCompander):
+    """The formulas of src/quantizer.py one after another: a full sort for the range, detached differences for rounding."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        range_ = torch.quantile(w.detach().abs(), RANGE_QUANTILE)
+        dead_zone = 2 * range_ * (1 - self.logit_dz.tanh().abs())
+        bits = _through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits, torch.round)
+        levels = 2 ** (bits - 1) - 1
+        step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
+        shift = dead_zone / 2 - step / 2
+        outside = w.sign() * _through(w.abs() - shift, torch.relu)
+        index = _through(_through(outside / step, torch.round), lambda q: torch.clamp(q, -levels, levels))
+        return step * index + shift * index.sign()
+
+
+def group_parts(model: nn.Module) -> GroupParts:
+    """For each removable channel the (module, parameter, dimension, index) of all that goes with it."""
+    groups = channel_groups(model)
+    return [
+        [(module, name, dim, int(index)) for module, name, dim, indices in groups.slices(group) for index in indices]
+        for group in range(len(groups))
+    ]
+
+
+def naive_penalty(model: nn.Module, parts: GroupParts) -> Tensor:
+    """The coupled group lasso, a channel at a time. Each parameter is read once here, which runs its quantizer again."""
+    read = {
+        key: getattr(model.get_submodule(key[0]), key[1]) for group in parts for key in {part[:2] for part in group}
+    }
+    total = next(model.parameters()).new_zeros(())
+    for group in parts:
+        squares = sum(read[module, name].select(dim, index).square().sum() for module, name, dim, index in group)
+        if squares > 0:  # type: ignore[operator]
+            total = total + squares.sqrt()  # type: ignore[union-attr]
+    return total
+
+
+def naive_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    objective: training.Objective,
+    coefficient: float,
+) -> float:
+    """One update in float32, and its loss, read at once: the same objective as `src.training.train_step`."""
+    loss = F.cross_entropy(model(images), labels)
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_dz"):
+            loss = loss + objective.lambda_dz * parameter.square()
+        if name.endswith("logit_bit"):
+            loss = loss + objective.lambda_bit * parameter.square()
+    if objective.penalty is not None:
+        loss = loss + coefficient * objective.penalty(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def naive_loader(data: ImageData, batch_size: int, crop_padding: int, flip: bool) -> DataLoader[tuple[Tensor, int]]:
+    """Shuffled training batches, each image through torchvision's transforms by itself; no worker processes."""
+    from torchvision import transforms
+
+    crop = [transforms.RandomCrop(32, padding=crop_padding)] if crop_padding else []
+    mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    tail = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+    images = _ImageByImage(data, transforms.Compose([*crop, *mirror, *tail]))
+    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=0)
+
+
+def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds a step of every variant, one number a round."""
+    count, names = STEPS_A_TURN[device.type], list(takes)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for take in takes.values():
+        for _ in range(WARM_UP):
+            take()
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                takes[name]()
+            _synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / count)
+    return seconds
+
+
+def peak_memory(take: Take, device: torch.device) -> dict[str, int]:
+    """Bytes before and at the highest point of a few steps; meant for a process that does nothing else."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+        before = _high_water_bytes()
+    for _ in range(MEMORY_STEPS):
+        take()
+    _synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_bytes()
+    return {"before_bytes": before, "peak_bytes": peak, "step_bytes": peak - before}
+
+
+def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[str, Any]:
+    """Time all variants, measure their memory, and return the figures that `--json` writes."""
+    device = training.pick_device(setting.device)
+    precision = training.pick_precision(setting.precision, device)
+    takes = {name: build(setting) for name, (_, build) in VARIANTS.items()}
+    seconds = time_in_turns(takes, rounds, device)
+    takes.clear()
+    variants = {}
+    for name, (label, _) in VARIANTS.items():
+        figures = _spread(seconds[name])
+        variants[name] = {
+            "label": label,
+            "seconds_per_step": figures,
+            "images_per_second": setting.batch_size / figures["median"],
+            "memory": _memory_of(name, setting) if memory else None,
+        }
+    ratios: dict[str, Any] = {
+        name: _spread([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
+        for name, (over, under) in RATIOS.items()
+    }
+    used = [variants[name]["memory"] for name in ("full", "plain_fast")]
+    ratios["peak_memory_full_over_plain"] = used[0]["step_bytes"] / max(used[1]["step_bytes"], 1) if all(used) else None
+    return {
+        "benchmark": "training",
+        "network": DEBUG.model,
+        "batch_size": setting.batch_size,
+        "images": setting.images,
+        "rounds": rounds,
+        "machine": {**machine(device, precision), "cores": os.cpu_count()},
+        "versions": versions(),
+        "variants": variants,
+        "ratios": ratios,
+        "limits": LIMITS,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    host = result["machine"]
+    lines = [
+        f"One training step of {result['network']}, batch {result['batch_size']}, {result['rounds']} rounds in turns",
+        f"{host['device_name']} ({host['device']}), {host['threads']} threads, fastest mode {host['precision']}, "
+        f"torch {result['versions']['torch']}",
+        "",
+        f"{'variant':<30} {'seconds':>9} {'quartiles':>17} {'images/s':>9} {'step memory':>12}",
+    ]
+    for variant in result["variants"].values():
+        time_, memory = variant["seconds_per_step"], variant["memory"]
+        used = f"{memory['step_bytes'] / 2**20:,.0f} MiB" if memory else "-"
+        quartiles = f"{time_['low']:.4f}..{time_['high']:.4f}"
+        lines.append(
+            f"{variant['label']:<30} {time_['median']:>9.4f} {quartiles:>17} {variant['images_per_second']:>9,.0f} {used:>12}"
+        )
+    lines.append("")
+    for name, ratio in result["ratios"].items():
+        if ratio is None:
+            continue
+        value = ratio if isinstance(ratio, float) else ratio["median"]
+        spread = "" if isinstance(ratio, float) else f"{ratio['low']:.3f}..{ratio['high']:.3f}"
+        limit = f"at most {LIMITS[name]:g}" if name in LIMITS else ""
+        lines.append(f"{name.replace('_', ' '):<30} {value:>9.3f} {spread:>17} {limit:>15}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark and return the exit status: 0 done, 2 bad input, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given.pop(0) if given and not given[0].startswith("-") else "training"
+    try:
+        if name not in COMMANDS:
+            shown = ", ".join(command for command in COMMANDS if not command.startswith("_"))
+            raise ValueError(f"unknown benchmark {name!r}: choose one of {shown}")
+        return COMMANDS[name](given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _training(arguments: Sequence[str]) -> int:
+    parser = _parser("training", "Time one training step in four variants (see the module's text).")
+    parser.add_argument("--rounds", type=_at_least(1), default=15, help="turns of every variant (default: 15)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
+    parser.add_argument("--json", metavar="F", help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if options.json:
+        if Path(options.json).is_dir():
+            raise RunError(f"--json {options.json!r} is a folder; name a file in it")
+        check_writable(Path(options.json).parent)
+    result = bench_training(_setting(options), options.rounds, options.memory)
+    print(table(result))
+    if options.json:
+        write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())
+    return 0
+
+
+def _memory(arguments: Sequence[str]) -> int:
+    """Run by `_memory_of` in a process of its own: print one variant's memory as JSON."""
+    parser = _parser("_memory", "Measure the peak memory of one variant.")
+    parser.add_argument("variant", choices=list(VARIANTS))
+    options = parser.parse_args(arguments)
+    setting = _setting(options)
+    take = VARIANTS[options.variant][1](setting)
+    print(json.dumps(peak_memory(take, training.pick_device(setting.device))))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"training": _training, "_memory": _memory}
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.bench {name}", description=description)
+    parser.add_argument("--batch-size", type=_at_least(2), default=512, help="images a step (default: 512)")
+    parser.add_argument("--images", type=_at_least(2), default=50_000, help="synthetic images (default: 50000)")
+    parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--device", default="auto", help=f"one of {', '.join(training.DEVICES)} (default: auto)")
+    parser.add_argument("--precision", default="auto", help="of the fastest mode: auto, fp32 or bf16 (default: auto)")
+    return parser
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return Setting(options.batch_size, options.images, options.device, options.precision)
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: need a whole number from {low} on")
+        return int(text)
+
+    return whole
+
+
+def _plain(setting: Setting, precision: torch.dtype, layout: torch.memory_format) -> Take:
+    config, device = setting.config, training.pick_device(setting.device)
+    torch.manual_seed(config.seed)
+    model = NETWORKS[config.model]().to(device, memory_format=layout)  # type: ignore[call-overload]
+    optimizer = training.make_optimizer(training.parameter_groups(model, **config.group_kwargs))
+    data = synthetic_data(setting.batch_size, device)
+    images = normalize(data.train_images, data.mean, data.std).contiguous(memory_format=layout)
+
+    def take() -> None:
+        with training.autocast(device, precision):
+            loss = F.cross_entropy(model(images).float(), data.train_labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return take
+
+
+class _ImageByImage(Dataset[tuple[Tensor, int]]):
+    def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._images = data.train_images.cpu().permute(0, 2, 3, 1).numpy()
+        self._labels = data.train_labels.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
+
+
+def _memory_of(variant: str, setting: Setting) -> dict[str, int]:
+    options = {
+        "--batch-size": setting.batch_size,
+        "--images": min(setting.images, 4 * setting.batch_size),  # the images do not count, see above
+        "--threads": torch.get_num_threads(),
+        "--device": setting.device,
+        "--precision": setting.precision,
+    }
+    command = [sys.executable, "-m", "experiments.bench", "_memory", variant]
+    command += [str(word) for option in options.items() for word in option]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {variant!r} failed ({done.returncode}): {done.stderr[-500:]}")
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def _high_water_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mark if sys.platform == "darwin" else mark * 1024
+
+
+def _through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return x + (function(x) - x).detach()
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "samples": list(values)}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""Attaching quantizers, switching them, and sharing their values within a step."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from resnet import BasicBlock, ResNet, resnet20
+from src.quantizer import DeadZoneLDZCompander, QuantizerError
+from tests.networks import Chain, OptionBShortcut
+from utils_quantization import (
+    AttachmentError,
+    FakeQuantParametrization,
+    attach_weight_quantizers,
+    latent_weight,
+    matches,
+    quantization,
+    quantized_layers,
+    quantizer_of,
+    shared_quantized_weights,
+    toggle_quantization,
+)
+
+EXCLUDED = ["conv1", "bn", "linear"]
+BLOCK_CONVOLUTIONS = [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)]
+
+
+class Halver(nn.Module):
+    """A quantizer of another kind, without a batched form: w -> factor w. Counts its calls."""
+
+    def __init__(self, start: float = 0.5) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(start))
+        self.calls = 0
+
+    def forward(self, w: Tensor) -> Tensor:
+        self.calls += 1
+        return w * self.factor
+
+
+def small(seed: int = 0) -> ResNet:
+    torch.manual_seed(seed)
+    return ResNet(BasicBlock, [1, 1, 1], widths=(4, 6, 8))
+
+
+def quantized(seed: int = 0, **settings: float) -> ResNet:
+    model = small(seed)
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, {"init_deadzone_logit": 0.8, **settings})
+    return model
+
+
+def attached(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if parametrize.is_parametrized(module)]
+
+
+def enabled_states(model: nn.Module) -> list[bool]:
+    return [m.enabled for m in model.modules() if isinstance(m, FakeQuantParametrization)]
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+def test_resnet20_gets_exactly_its_18_block_convolutions() -> None:
+    model = resnet20()
+    names = attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, {"max_bits": 8})
+    assert names == BLOCK_CONVOLUTIONS
+    assert len(names) == 18
+    assert attached(model) == BLOCK_CONVOLUTIONS
+    assert list(quantized_layers(model)) == BLOCK_CONVOLUTIONS
+    assert sum(isinstance(m, DeadZoneLDZCompander) for m in model.modules()) == 18
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        ([], ["conv1", *[f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2)], "linear"]),
+        (["bn"], ["conv1", *[f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2)], "linear"]),
+        (["layer1", "conv1"], ["layer2.0.conv1", "layer2.0.conv2", "layer3.0.conv1", "layer3.0.conv2", "linear"]),
+        (["layer*.conv1", "linear"], ["conv1", "layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2"]),
+        (["layer?.0.conv2", "*.conv1"], ["conv1", "linear"]),
+        (["layer1.0", "layer[23]"], ["conv1", "linear"]),
+        (["layer1.0.conv2", "layer2", "layer3", "conv1", "linear", "layer1.0.bn1"], ["layer1.0.conv1"]),
+    ],
+)
+def test_patterns(excluded: list[str], left: list[str]) -> None:
+    assert attach_weight_quantizers(small(), excluded, Halver) == left
+
+
+def test_a_wildcard_reaches_convolutions_called_downsample() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Module()
+            self.block.downsample = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+            self.block.conv = nn.Conv2d(2, 2, 1)
+
+    assert attach_weight_quantizers(Net(), ["*.downsample"], Halver) == ["block.conv"]
+    assert attach_weight_quantizers(OptionBShortcut(), ["shortcut"], Halver) == ["stem", "a", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("conv1", "conv1", True),
+        ("layer1.0.conv1", "conv1", False),
+        ("layer1.0.conv1", "layer1", True),
+        ("layer1.0.conv1", "layer1.0", True),
+        ("layer10.0.conv1", "layer1", False),
+        ("layer1.0.conv1", "layer*.conv1", True),
+        ("layer1.0.conv12", "layer*.conv1", False),
+        ("conv1", "*.conv1", False),
+        ("layer1", "layer1.0", False),
+        ("Conv1", "conv1", False),
+    ],
+)
+def test_matches_whole_components(name: str, pattern: str, expected: bool) -> None:
+    assert matches(name, pattern) is expected
+
+
+@pytest.mark.parametrize(
+    ("excluded", "said"),
+    [
+        (["conv9"], r"'conv9' matches no module; did you mean 'conv1'.*layer1\.0\.conv1"),
+        (["conv1", "liner"], r"'liner'.*did you mean 'linear'"),
+        (["conv2"], r"'conv2'.*did you mean '\*\.conv2'"),
+        (["*.downsample"], r"'\*\.downsample' matches no module"),
+        ([""], "each entry is a module path"),
+        ([3], "holds 3"),
+        (["conv1", "layer*", "linear"], r"nothing to quantize.*conv1, layer1\.0\.conv1.*leaves none"),
+        (["*"], "nothing to quantize"),
+    ],
+)
+def test_bad_patterns_say_so_and_change_nothing(excluded: list[str], said: str) -> None:
+    model = small()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AttachmentError, match=re.compile(said, re.DOTALL)):
+        attach_weight_quantizers(model, excluded, DeadZoneLDZCompander)
+    assert attached(model) == []
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_quantizer_settings_change_nothing() -> None:
+    model = small()
+    with pytest.raises(QuantizerError, match="max_bits=99"):
+        attach_weight_quantizers(model, [], DeadZoneLDZCompander, {"max_bits": 99})
+    assert attached(model) == []
+
+
+def test_a_network_without_weight_layers() -> None:
+    with pytest.raises(AttachmentError, match="nothing to quantize.*are none"):
+        attach_weight_quantizers(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), [], Halver)
+
+
+def test_attaching_twice_is_refused_and_changes_nothing() -> None:
+    model = small()
+    attach_weight_quantizers(model, ["conv1", "linear", "layer2", "layer3"], Halver)
+    before = attached(model)
+    with pytest.raises(AttachmentError, match=r"parametrized weight already: layer1\.0\.conv1"):
+        attach_weight_quantizers(model, EXCLUDED, Halver)
+    assert attached(model) == before
+    assert attach_weight_quantizers(model, ["conv1", "linear", "layer1"], Halver) == [
+        f"layer{s}.0.conv{c}" for s in (2, 3) for c in (1, 2)
+    ]
+
+
+def test_state_dictionary_keys_of_the_public_code() -> None:
+    keys = set(quantized().state_dict())
+    prefix = "layer1.0.conv1.parametrizations.weight"
+    assert {f"{prefix}.original", f"{prefix}.0.quantizer.logit_dz", f"{prefix}.0.quantizer.logit_bit"} <= keys
+    assert "layer1.0.conv1.weight" not in keys
+    assert "conv1.weight" in keys
+
+
+def test_off_is_the_network_it_was_and_on_is_its_quantized_weights() -> None:
+    plain, model = small().eval(), quantized().eval()
+    x = images()
+    toggle_quantization(model, False)
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+    toggle_quantization(model, True)
+    with torch.no_grad():
+        for name in quantized_layers(model):
+            convolution = plain.get_submodule(name)
+            quantizer = DeadZoneLDZCompander(init_deadzone_logit=0.8)
+            convolution.weight.copy_(quantizer(convolution.weight))  # type: ignore[operator, union-attr, arg-type]
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+
+
+def test_attach_disabled() -> None:
+    model = small()
+    attach_weight_quantizers(model, EXCLUDED, Halver, enabled=False)
+    assert enabled_states(model) == [False] * 6
+
+
+def test_context_restores_mixed_states_also_after_exceptions() -> None:
+    model = quantized()
+    for i, module in enumerate(m for m in model.modules() if isinstance(m, FakeQuantParametrization)):
+        module.enabled = i % 2 == 0
+    mixed = enabled_states(model)
+    assert sorted(set(mixed)) == [False, True]
+    for wanted in (True, False):
+        with quantization(model, wanted):
+            assert enabled_states(model) == [wanted] * 6
+            with quantization(model, not wanted):
+                assert enabled_states(model) == [not wanted] * 6
+            assert enabled_states(model) == [wanted] * 6
+        assert enabled_states(model) == mixed
+        with pytest.raises(ZeroDivisionError), quantization(model, wanted):
+            raise ZeroDivisionError
+        assert enabled_states(model) == mixed
+
+
+def test_switching_a_network_without_quantizers() -> None:
+    with pytest.raises(AttachmentError, match="ResNet has no quantizer to switch"):
+        toggle_quantization(small(), True)
+    with pytest.raises(AttachmentError, match="attach_weight_quantizers"), quantization(small(), True):
+        pass
+    with pytest.raises(AttachmentError, match="Conv2d has no quantizer"):
+        quantizer_of(small().conv1)
+
+
+def test_assigning_to_the_weight_sets_the_latent_one() -> None:
+    layer = quantized().get_submodule("layer1.0.conv1")
+    new = torch.randn(4, 4, 3, 3)
+    layer.weight = new
+    assert torch.equal(latent_weight(layer), new)
+    assert latent_weight(small().conv1).shape == (4, 3, 3, 3)
+
+
+def test_sharing_computes_each_quantizer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized()
+    seen: Counter[int] = Counter()
+    batched = DeadZoneLDZCompander.quantize_many
+
+    def counted(quantizers: list[DeadZoneLDZCompander], weights: list[Tensor]) -> list[Tensor]:
+        seen.update(id(q) for q in quantizers)
+        return batched(quantizers, weights)
+
+    def single(self: DeadZoneLDZCompander, w: Tensor) -> Tensor:
+        raise AssertionError("one layer was quantized on its own")
+
+    monkeypatch.setattr(DeadZoneLDZCompander, "quantize_many", staticmethod(counted))
+    monkeypatch.setattr(DeadZoneLDZCompander, "forward", single)
+    with shared_quantized_weights(model):
+        model(images())
+        layers = quantized_layers(model).values()
+        penalty = sum(layer.weight.square().sum() for layer in layers)  # type: ignore[operator, union-attr]
+        assert isinstance(penalty, Tensor)
+        assert all(layer.weight is layer.weight for layer in layers)
+    assert seen == Counter({id(quantizer_of(layer)): 1 for layer in quantized_layers(model).values()})
+
+
+def test_sharing_quantizers_of_another_kind() -> None:
+    model = Chain()
+    attach_weight_quantizers(model, [], Halver)
+    counters = [m for m in model.modules() if isinstance(m, Halver)]
+    for counter in counters:
+        counter.calls = 0
+    with shared_quantized_weights(model):
+        model(torch.zeros(1, 2, 6, 6))
+        model(torch.zeros(1, 2, 6, 6))
+    assert [counter.calls for counter in counters] == [1, 1, 1]
+    model(torch.zeros(1, 2, 6, 6))
+    assert [counter.calls for counter in counters] == [2, 2, 2]
+
+
+def test_sharing_gives_the_same_loss_and_gradients() -> None:
+    def gradients(share: bool) -> tuple[Tensor, list[Tensor]]:
+        model = quantized().double()
+        x = images().double()
+        if share:
+            with shared_quantized_weights(model):
+                loss = model(x).square().sum() + sum(m.weight.abs().sum() for m in quantized_layers(model).values())
+        else:
+            loss = model(x).square().sum() + sum(m.weight.abs().sum() for m in quantized_layers(model).values())
+        return loss, list(torch.autograd.grad(loss, list(model.parameters())))
+
+    with_sharing, without = gradients(True), gradients(False)
+    torch.testing.assert_close(with_sharing, without, rtol=1e-10, atol=1e-10)
+    assert all(torch.count_nonzero(g) for g in with_sharing[1])
+
+
+def test_sharing_ends_with_its_block() -> None:
+    model = quantized()
+    layer = model.get_submodule("layer1.0.conv1")
+    with pytest.raises(ZeroDivisionError), shared_quantized_weights(model):
+        raise ZeroDivisionError
+    with torch.no_grad():
+        latent_weight(layer).mul_(2)
+    assert torch.equal(layer.weight, quantizer_of(layer)(latent_weight(layer)))
+
+
+def test_sharing_nested_keeps_the_outer_values() -> None:
+    model = quantized()
+    layer = model.get_submodule("layer1.0.conv1")
+    with shared_quantized_weights(model):
+        outer = layer.weight
+        with torch.no_grad(), shared_quantized_weights(model):
+            assert torch.equal(layer.weight, outer)
+        assert layer.weight is outer
+        assert outer.requires_grad
+
+
+def test_sharing_respects_what_is_switched_off() -> None:
+    model = quantized()
+    layer = model.get_submodule("layer1.0.conv1")
+    with quantization(model, False), shared_quantized_weights(model):
+        assert layer.weight is latent_weight(layer)
+    with shared_quantized_weights(small()):
+        pass  # nothing to share is no error
+
+
+def test_shared_weights_are_float32_under_autocast() -> None:
+    model = quantized()
+    layer = model.get_submodule("layer3.0.conv2")
+    plain = layer.weight.detach()
+    with torch.autocast("cpu", torch.bfloat16), shared_quantized_weights(model):
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer.weight.detach(), plain)
+
+
+def test_copies_are_independent() -> None:
+    model = quantized().eval()
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(images()), model(images()), rtol=0, atol=0)
+    toggle_quantization(twin, False)
+    with torch.no_grad():
+        quantizer_of(twin.get_submodule("layer1.0.conv1")).logit_dz.fill_(0.1)  # type: ignore[operator, union-attr]
+    assert enabled_states(model) == [True] * 6
+    assert quantizer_of(model.get_submodule("layer1.0.conv1")).logit_dz.item() == pytest.approx(0.8)  # type: ignore[operator, union-attr]
+
+
+def test_pickling_goes_through_the_state_dictionary() -> None:
+    """torch refuses to pickle a parametrized layer and says what to do; plain networks and states pickle."""
+    plain = small().eval()
+    assert torch.equal(pickle.loads(pickle.dumps(plain))(images()), plain(images()))
+    model = quantized().eval()
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(model)
+    again = quantized(seed=5).eval()
+    again.load_state_dict(pickle.loads(pickle.dumps(model.state_dict())))
+    assert torch.equal(again(images()), model(images()))
+
+
+def test_training_resumes_from_the_state_dictionaries() -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        x, labels = torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 10
+        with shared_quantized_weights(model):
+            loss = F.cross_entropy(model(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    model = quantized()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step(model, optimizer, 0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    onward = [step(model, optimizer, seed) for seed in (1, 2)]
+
+    fresh = quantized(seed=9, init_bit_logit=0.1)
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
+    fresh.load_state_dict(saved[0])
+    fresh_optimizer.load_state_dict(saved[1])
+    assert [step(fresh, fresh_optimizer, seed) for seed in (1, 2)] == onward
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
