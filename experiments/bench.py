@@ -4,19 +4,21 @@
 
     plain_float32  the network alone: float32, contiguous, a batch that is ready
     plain_fast     the same in the fastest mode the machine has: channels_last, and bfloat16 where it multiplies that
-    full           the pipeline in that mode, through src.training.train_epoch: augmentation, quantizers, squared logits,
-                   coupled group lasso at the debug preset's peak
-    naive          the same objective as it is written down first: float32, contiguous, torchvision's transforms image by
-                   image, a quantizer that runs again whenever a weight is read, a Python loop over the channel groups
+    full           the pipeline in that mode, through src.training.train_epoch: augmentation, quantizers, squared
+                   logits, coupled group lasso at the debug preset's peak
+    naive          the same objective as it is written down first: float32, contiguous, torchvision's transforms image
+                   by image, a quantizer that runs again for every reader of a weight (the forward pass, the penalty),
+                   a Python loop over the channels of the penalty
 
 Time: all variants live in one process and take turns, one step each a round, so that a machine that slows down slows
 all of them; the order rotates. Printed are the median and the quartiles of the rounds; a ratio is the median of the
-ratios within a round. Two steps of each come first, uncounted. On a GPU a turn is 20 steps between two synchronisations.
+ratios within a round. Two steps of each come first, uncounted. On a GPU a turn is 20 steps between two
+synchronisations.
 
-Memory: a process of its own for each variant. It builds everything, notes its resident memory, resets the high-water
-mark, takes three steps and reads the mark again: peak minus what was there before, so neither Python nor the images
-count, but activations, gradients, optimizer state and all scratch memory do. The mark is VmHWM where the system is
-Linux, because ru_maxrss of a child starts at its parent's; elsewhere it is ru_maxrss. On a GPU it is the allocator's own.
+Memory: a process of its own for each variant. It builds everything, resets the high-water mark of its resident memory,
+reads it, takes three steps and reads it again. The difference counts: activations, gradients, optimizer state and all
+scratch memory, but neither Python nor the images. The mark is VmHWM on Linux, because ru_maxrss of a child starts at
+its parent's, and ru_maxrss elsewhere; on CUDA it is the allocator's own.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ GroupParts = list[list[tuple[str, str, int, int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants share. images: size of the synthetic training set; CIFAR-10's, so that gathering costs the same."""
+    """What all variants share. images: size of the synthetic training set, as large as CIFAR-10's by default."""
 
     batch_size: int = 512
     images: int = 50_000
@@ -100,10 +102,10 @@ def full(setting: Setting) -> Take:
 
     def steps() -> Iterator[training.Step]:
         for epoch in itertools.count():
-            yield from training.train_epoch(
-                run.model, run.optimizer, run.data, run.objective, coefficient=config.peak, weights_factor=lambda _: 1.0,
-                precision=run.precision, **{**pipeline.epoch_settings(config, epoch), "epochs": epoch + 1},
-            )  # fmt: skip
+            settings = pipeline.epoch_settings(config, epoch, run.precision)
+            # every step with the penalty on, as most of a run is, and with rates that never fall
+            settings |= {"epochs": epoch + 1, "coefficient": config.peak, "weights_factor": lambda done: 1.0}
+            yield from training.train_epoch(run.model, run.optimizer, run.data, run.objective, **settings)
 
     endless = steps()
     return lambda: means.add(next(endless))
@@ -143,7 +145,7 @@ RATIOS = {
 
 
 class NaiveQuantizer(DeadZoneLDZCompander):
-    """The formulas of src/quantizer.py one after another: a full sort for the range, detached differences for rounding."""
+    """The formulas of src/quantizer.py, one by one: a full sort for the range, rounding by detached differences."""
 
     def forward(self, w: Tensor) -> Tensor:
         range_ = torch.quantile(w.detach().abs(), RANGE_QUANTILE)
@@ -167,15 +169,16 @@ def group_parts(model: nn.Module) -> GroupParts:
 
 
 def naive_penalty(model: nn.Module, parts: GroupParts) -> Tensor:
-    """The coupled group lasso, a channel at a time. Each parameter is read once here, which runs its quantizer again."""
-    read = {
-        key: getattr(model.get_submodule(key[0]), key[1]) for group in parts for key in {part[:2] for part in group}
-    }
+    """The coupled group lasso, a channel at a time. Each parameter is read once, which runs its quantizer again."""
+    keys = dict.fromkeys(part[:2] for group in parts for part in group)
+    read = {(module, name): getattr(model.get_submodule(module), name) for module, name in keys}
     total = next(model.parameters()).new_zeros(())
     for group in parts:
-        squares = sum(read[module, name].select(dim, index).square().sum() for module, name, dim, index in group)
-        if squares > 0:  # type: ignore[operator]
-            total = total + squares.sqrt()  # type: ignore[union-attr]
+        squares = torch.zeros_like(total)
+        for module, name, dim, index in group:
+            squares = squares + read[module, name].select(dim, index).square().sum()
+        if squares > 0:
+            total = total + squares.sqrt()
     return total
 
 
@@ -297,10 +300,8 @@ def table(result: Mapping[str, Any]) -> str:
     for variant in result["variants"].values():
         time_, memory = variant["seconds_per_step"], variant["memory"]
         used = f"{memory['step_bytes'] / 2**20:,.0f} MiB" if memory else "-"
-        quartiles = f"{time_['low']:.4f}..{time_['high']:.4f}"
-        lines.append(
-            f"{variant['label']:<30} {time_['median']:>9.4f} {quartiles:>17} {variant['images_per_second']:>9,.0f} {used:>12}"
-        )
+        quartiles, rate = f"{time_['low']:.4f}..{time_['high']:.4f}", variant["images_per_second"]
+        lines.append(f"{variant['label']:<30} {time_['median']:>9.4f} {quartiles:>17} {rate:>9,.0f} {used:>12}")
     lines.append("")
     for name, ratio in result["ratios"].items():
         if ratio is None:

@@ -51,9 +51,8 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
         _say(f"resumed after epoch {len(run.history)} of {config.epochs}")
     else:
         folder = RunFolder.open(output)
-    _say(
-        f"{run.subtitle}; {run.device.type}, {str(run.precision).removeprefix('torch.')}; {len(run.attached)} quantizers"
-    )
+    arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
+    _say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
     saved = len(run.history)
     progress = TerminalProgress()
     progress.start(config.epochs, steps_per_epoch(data, config.batch_size), len(run.history))
@@ -70,9 +69,8 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
     except KeyboardInterrupt:
         progress.close("interrupted")
         kept = f"history and checkpoint of {saved} epochs are in {folder.path}; the same command with --resume goes on"
-        _say(
-            f"stopped in epoch {saved + 1}; {kept if saved else 'no epoch was finished, so there is nothing to resume'}"
-        )
+        nothing = "no epoch was finished, so there is nothing to resume"
+        _say(f"stopped in epoch {saved + 1}; {kept if saved else nothing}")
         return INTERRUPTED
     except TrainingError as error:
         progress.close("stopped")

@@ -55,7 +55,7 @@ class Evaluator:
         self.comparison.set_baseline(baseline_model)
 
     def evaluate(self, model: nn.Module) -> EvalResult:
-        """Count `model` with its quantizers as they are switched. Raises MetricsError where the architecture differs."""
+        """Count `model`, quantizers as they are switched. Raises MetricsError where the architecture differs."""
         structured = self.comparison.calculate_stats(model)
         unstructured = self.comparison.calculate_unstructured_stats(model)
         return EvalResult(

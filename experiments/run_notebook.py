@@ -38,7 +38,6 @@ from nbclient.util import ensure_async
 from nbformat import NotebookNode
 
 from experiments.html_template import headings, to_html
-from src.runs import write_atomic
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -370,6 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotebookInputError as error:
         _say(f"run_notebook: {error}")
         return 2
+    from src.runs import write_atomic  # loads torch: here, so that bad input is told at once
+
     command = ["python", "-m", "experiments.run_notebook", *(f"--set={setting}" for setting in options.set)]
     execution.notebook.metadata["run"]["command"] = shlex.join(command)
     write_atomic(options.output_notebook, nbformat.writes(execution.notebook).encode())
@@ -383,6 +384,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _render(options: argparse.Namespace) -> int:
     if not options.output_notebook.is_file():
         raise NotebookInputError(f"no executed notebook {options.output_notebook}: run without --render-only first")
+    from src.runs import write_atomic
+
     page = to_html(read_notebook(options.output_notebook), options.notebook.parent)
     write_atomic(options.html, page.encode())
     print(f"page      {options.html}")

@@ -64,7 +64,8 @@ class Verdict:
         lines = [self.headline]
         for finding in self.findings:
             lines.append(
-                f"  {finding.status:<10}  {finding.name:<{names}}  expected {finding.expected:<{expected}}  measured {finding.measured}"
+                f"  {finding.status:<10}  {finding.name:<{names}}  expected {finding.expected:<{expected}}  "
+                f"measured {finding.measured}"
             )
             if finding.status == FAILED:
                 lines.append(f"  {'':<10}  {'':<{names}}  look at: {finding.look_at}")
@@ -128,7 +129,7 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
             "more at the end than after epoch 1",
             f"{percent(first.unstructured_sparsity)} -> {percent(last.unstructured_sparsity)}",
             last.unstructured_sparsity > first.unstructured_sparsity and last.unstructured_sparsity > 0.01,
-            learned_zone and (full or whole and penalised > 0),
+            learned_zone and (full or (whole and penalised > 0)),
             "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
         ),
         finding(

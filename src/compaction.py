@@ -44,8 +44,8 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
     metrics.QuantizationComparison.calculate_stats counts. Quantized weights become plain parameters, bit for bit;
     `model` is left as it is. input_size: (C, H, W) of one image.
 
-    Raises CompactionError for a network in training mode, with an operation that src/graph.py does not know, with
-    weights that are not finite or lie on several devices, or whose output does not depend on the image;
+    Raises CompactionError for a network in training mode, with an operation that src/graph.py does not know, without
+    layers, with weights that are not finite, or whose output does not depend on the image;
     src.graph.GraphError where the network cannot be traced.
     """
     if any(module.training for module in model.modules()):
@@ -86,13 +86,10 @@ def _place_of(weights: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]
             raise CompactionError(
                 f"layer {name!r} has weights that are not finite: the network diverged; train it again"
             )
-    places = {(weight.device, weight.dtype) for weight in weights.values()}
-    if len(places) != 1:
-        raise CompactionError(
-            f"the layers' weights are {'in ' + ', '.join(sorted(map(str, places))) if places else 'missing'}: need "
-            "layers, all on one device and of one dtype; move the network with .to()"
-        )
-    return places.pop()
+    if not weights:
+        raise CompactionError("the network has no convolution and no linear layer: there is nothing to compact")
+    first = next(iter(weights.values()))
+    return first.device, first.dtype
 
 
 class _Removal:
@@ -166,7 +163,7 @@ class _Removal:
             ones = self._step("fill", value=1, size=[1, height, width])
             value = ones if value is None else self._step("join", value, ones)
         elif not is_padded(module) and carried.any():
-            folded = carried.flatten(1).sum(1)
+            folded = carried.reshape(len(carried), -1).sum(dim=1)
             bias = (folded if bias is None else folded + bias.cpu().double()).to(weight)
         if value is None:  # an output that must stay although its weights are zero: its bias is all there is
             space = [op.height, op.width] if op.kind == "conv" else []

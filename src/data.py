@@ -261,10 +261,9 @@ def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Scale 1 / (255 std) and shift -mean / std, repeated for every pixel so that one multiply-add is contiguous."""
-    with torch.inference_mode(False):
-        deviation, centre = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
-        scale, shift = (1 / (255 * deviation)).float(), (-centre / deviation).float()
-        return scale.repeat(pixels).to(device), shift.repeat(pixels).to(device)
+    deviation, centre = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+    scale, shift = (1 / (255 * deviation)).float(), (-centre / deviation).float()
+    return scale.repeat(pixels).to(device), shift.repeat(pixels).to(device)
 
 
 def _rows(images: Tensor) -> Tensor:

@@ -87,8 +87,9 @@ def _shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int])
         with torch.no_grad():
             recorder.run(image)
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)  # torch.fx adds its own traceback below
         raise GraphError(
-            f"{type(model).__name__} does not accept an image of size {input_size} ({error}); give the input_size it "
+            f"{type(model).__name__} does not accept an image of size {input_size} ({reason}); give the input_size it "
             "was built for"
         ) from error
     finally:

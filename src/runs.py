@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -142,6 +143,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not Path(path).exists():
         raise RunError(f"there is no checkpoint at {str(path)!r} to resume from; run without --resume first")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them when it loads
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in many ways; all mean the same here
         raise RunError(
@@ -151,7 +155,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise RunError(
-            f"checkpoint {str(path)!r} has format {found!r}, this version reads {CHECKPOINT_FORMAT}; start without --resume"
+            f"checkpoint {str(path)!r} has format {found!r}, this version reads {CHECKPOINT_FORMAT}; start without "
+            "--resume"
         )
     absent = [name for name in CHECKPOINT_PARTS if not isinstance(state.get(name), dict)]
     if absent:
@@ -174,7 +179,8 @@ def check_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> No
         first = (missing or unknown or reshaped)[0]
         raise RunError(
             f"the checkpoint is of another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape, the first {first!r}; build the same network and attach the same quantizers"
+            f"{len(reshaped)} of another shape, the first {first!r}; build the same network and attach the same "
+            "quantizers"
         )
 
 
@@ -234,8 +240,8 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise RunError(
-            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); repeat the settings of that run, "
-            "or start without --resume"
+            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); repeat the settings of that "
+            "run, or start without --resume"
         )
 
 

@@ -365,10 +365,13 @@ def test_figures_leave_no_state_behind(history: History) -> None:
     code += "experiments.live, sys; assert dict(m.rcParams) == a; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
+    with matplotlib.rc_context(
+        {"axes.facecolor": "black", "font.size": 30, "axes.linewidth": 9, "lines.markersize": 40}
+    ):
         before = dict(matplotlib.rcParams)
         figure = figures.accuracy_curve(history)
         assert dict(matplotlib.rcParams) == before
     assert mcolors.same_color(figure.axes[0].get_facecolor(), "white")
     assert figure.axes[0].xaxis.label.get_fontsize() == style.TEXT
+    assert figure.axes[0].spines["left"].get_linewidth() < 2, "also where this style names no value"
     assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()) >= 9
