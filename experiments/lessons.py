@@ -164,7 +164,7 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
             for tensor in (norm.bias, cast(Tensor, norm.running_mean)):
                 tensor[filters.to(tensor.device)] = 0
     counted = sum(layer.dead_out.sum() for layer in flows.layers)
-    moving = sum(int((np.nan_to_num(flows.constant[op.name]) != 0).sum()) for op in flows.ops if op.kind == "batchnorm")
+    moving = sum(int((np.nan_to_num(flows.settled(layer.name)) != 0).sum()) for layer in flows.layers)
     claim = QuantizationComparison().calculate_stats(claimed).total_macs
     change = (claimed(images) - copy.deepcopy(model).eval()(images)).abs().max().item()
     true = result.structured_stats.total_macs
@@ -172,7 +172,7 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     return [
         {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
         {
-            "count": f"{moving} of them constants that are not 0, carried along",
+            "count": f"{moving} of them constants other than 0, folded in or carried",
             "MACs": f"{true:,}",
             "outputs": "unchanged",
         },
@@ -217,11 +217,11 @@ def _logit_path(steps: int, learning_rate: float, decay: float, weight: float, s
         dz_decay=decay,
     )
     optimizer = make_optimizer(groups)
-    logit = quantizer[0].logit_dz
+    logit = cast(DeadZoneLDZCompander, quantizer[0]).logit_dz
     path = [start]
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=False)
-        (squared_logits(quantizer, weight, 0.0) + 0 * logit).backward()
+        torch.autograd.backward(squared_logits(quantizer, weight, 0.0) + 0 * logit)
         optimizer.step()
         path.append(logit.item())
     return np.array(path)

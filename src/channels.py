@@ -154,6 +154,18 @@ class Account:
     kept: dict[str, Flags]
     layers: tuple[LayerFlow, ...]
 
+    def settled(self, layer: str) -> Values:
+        """What a layer's constant output channels come to after the BatchNorm and ReLU behind it, NaN for live, (O,).
+
+        A dead filter gives 0 at first, which BatchNorm turns into its shift and ReLU limits from below.
+        """
+        name = next(op.name for op in self.ops if op.module == layer)
+        while True:
+            readers = [op for op in self.ops if name in op.inputs]
+            if len(readers) != 1 or readers[0].kind not in ("batchnorm", "relu", "pass"):
+                return self.constant[name]
+            name = readers[0].name
+
 
 @torch.no_grad()
 def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Account:

@@ -87,7 +87,7 @@ def _shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int])
         with torch.no_grad():
             recorder.run(image)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)  # torch.fx adds its own traceback below
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GraphError(
             f"{type(model).__name__} does not accept an image of size {input_size} ({reason}); give the input_size it "
             "was built for"
@@ -102,6 +102,7 @@ class _ShapeRecorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[str, torch.Size] = {}
+        self.extra_traceback = False  # an error's own message is enough, and comes seconds sooner
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

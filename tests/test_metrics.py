@@ -1,0 +1,229 @@
+"""Counts against hand calculation and torch.utils.flop_counter.
+
+MACs of a layer = output channels x input channels x kernel area x output pixels; BOPs = MACs x weight bits x 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from metrics import MetricsError, NullChannels, QuantizationComparison
+from resnet import resnet20
+from src.quantizer import DeadZoneLDZCompander
+from tests.networks import IMAGE, TOPOLOGIES, Chain, FlattenArea, OptionAShortcut, tiny_resnet
+from utils_quantization import attach_weight_quantizers, latent_weight, quantization, quantized_layers, quantizer_of
+
+EXCLUDED = ["conv1", "bn", "linear"]
+
+
+def flops(model: nn.Module, size: tuple[int, int, int]) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *size))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def pruned_chain() -> Chain:
+    """Chain with filter 1 of conv1 zero, BatchNorm offset 0.5 there, and linear's column 2 zero. All other weights 1."""
+    model = Chain().eval()
+    for parameter in model.parameters():
+        parameter.fill_(1)
+    model.bn1.bias.fill_(0.5)
+    model.conv1.weight[1] = 0
+    model.linear.weight[:, 2] = 0
+    return model
+
+
+@pytest.mark.parametrize("make", [*TOPOLOGIES, tiny_resnet, lambda: tiny_resnet("B")])
+def test_dense_macs_against_flop_counter(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    comparison = QuantizationComparison(IMAGE)
+    assert 2 * comparison.set_baseline(model).total_macs == flops(model, IMAGE)
+    assert 2 * comparison.calculate_unstructured_stats(model).total_macs == flops(model, IMAGE)
+
+
+def test_grouped_convolutions_count_too() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(4, 2)),
+    )
+    stats = QuantizationComparison(IMAGE).calculate_stats(model)
+    assert [layer.macs for layer in stats.layers] == [4 * 2 * 9 * 36, 4 * 1 * 9 * 36, 4 * 2]
+    assert 2 * stats.total_macs == flops(model, IMAGE)
+
+
+def test_resnet20_a_layer_at_a_time() -> None:
+    model = resnet20()
+    stats = QuantizationComparison().set_baseline(model)
+    assert stats["conv1"].macs == 3 * 16 * 3 * 3 * 32 * 32 == 442_368
+    assert stats["layer1.2.conv2"].macs == 16 * 16 * 9 * 32 * 32 == 2_359_296
+    assert stats["layer2.0.conv1"].macs == 16 * 32 * 9 * 16 * 16 == 1_179_648
+    assert stats["layer2.0.conv2"].macs == 32 * 32 * 9 * 16 * 16 == 2_359_296
+    assert stats["layer3.0.conv1"].macs == 32 * 64 * 9 * 8 * 8 == 1_179_648
+    assert stats["layer3.2.conv2"].macs == 64 * 64 * 9 * 8 * 8 == 2_359_296
+    assert stats["linear"].macs == 640
+    assert stats.total_macs == 40_551_040
+    assert 2 * stats.total_macs == flops(model, (3, 32, 32))
+    assert stats.total_bops == 40_551_040 * 32 * 32
+    assert {layer.bitwidth for layer in stats.layers} == {32}
+
+
+def test_bops_of_an_unpruned_4_bit_resnet20() -> None:
+    """Blocks at 4 bits: 40,551,040 - 442,368 - 640 = 40,108,032 MACs; stem and linear stay at 32 bits.
+
+    (40,108,032 * 4 + 443,008 * 32) * 32 = 5,587,468,288; over 40,551,040 * 32 * 32 = 41,524,264,960 that is 13.46 %.
+    """
+    comparison = QuantizationComparison()
+    comparison.set_baseline(resnet20())
+    model = resnet20()
+    kwargs = {"fixed_bit_val": 4, "learnable_bit": False, "init_deadzone_logit": 20.0}  # a dead zone of width 0
+    assert len(attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, kwargs)) == 18
+    stats = comparison.calculate_stats(model)
+    assert stats.total_bops == (40_108_032 * 4 + 443_008 * 32) * 32 == 5_587_468_288
+    assert comparison.compression_ratio(stats) == pytest.approx(41_524_264_960 / 5_587_468_288)
+    assert 1 / comparison.compression_ratio(stats) == pytest.approx(0.1346, abs=5e-5)
+    assert comparison.mac_compression_ratio(stats) == 1
+    assert [layer.bitwidth for layer in stats.layers] == [32, *[4] * 18, 32]
+    assert [layer.quantized for layer in stats.layers] == [False, *[True] * 18, False]
+    with quantization(model, enabled=False):
+        assert {layer.bitwidth for layer in comparison.calculate_stats(model).layers} == {32}
+
+
+def test_structured_by_hand() -> None:
+    """Left of conv1: filters 0 and 2. Left of conv2: 3 of 4 filters, which read 2 channels and one of constants."""
+    comparison = QuantizationComparison(IMAGE)
+    dense = comparison.set_baseline(Chain())
+    assert [layer.macs for layer in dense.layers] == [3 * 2 * 9 * 36, 4 * 3 * 9 * 36, 2 * 4] == [1944, 3888, 8]
+    stats = comparison.calculate_stats(pruned_chain())
+    assert [layer.macs for layer in stats.layers] == [2 * 2 * 9 * 36, 3 * (2 + 1) * 9 * 36, 2 * 3] == [1296, 2916, 6]
+    assert stats.total_macs == 4218
+    assert comparison.mac_compression_ratio(stats) == 5840 / 4218
+    assert comparison.compression_ratio(stats) == 5840 / 4218
+    first, second, final = stats.layers
+    assert (list(first.null_in), list(first.null_out)) == ([], [1])
+    assert (list(second.null_in), list(second.null_out)) == ([1], [2])
+    assert (list(final.null_in), list(final.null_out)) == ([2], [])
+    assert first.dead_out == first.constant_out == first.zero_out == {1}
+    assert second.dead_out == second.constant_out == frozenset()
+    assert (len(first.null_out), first.null_out.ratio) == (1, 1 / 3)
+
+
+def test_a_constant_that_relu_stops_needs_no_channel() -> None:
+    model = pruned_chain()
+    with torch.no_grad():
+        model.bn1.bias.fill_(-1)
+    assert QuantizationComparison(IMAGE).calculate_stats(model)["conv2"].macs == 3 * 2 * 9 * 36
+
+
+def test_unstructured_by_hand() -> None:
+    """Zeros: 18 of conv1's 54 weights, 2 of linear's 8. Every other weight is one MAC a pixel."""
+    comparison = QuantizationComparison(IMAGE)
+    comparison.set_baseline(Chain())
+    stats = comparison.calculate_unstructured_stats(pruned_chain())
+    assert [layer.macs for layer in stats.layers] == [36 * 36, 108 * 36, 6]
+    assert [layer.pruning_ratio for layer in stats.layers] == pytest.approx([1 / 3, 0, 1 / 4])
+    assert [layer.weights for layer in stats.layers] == [54, 108, 8]
+    assert comparison.unstructured_mac_compression_ratio(stats) == 5840 / (1296 + 3888 + 6)
+    density = [1 - layer.pruning_ratio for layer in stats.layers]
+    dense = [layer.macs for layer in comparison.set_baseline(Chain()).layers]
+    assert [layer.macs for layer in stats.layers] == pytest.approx([d * m for d, m in zip(density, dense, strict=True)])
+
+
+def test_the_baseline_counts_the_dense_network() -> None:
+    """Zeros and dead filters of the baseline do not make it cheaper."""
+    assert QuantizationComparison(IMAGE).set_baseline(pruned_chain()).total_macs == 5840
+
+
+def test_bits_and_zeros_come_from_the_quantizers() -> None:
+    """Bits at logit 0.5: tanh 0.5 * 6 + 2 = 4.77 -> 5. Zeros are counted in the quantized weight, not the latent one."""
+    model = tiny_resnet()
+    kwargs = {"init_bit_logit": 0.5, "init_deadzone_logit": 0.7}
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, kwargs)
+    comparison = QuantizationComparison(IMAGE)
+    comparison.set_baseline(tiny_resnet())
+    stats = comparison.calculate_unstructured_stats(model)
+    for name, layer in quantized_layers(model).items():
+        latent = latent_weight(layer).detach()
+        zeros = int((latent.abs() <= quantizer_of(layer).grid(latent).dead_zone / 2).sum())  # type: ignore[operator]
+        assert zeros
+        found = stats[name]
+        assert found.bitwidth == 5
+        assert found.pruning_ratio == pytest.approx(zeros / latent.numel())
+        assert found.bops == found.macs * 5 * 32
+    with quantization(model, enabled=False):
+        assert all(layer.pruning_ratio == 0 for layer in comparison.calculate_unstructured_stats(model).layers)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_activation_bits(bits: int) -> None:
+    stats = QuantizationComparison(IMAGE, b_a=bits).calculate_stats(FlattenArea())
+    assert stats.total_macs == 3 * 2 * 9 * 9 + 27 * 2 == 540
+    assert stats.total_bops == 540 * 32 * bits
+
+
+def test_a_network_of_constants_has_no_cost_left() -> None:
+    comparison = QuantizationComparison(IMAGE)
+    comparison.set_baseline(OptionAShortcut())
+    model = OptionAShortcut()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    stats = comparison.calculate_stats(model)
+    assert stats.total_macs == 0
+    assert comparison.compression_ratio(stats) == comparison.mac_compression_ratio(stats) == float("inf")
+
+
+def test_null_channels() -> None:
+    nulls = NullChannels(frozenset({4, 1}), 8)
+    assert (list(nulls), len(nulls), nulls.count, nulls.ratio) == ([1, 4], 2, 2, 0.25)
+    assert NullChannels(frozenset(), 0).ratio == 0
+
+
+def test_no_baseline() -> None:
+    comparison = QuantizationComparison(IMAGE)
+    stats = comparison.calculate_stats(Chain())
+    for ratio in (comparison.compression_ratio, comparison.mac_compression_ratio):
+        with pytest.raises(MetricsError, match="call set_baseline"):
+            ratio(stats)
+
+
+@pytest.mark.parametrize("calculate", ["calculate_stats", "calculate_unstructured_stats"])
+def test_networks_that_do_not_match(calculate: str) -> None:
+    comparison = QuantizationComparison(IMAGE)
+    comparison.set_baseline(tiny_resnet())
+    with pytest.raises(MetricsError, match="does not match the baseline: layer 'layer"):
+        getattr(comparison, calculate)(tiny_resnet("B"))
+    with pytest.raises(MetricsError, match="does not match"):
+        getattr(comparison, calculate)(Chain())
+
+
+def test_an_unknown_layer() -> None:
+    with pytest.raises(MetricsError, match="'conv9'.*conv1, conv2, linear"):
+        QuantizationComparison(IMAGE).calculate_stats(Chain())["conv9"]
+
+
+@pytest.mark.parametrize("size", [(3, 32), (0, 6, 6), (3, 32, 32, 1)])
+def test_bad_image_sizes(size: tuple[int, ...]) -> None:
+    with pytest.raises(MetricsError, match="input_size"):
+        QuantizationComparison(size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [0, 65])
+def test_bad_activation_bits(bits: int) -> None:
+    with pytest.raises(MetricsError, match=f"b_a={bits}"):
+        QuantizationComparison(b_a=bits)
+
+
+def test_counting_leaves_the_network_as_it_was() -> None:
+    model = tiny_resnet().train()
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    QuantizationComparison(IMAGE).calculate_stats(model)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,255 @@
+"""Penalties against plain-Python loops, groups written out by hand, and finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+
+from experiments.sparsity import (
+    PenaltyError,
+    coupled_group_lasso,
+    group_lasso_blocks,
+    group_lasso_channels,
+    l1_kernel_sparsity,
+    safe_sqrt,
+)
+from resnet import BasicBlock, ResNet
+from src.quantizer import DeadZoneLDZCompander
+from tests.networks import IMAGE, Chain, FlattenArea, IdentityShortcut, OptionAShortcut, randomize, tiny_resnet
+from utils_quantization import attach_weight_quantizers, quantization, shared_quantized_weights
+
+PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {
+    "coupled": lambda model: coupled_group_lasso(model, IMAGE)(model),
+    "channels": group_lasso_channels,
+    "blocks": group_lasso_blocks(2),
+    "kernels": l1_kernel_sparsity,
+}
+
+
+def square(values: Tensor) -> float:
+    """Sum of squares, in plain Python."""
+    return sum(float(v) ** 2 for v in values.detach().flatten())
+
+
+def convolutions(model: nn.Module) -> list[Tensor]:
+    return [module.weight.detach() for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def made(widths: tuple[int, int, int] = (2, 4, 8)) -> ResNet:
+    model = ResNet(BasicBlock, [1, 1, 1], 2, widths=widths, in_channels=2)
+    randomize(model, 6)
+    return model
+
+
+def test_coupled_groups_of_a_chain_by_hand() -> None:
+    model = randomize(Chain(), 1)
+    assert isinstance(model, Chain)
+    assert model.conv2.bias is not None
+    total = 0.0
+    for c in range(3):
+        own = square(model.conv1.weight[c]) + square(model.bn1.weight[c]) + square(model.bn1.bias[c])
+        total += math.sqrt(own + square(model.conv2.weight[:, c]))
+    for c in range(4):
+        own = square(model.conv2.weight[c]) + square(model.conv2.bias[c])
+        total += math.sqrt(own + square(model.linear.weight[:, c]))
+    assert PENALTIES["coupled"](model).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_coupled_groups_of_a_residual_network_by_hand() -> None:
+    """Widths 2, 4, 8: stream channel c of stage 1 is c + 1 in stage 2 and c + 3 in stage 3.
+
+    Stage-3 channel z: z in 2..5 comes from stage 2 (z - 2), and of these 3 and 4 from stage 1 (z - 3).
+    """
+    model = made()
+    m = model.get_submodule
+
+    def weight(name: str) -> Tensor:
+        return m(name).get_parameter("weight")
+
+    def produced(conv: str, bn: str, c: int) -> float:
+        return square(weight(conv)[c]) + square(weight(bn)[c]) + square(m(bn).get_parameter("bias")[c])
+
+    total = 0.0
+    for stage, width in ((1, 2), (2, 4), (3, 8)):
+        block = f"layer{stage}.0"
+        for c in range(width):
+            inner = produced(f"{block}.conv1", f"{block}.bn1", c) + square(weight(f"{block}.conv2")[:, c])
+            total += math.sqrt(inner)
+    for z in range(8):
+        own = produced("layer3.0.conv2", "layer3.0.bn2", z) + square(weight("linear")[:, z])
+        if 2 <= z < 6:
+            own += produced("layer2.0.conv2", "layer2.0.bn2", z - 2) + square(weight("layer3.0.conv1")[:, z - 2])
+        if 3 <= z < 5:
+            own += produced("layer1.0.conv2", "layer1.0.bn2", z - 3) + square(weight("layer2.0.conv1")[:, z - 3])
+            own += produced("conv1", "bn1", z - 3) + square(weight("layer1.0.conv1")[:, z - 3])
+        total += math.sqrt(own)
+    assert PENALTIES["coupled"](model).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_coupled_groups_where_a_flatten_keeps_pixels() -> None:
+    model = randomize(FlattenArea(), 2)
+    assert isinstance(model, FlattenArea)
+    assert model.conv.bias is not None
+    total = 0.0
+    for c in range(3):
+        own = square(model.conv.weight[c]) + square(model.conv.bias[c])
+        total += math.sqrt(own + square(model.linear.weight[:, 9 * c : 9 * c + 9]))
+    assert PENALTIES["coupled"](model).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_channel_lasso_against_loops() -> None:
+    model = made()
+    total = sum(math.sqrt(square(w[o])) for w in convolutions(model) for o in range(len(w)))
+    assert group_lasso_channels(model).item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_block_lasso_against_loops(size: int) -> None:
+    """Sizes that do not divide the filters leave a smaller last block."""
+    model = made()
+    total = sum(math.sqrt(square(w[o : o + size])) for w in convolutions(model) for o in range(0, len(w), size))
+    assert group_lasso_blocks(size)(model).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_kernel_lasso_against_loops() -> None:
+    model = made()
+    total = sum(abs(float(v)) for w in convolutions(model) for v in w.flatten())
+    assert l1_kernel_sparsity(model).item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gradient_against_finite_differences(name: str) -> None:
+    model = randomize(OptionAShortcut(), 3)
+    names, values = zip(*model.named_parameters(), strict=True)
+    penalty = coupled_group_lasso(model, IMAGE) if name == "coupled" else PENALTIES[name]
+
+    class Penalised(nn.Module):
+        """`functional_call` swaps parameters of a module's forward pass: the penalty, here."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self) -> Tensor:
+            return penalty(self.net)
+
+    def of(*parameters: Tensor) -> Tensor:
+        return functional_call(Penalised(), {f"net.{n}": p for n, p in zip(names, parameters, strict=True)}, ())
+
+    assert gradcheck(of, tuple(v.detach().requires_grad_() for v in values), atol=1e-6)
+
+
+def test_known_gradient() -> None:
+    """d ||w|| / dw = w / ||w||: for the filter (3, 4) that is (0.6, 0.8)."""
+    model = nn.Sequential(nn.Conv2d(2, 1, 1, bias=False))
+    weight = model.get_submodule("0").get_parameter("weight")
+    with torch.no_grad():
+        weight.copy_(torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
+    loss = group_lasso_channels(model)
+    loss.backward()
+    assert loss.item() == 5
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_all_zero_groups_have_a_finite_zero_gradient(name: str) -> None:
+    model = made()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    loss = PENALTIES[name](model)
+    loss.backward()
+    assert loss.item() == 0
+    for parameter in model.parameters():
+        assert parameter.grad is None or torch.count_nonzero(parameter.grad) == 0  # nan counts as nonzero
+
+
+def test_one_zero_group_does_not_disturb_the_others() -> None:
+    model = randomize(Chain(), 1)
+    assert isinstance(model, Chain)
+    with torch.no_grad():
+        for tensor in (model.conv1.weight, model.bn1.weight, model.bn1.bias):
+            tensor[0] = 0
+        model.conv2.weight[:, 0] = 0
+    PENALTIES["coupled"](model).backward()
+    assert model.conv1.weight.grad is not None
+    assert model.conv2.weight.grad is not None
+    assert torch.count_nonzero(model.conv1.weight.grad[0]) == 0
+    assert bool((model.conv1.weight.grad[1:] != 0).all())
+    assert bool(model.conv2.weight.grad.isfinite().all())
+
+
+def test_safe_sqrt() -> None:
+    x = torch.tensor([0.0, 4.0, 1e-30], dtype=torch.float64, requires_grad=True)
+    safe_sqrt(x).sum().backward()
+    assert safe_sqrt(x).tolist() == [0, 2, pytest.approx(1e-15)]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 0.25, pytest.approx(5e14)]
+
+
+def test_the_closure_serves_any_network_of_the_same_structure() -> None:
+    penalty = coupled_group_lasso(tiny_resnet(seed=1), IMAGE)
+    other = tiny_resnet(seed=2)
+    assert penalty(other).item() == pytest.approx(coupled_group_lasso(other, IMAGE)(other).item())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert penalty(other).item() == pytest.approx(2 * penalty(tiny_resnet(seed=2)).item())
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_quantized_weights_are_what_is_penalised(name: str) -> None:
+    """On: the penalty of a network that holds the quantized values. Off: that of the latent ones."""
+    model, plain = tiny_resnet(), tiny_resnet()
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander, {"init_deadzone_logit": 0.7, "init_bit_logit": 0.6})
+    with quantization(model, enabled=False):
+        assert PENALTIES[name](model).item() == pytest.approx(PENALTIES[name](plain).item(), rel=1e-6)
+    quantizer = DeadZoneLDZCompander(init_deadzone_logit=0.7, init_bit_logit=0.6)
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.copy_(quantizer(module.weight))
+    expected = PENALTIES[name](plain).item()
+    assert PENALTIES[name](model).item() == pytest.approx(expected, rel=1e-6)
+    with shared_quantized_weights(model):
+        shared = PENALTIES[name](model)
+    assert shared.item() == pytest.approx(expected, rel=1e-6)
+    shared.backward()
+    logit = model.get_submodule("layer1.0.conv1.parametrizations.weight.0.quantizer").get_parameter("logit_dz")
+    assert logit.grad is not None
+    assert math.isfinite(logit.grad.item())
+    assert logit.grad.item() != 0
+
+
+def test_descent_on_the_penalty_shrinks_it() -> None:
+    model = randomize(IdentityShortcut(), 0)
+    penalty = coupled_group_lasso(model, IMAGE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = penalty(model).item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        penalty(model).backward()
+        optimizer.step()
+    # 5 groups, each of norm falling by 0.01 per step while they stay apart from 0; shared weights fall twice as fast
+    assert penalty(model).item() < before - 5 * 5 * 0.01 * 0.9
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "4", None])
+def test_bad_block_sizes(size: object) -> None:
+    with pytest.raises(PenaltyError, match="block_size="):
+        group_lasso_blocks(size)  # type: ignore[arg-type]
+
+
+def test_networks_without_anything_to_penalise() -> None:
+    with pytest.raises(PenaltyError, match="no removable channel"):
+        coupled_group_lasso(nn.Sequential(nn.Conv2d(2, 3, 3)), IMAGE)
+    for penalty in (group_lasso_channels, group_lasso_blocks(2), l1_kernel_sparsity):
+        with pytest.raises(PenaltyError, match="no convolution"):
+            penalty(nn.Sequential(nn.Linear(2, 2)))
