@@ -88,8 +88,7 @@ def attach_weight_quantizers(
             "network, or exclude them"
         )
     for module in chosen.values():
-        weight = cast(Tensor, module.weight)
-        fake_quant = FakeQuantParametrization(quantizer(**(quantizer_kwargs or {})), enabled).to(weight.device)
+        fake_quant = FakeQuantParametrization(quantizer(**(quantizer_kwargs or {})), enabled).to(module.weight.device)
         parametrize.register_parametrization(module, "weight", fake_quant)
     return list(chosen)
 

@@ -8,7 +8,6 @@ Axis letters: O output channels, I input channels, k kernel, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +89,7 @@ def group_lasso_blocks(block_size: int = 4) -> Penalty:
 def l1_kernel_sparsity(model: nn.Module) -> Tensor:
     """sum over all k x k kernels of the convolutions of ||W[o, i]||_1, which is the sum of all |w|."""
     convolutions = _convolutions(model)
-    return torch.stack([cast(Tensor, layer.weight).abs().sum() for layer in convolutions]).sum()
+    return torch.stack([layer.weight.abs().sum() for layer in convolutions]).sum()
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def _total(model: nn.Module, group_sums: Callable[[Tensor], Tensor]) -> Tensor:
-    weights = [cast(Tensor, layer.weight) for layer in _convolutions(model)]
+    weights = [layer.weight for layer in _convolutions(model)]
     return torch.stack([safe_sqrt(group_sums(weight)).sum() for weight in weights]).sum()
 
 

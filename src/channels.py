@@ -230,7 +230,7 @@ def _constant(op: Op, module: nn.Module | None, weight: Values | None, sources: 
 
 
 def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Values:
-    reads = weight.reshape(*weight.shape[:2], -1).any(axis=2)  # (O, I)
+    reads = _reads(weight)
     live = np.isnan(source)
     value = np.where(live, 0, source)
     moving = reads[:, live].any(axis=1)
@@ -248,8 +248,7 @@ def _kept(
     for op in reversed(ops):
         wanted = needed[op.name] & np.isnan(constant[op.name])
         if op.name in weights:
-            reads = weights[op.name].reshape(*weights[op.name].shape[:2], -1).any(axis=2)
-            needed[op.inputs[0]] |= reads[wanted].any(axis=0)
+            needed[op.inputs[0]] |= _reads(weights[op.name])[wanted].any(axis=0)
         elif op.kind == "pad":
             before = op.settings["before"]
             needed[op.inputs[0]] |= wanted[before : before + len(needed[op.inputs[0]])]
@@ -263,8 +262,7 @@ def _kept(
 
 def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]) -> LayerFlow:
     source = constant[op.inputs[0]]
-    flat = weight.reshape(*weight.shape[:2], -1)
-    reads = flat[kept[op.name]].any(axis=2).any(axis=0)  # (I,): read by a kept output channel
+    reads = _reads(weight)[kept[op.name]].any(axis=0)  # (I,): by a kept output channel
     live = np.isnan(source)
     return LayerFlow(
         name=cast(str, op.module),
@@ -272,7 +270,7 @@ def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values
         out_channels=weight.shape[0],
         in_channels=weight.shape[1],
         constant_out=constant[op.name],
-        dead_out=~flat.any(axis=(1, 2)),
+        dead_out=np.asarray(~_reads(weight).any(axis=1)),
         kept_out=np.flatnonzero(kept[op.name]),
         kept_in=np.flatnonzero(reads & live),
         carries_constants=bool(is_padded(module) and (reads & ~live & (source != 0)).any()),
@@ -289,7 +287,7 @@ def _opaque_layer(op: Op, weight: Values) -> LayerFlow:
         out_channels=outputs,
         in_channels=inputs,
         constant_out=np.full(outputs, np.nan),
-        dead_out=~weight.reshape(outputs, -1).any(axis=1),
+        dead_out=np.asarray(~_reads(weight).any(axis=1)),
         kept_out=np.arange(outputs),
         kept_in=np.arange(inputs),
         carries_constants=False,
@@ -322,6 +320,11 @@ def _whole(ops: Sequence[Op]) -> set[str]:
         if op.kind in ("output", "opaque") or (op.name in whole and op.kind in CHANNELWISE):
             whole.update(op.inputs)
     return whole
+
+
+def _reads(weight: Values) -> Flags:
+    """Which output channel reads which input channel, through any weight that is not zero, (O, I)."""
+    return np.asarray(weight.reshape(*weight.shape[:2], -1).any(axis=2))
 
 
 def _numpy(tensor: Tensor) -> Values:

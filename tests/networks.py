@@ -31,7 +31,7 @@ class Chain(nn.Module):
 
 
 class IdentityShortcut(nn.Module):
-    """stem 2->3, then a block with inner width 2 beside the identity: stream = relu(b(relu(bn(a(stream)))) + stream)."""
+    """stem 2->3, then a block of inner width 2 beside the identity: stream = relu(b(relu(bn(a(stream)))) + stream)."""
 
     def __init__(self) -> None:
         super().__init__()

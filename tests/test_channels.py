@@ -146,7 +146,9 @@ def test_groups_are_disjoint_and_whole(make: Callable[[], nn.Module]) -> None:
         seen |= entries
     assert len(set(groups.names)) == len(groups)
     for member in groups.members:
-        assert len(member.groups) == model.get_submodule(member.module).get_parameter(member.parameter).shape[member.dim]
+        assert (
+            len(member.groups) == model.get_submodule(member.module).get_parameter(member.parameter).shape[member.dim]
+        )
     scores = ("linear.weight", 0)
     assert not any(entry[:2] == scores for entry in seen), "the network's scores are no channels"
     stem = next(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
@@ -228,7 +230,7 @@ def test_all_dead_and_unpadded_is_constant_throughout() -> None:
     model = chain(padding=0)
     with torch.no_grad():
         model.conv1.weight.zero_()
-        model.conv2.bias.fill_(2)  # type: ignore[union-attr]
+        model.conv2.bias.fill_(2)
     found = account(model, IMAGE)
     second = layer(found, "conv2")
     np.testing.assert_allclose(second.constant_out, [15.5] * 4)
@@ -349,8 +351,8 @@ def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
     )
     with torch.no_grad():
-        model.get_submodule("0").weight[0] = 0  # type: ignore[operator, union-attr]
-        model.get_submodule("2").weight[1] = 0  # type: ignore[operator, union-attr]
+        model.get_submodule("0").weight[0] = 0
+        model.get_submodule("2").weight[1] = 0
     found = account(model, IMAGE)
     grouped = layer(found, "2")
     assert layer(found, "0").kept_out.tolist() == [0, 1, 2, 3]
@@ -365,7 +367,7 @@ def test_the_account_reads_quantized_weights_where_they_are_on() -> None:
     attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, {"init_deadzone_logit": 0.6})
     inner = model.get_submodule("layer1.0.conv1")
     with torch.no_grad():
-        original = inner.parametrizations.weight.original  # type: ignore[operator, union-attr]
+        original = inner.parametrizations.weight.original
         original[0] = 1e-3 * original.abs().max()
     assert layer(account(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [True, False]
     with quantization(model, enabled=False):
@@ -438,8 +440,8 @@ class Oracle(fx.Interpreter):
         carried = torch.einsum("oi...,i->o...", weight, constant)[:, None]
         if isinstance(module, nn.Conv2d):
             run = {"stride": module.stride, "padding": module.padding}
-            result = F.conv2d(narrow, small, module.bias, **run) if len(flow.kept_in) else 0  # type: ignore[arg-type]
-            extra = F.conv2d(ones, carried, **run)  # type: ignore[arg-type]
+            result = F.conv2d(narrow, small, module.bias, **run) if len(flow.kept_in) else 0
+            extra = F.conv2d(ones, carried, **run)
             if is_padded(module) and not flow.carries_constants:
                 assert not extra[:, flow.kept_out].any()
         else:
@@ -503,5 +505,7 @@ def test_nothing_to_remove_keeps_everything() -> None:
     model = ResNet(BasicBlock, [1, 1, 1])
     found = account(model)
     assert all(np.isnan(flow.constant_out).all() for flow in found.layers)
-    assert all(len(flow.kept_out) == flow.out_channels and len(flow.kept_in) == flow.in_channels for flow in found.layers)
+    assert all(
+        len(flow.kept_out) == flow.out_channels and len(flow.kept_in) == flow.in_channels for flow in found.layers
+    )
     assert not any(flow.carries_constants or flow.dead_out.any() for flow in found.layers)

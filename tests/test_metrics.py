@@ -30,7 +30,7 @@ def flops(model: nn.Module, size: tuple[int, int, int]) -> int:
 
 @torch.no_grad()
 def pruned_chain() -> Chain:
-    """Chain with filter 1 of conv1 zero, BatchNorm offset 0.5 there, and linear's column 2 zero. All other weights 1."""
+    """Filter 1 of conv1 zero, BatchNorm offset 0.5, linear's column 2 zero; all other weights 1."""
     model = Chain().eval()
     for parameter in model.parameters():
         parameter.fill_(1)
@@ -141,7 +141,7 @@ def test_the_baseline_counts_the_dense_network() -> None:
 
 
 def test_bits_and_zeros_come_from_the_quantizers() -> None:
-    """Bits at logit 0.5: tanh 0.5 * 6 + 2 = 4.77 -> 5. Zeros are counted in the quantized weight, not the latent one."""
+    """Bits at logit 0.5: tanh 0.5 * 6 + 2 = 4.77 -> 5. Zeros are those of the quantized weight, not the latent."""
     model = tiny_resnet()
     kwargs = {"init_bit_logit": 0.5, "init_deadzone_logit": 0.7}
     attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, kwargs)
@@ -150,7 +150,7 @@ def test_bits_and_zeros_come_from_the_quantizers() -> None:
     stats = comparison.calculate_unstructured_stats(model)
     for name, layer in quantized_layers(model).items():
         latent = latent_weight(layer).detach()
-        zeros = int((latent.abs() <= quantizer_of(layer).grid(latent).dead_zone / 2).sum())  # type: ignore[operator]
+        zeros = int((latent.abs() <= quantizer_of(layer).grid(latent).dead_zone / 2).sum())
         assert zeros
         found = stats[name]
         assert found.bitwidth == 5
@@ -204,14 +204,14 @@ def test_networks_that_do_not_match(calculate: str) -> None:
 
 
 def test_an_unknown_layer() -> None:
-    with pytest.raises(MetricsError, match="'conv9'.*conv1, conv2, linear"):
+    with pytest.raises(MetricsError, match=r"'conv9'.*conv1, conv2, linear"):
         QuantizationComparison(IMAGE).calculate_stats(Chain())["conv9"]
 
 
 @pytest.mark.parametrize("size", [(3, 32), (0, 6, 6), (3, 32, 32, 1)])
 def test_bad_image_sizes(size: tuple[int, ...]) -> None:
     with pytest.raises(MetricsError, match="input_size"):
-        QuantizationComparison(size)  # type: ignore[arg-type]
+        QuantizationComparison(size)
 
 
 @pytest.mark.parametrize("bits", [0, 65])

@@ -167,9 +167,7 @@ def test_values_and_all_gradients_match_the_reference(
     theta_bit=LOGITS,
     max_bits=st.integers(2, 12),
 )
-def test_reference_over_random_tensors(
-    size: int, seed: int, theta_dz: float, theta_bit: float, max_bits: int
-) -> None:
+def test_reference_over_random_tensors(size: int, seed: int, theta_dz: float, theta_bit: float, max_bits: int) -> None:
     assert_matches_reference(weights((size,), seed), theta_dz, theta_bit, max_bits, seed)
 
 
@@ -248,7 +246,7 @@ def test_largest_level_is_the_range(max_bits: int) -> None:
     w = torch.linspace(-1, 1, 1000, dtype=torch.float64)  # evenly spread, so that every level is used
     quantizer = made(1.0, 20.0, max_bits)
     assert quantizer.get_bitwidth().item() == max_bits
-    assert float(quantizer(w).abs().max()) == pytest.approx(np.quantile(np.abs(w.numpy()), 0.99), abs=1e-6)
+    assert quantizer(w).abs().max().item() == pytest.approx(np.quantile(np.abs(w.numpy()), 0.99), abs=1e-6)
     assert len(quantizer(w).unique()) == 2**max_bits - 1  # 2 Q + 1
 
 
@@ -288,13 +286,13 @@ def test_batched_equals_one_at_a_time_bit_for_bit(dtype: torch.dtype) -> None:
     for quantizer, w, value in zip(quantizers, tensors, together, strict=True):
         assert value.dtype == dtype
         assert torch.equal(value, quantizer(w))
-        assert torch.equal(
-            value, quantize([w], quantizer.logit_dz[None], quantizer.get_bitwidth()[None])[0]
-        )
+        assert torch.equal(value, quantize([w], quantizer.logit_dz[None], quantizer.get_bitwidth()[None])[0])
 
 
 def test_batched_gradients_equal_one_at_a_time() -> None:
-    tensors = [torch.from_numpy(weights(shape, i)).requires_grad_() for i, shape in enumerate([(4, 3, 3, 3), (9,), (1,)])]
+    tensors = [
+        torch.from_numpy(weights(shape, i)).requires_grad_() for i, shape in enumerate([(4, 3, 3, 3), (9,), (1,)])
+    ]
     quantizers = [made(0.5 - i, 0.8, max_bits=6) for i in range(3)]
     parameters = [*tensors, *(q.logit_dz for q in quantizers), *(q.logit_bit for q in quantizers)]
     factors = [torch.from_numpy(weights(tuple(t.shape), 20 + i)) for i, t in enumerate(tensors)]
@@ -419,7 +417,7 @@ def test_bits_out_of_range(bits: object) -> None:
     with pytest.raises(QuantizerError, match=r"whole number from 2 to 16"):
         check_bits("max_bits", bits)
     with pytest.raises(QuantizerError, match="fixed_bit_val="):
-        DeadZoneLDZCompander(fixed_bit_val=bits)  # type: ignore[arg-type]
+        DeadZoneLDZCompander(fixed_bit_val=bits)
 
 
 @pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf, "3", None, True])
@@ -427,7 +425,7 @@ def test_logits_that_are_not_finite_numbers(logit: object) -> None:
     with pytest.raises(QuantizerError, match="finite number"):
         check_logit("init_bit_logit", logit)
     with pytest.raises(QuantizerError, match="init_deadzone_logit="):
-        DeadZoneLDZCompander(init_deadzone_logit=logit)  # type: ignore[arg-type]
+        DeadZoneLDZCompander(init_deadzone_logit=logit)
 
 
 @pytest.mark.parametrize("w", [torch.zeros(0), torch.zeros(3, 0), torch.zeros(4, dtype=torch.int64)])
@@ -444,7 +442,7 @@ def test_parametrization_identity_exact_values_gradients() -> None:
     original = layer.weight.detach().clone()
     model = nn.Sequential(layer)
     attach_weight_quantizers(model, [], made, {"theta_dz": 0.9, "theta_bit": 0.6}, enabled=False)
-    fake_quant = layer.parametrizations.weight[0]  # type: ignore[union-attr]
+    fake_quant = layer.parametrizations.weight[0]
     assert isinstance(fake_quant, FakeQuantParametrization)
     assert torch.equal(layer.weight, original)
 

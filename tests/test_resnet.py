@@ -128,7 +128,7 @@ def test_output_shape_and_classes() -> None:
 def test_bad_arguments(settings: dict[str, object], said: str) -> None:
     arguments = {"num_blocks": [1, 1, 1], **settings}
     with pytest.raises(ValueError, match=said):
-        ResNet(BasicBlock, **arguments)  # type: ignore[arg-type]
+        ResNet(BasicBlock, **arguments)
 
 
 def test_option_a_needs_stride_2() -> None:

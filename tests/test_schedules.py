@@ -53,12 +53,12 @@ def test_cosine_anneal() -> None:
     ("call", "said"),
     [
         (lambda: linear_warmup(-1, 5), "delay=-1"),
-        (lambda: linear_warmup(5, 2.5), "ramp=2.5"),  # type: ignore[arg-type]
+        (lambda: linear_warmup(5, 2.5), "ramp=2.5"),
         (lambda: linear_warmup(5, True), "ramp=True"),
         (lambda: linear_warmup(5, 5, peak=-0.1), "peak=-0.1"),
         (lambda: linear_warmup(5, 5, peak=math.nan), "peak=nan"),
         (lambda: constant(math.inf), "value=inf"),
-        (lambda: constant("1"), "value='1'"),  # type: ignore[arg-type]
+        (lambda: constant("1"), "value='1'"),
         (lambda: cosine_anneal(delay=-3), "delay=-3"),
         (lambda: cosine_anneal(peak=math.nan), "peak=nan"),
     ],

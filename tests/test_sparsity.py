@@ -244,7 +244,7 @@ def test_descent_on_the_penalty_shrinks_it() -> None:
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "4", None])
 def test_bad_block_sizes(size: object) -> None:
     with pytest.raises(PenaltyError, match="block_size="):
-        group_lasso_blocks(size)  # type: ignore[arg-type]
+        group_lasso_blocks(size)
 
 
 def test_networks_without_anything_to_penalise() -> None:

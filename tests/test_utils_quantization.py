@@ -157,7 +157,7 @@ def test_bad_quantizer_settings_change_nothing() -> None:
 
 
 def test_a_network_without_weight_layers() -> None:
-    with pytest.raises(AttachmentError, match="nothing to quantize.*are none"):
+    with pytest.raises(AttachmentError, match=r"nothing to quantize.*are none"):
         attach_weight_quantizers(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), [], Halver)
 
 
@@ -191,7 +191,7 @@ def test_off_is_the_network_it_was_and_on_is_its_quantized_weights() -> None:
         for name in quantized_layers(model):
             convolution = plain.get_submodule(name)
             quantizer = DeadZoneLDZCompander(init_deadzone_logit=0.8)
-            convolution.weight.copy_(quantizer(convolution.weight))  # type: ignore[operator, union-attr, arg-type]
+            convolution.weight.copy_(quantizer(convolution.weight))
     torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
 
 
@@ -253,7 +253,7 @@ def test_sharing_computes_each_quantizer_once(monkeypatch: pytest.MonkeyPatch) -
     with shared_quantized_weights(model):
         model(images())
         layers = quantized_layers(model).values()
-        penalty = sum(layer.weight.square().sum() for layer in layers)  # type: ignore[operator, union-attr]
+        penalty = sum(layer.weight.square().sum() for layer in layers)
         assert isinstance(penalty, Tensor)
         assert all(layer.weight is layer.weight for layer in layers)
     assert seen == Counter({id(quantizer_of(layer)): 1 for layer in quantized_layers(model).values()})
@@ -334,9 +334,9 @@ def test_copies_are_independent() -> None:
     torch.testing.assert_close(twin(images()), model(images()), rtol=0, atol=0)
     toggle_quantization(twin, False)
     with torch.no_grad():
-        quantizer_of(twin.get_submodule("layer1.0.conv1")).logit_dz.fill_(0.1)  # type: ignore[operator, union-attr]
+        quantizer_of(twin.get_submodule("layer1.0.conv1")).logit_dz.fill_(0.1)
     assert enabled_states(model) == [True] * 6
-    assert quantizer_of(model.get_submodule("layer1.0.conv1")).logit_dz.item() == pytest.approx(0.8)  # type: ignore[operator, union-attr]
+    assert quantizer_of(model.get_submodule("layer1.0.conv1")).logit_dz.item() == pytest.approx(0.8)
 
 
 def test_pickling_goes_through_the_state_dictionary() -> None:
