@@ -1,8 +1,7 @@
-"""Figures of a run: from records and counts to `matplotlib.figure.Figure`.
+"""Figures of a run: from records and counts to `matplotlib.figure.Figure`; the live one comes from dashboard.py.
 
 Every function takes plain data and gives a figure with its alt text in `get_label()`; nothing is shown, saved or
-closed here. Shares (0 to 1) are drawn in per cent. Axis letters: E epochs, L layers, O output channels, I input
-channels, k kernel.
+closed here. Shares (0 to 1) are drawn in per cent. Axis letters: O output channels, I input channels, k kernel.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,11 +18,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from experiments import style
+from experiments.dashboard import dashboard as dashboard
+from experiments.dashboard import dead_total, draw_liveness, draw_sparsity, span
 from experiments.style import percent
 from src.records import History, LayerRecord
-
-LIVENESS = ListedColormap([style.BLACK, style.WHITE], name="liveness").with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
-"""0 dead is black, 1 alive is white, absent (masked) is transparent: the hatched ground shows through."""
 
 
 @style.styled
@@ -70,14 +66,14 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
         alt += f"epoch {int(coefficient.argmax()) + 1}; the first dead channel appears {_first_dead(dead)}."
     figure = style.canvas(title, subtitle, height=4.2)
     axes = figure.subplots()
-    style.legend_above(axes, _draw_sparsity(axes, history, plan=None))
+    style.legend_above(axes, draw_sparsity(axes, history, plan=None))
     return style.finish(figure, f"Line chart by epoch, the penalty's coefficient on the right axis. {alt}")
 
 
 @style.styled
 def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
     """Rows are layers, columns output channels: black dead, white alive, hatched where a layer has no such channel."""
-    dead, total = _dead_total(layers)
+    dead, total = dead_total(layers)
     worst = max(layers, key=lambda layer: layer.dead_channels / max(layer.channels, 1), default=None)
     title = f"{dead} of {total} output channels are dead ({percent(dead / max(total, 1))})"
     alt = f"Map of channels, one row a layer, black for dead: {title}"
@@ -85,7 +81,7 @@ def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Fi
         alt += f"; the largest share is in {worst.name}, {worst.dead_channels} of {worst.channels}"
     figure = style.canvas(title, subtitle, height=1.35 + 0.205 * max(len(layers), 3))
     axes = figure.subplots()
-    _draw_liveness(axes, layers)
+    draw_liveness(axes, layers)
     counts = [f"{layer.dead_channels}/{layer.channels}" for layer in layers]
     widest = max(map(len, counts), default=0)
     figure_space = "\N{FIGURE SPACE}"  # as wide as a digit: the counts stand in columns
@@ -106,9 +102,9 @@ def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Fi
 @style.styled
 def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
     """One bar a layer: alive channels (blue) under dead ones (grey), the learned bit width above the bar."""
-    dead, total = _dead_total(layers)
+    dead, total = dead_total(layers)
     bits = [layer.bits for layer in layers]
-    title = f"{total - dead} of {total} channels are alive" + (f", stored with {_span(bits)} bits" if bits else "")
+    title = f"{total - dead} of {total} channels are alive" + (f", stored with {span(bits)} bits" if bits else "")
     figure = style.canvas(title, subtitle, height=4.4)
     axes = figure.subplots()
     style.grid(axes)
@@ -125,48 +121,6 @@ def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> 
     keys = [Patch(color=style.ALIVE, label="alive"), Patch(color=style.DEAD, label="dead")]
     style.legend_above(axes, handles=[*keys, Line2D([], [], ls="", label="above each bar: learned bits of a weight")])
     alt = f"Stacked bars, one a layer: {title}; {dead} are dead, most of them in {_most_dead(layers)}."
-    return style.finish(figure, alt)
-
-
-@style.styled
-def dashboard(history: History, *, coefficient_plan: Sequence[float] | None = None, subtitle: str = "") -> Figure:
-    """The live figure, 2 x 2: loss and accuracy; sparsity and coefficient; bits of every layer; channel liveness.
-
-    coefficient_plan: the coefficient of every planned epoch, drawn faintly ahead of the run. Works from the first
-    moment, with no record yet. The layout is fixed, so nothing moves between two frames.
-    """
-    record = history.last if len(history) else None
-    layers = record.layers if record else ()
-    title = (
-        f"Epoch {len(history)} of {history.epochs}" if record else f"Waiting for the first of {history.epochs} epochs"
-    )
-    height = 7.3
-    figure = Figure(figsize=(style.WIDTH, height))
-    style.headline(figure, title, subtitle)
-    top = 1 - (style.header_height(subtitle) + 0.72) / height
-    cells = figure.add_gridspec(2, 2, left=0.075, right=0.915, bottom=0.075, top=top, wspace=0.5, hspace=0.5)
-    panels = [figure.add_subplot(cells[i, j]) for i in (0, 1) for j in (0, 1)]
-    style.legend_above(panels[0], _draw_loss(panels[0], history), columns=2)
-    style.legend_above(panels[1], _draw_sparsity(panels[1], history, plan=coefficient_plan), columns=2)
-    _draw_bits(panels[2], history)
-    _draw_liveness(panels[3], layers)
-    panels[3].set_yticks(*_row_groups(layers))
-    panels[3].tick_params(axis="y", length=0)
-    panels[3].set_xlabel("output channel")
-    dead, total = _dead_total(layers)
-    headings = ["Loss and accuracy", "Zeros and coefficient", "Bits of every layer", "Channels: black is dead"]
-    alt = f"Four charts of the run. {title}."
-    if record:
-        zeros, share = percent(record.unstructured_sparsity), percent(record.structured_sparsity)
-        headings[0] = f"Loss {record.loss:.2f}, test accuracy {percent(record.accuracy)}"
-        headings[1] = f"Zeros {zeros}, dead channels {share}"
-        headings[2] = f"Bits: {record.mean_bits:.1f} on average"
-        headings[3] = f"Dead (black): {dead} of {total} channels"
-        alt += f" {headings[0]}. Zero weights {zeros}, dead channels {share}, {dead} of {total}, at coefficient "
-        alt += f"{record.coefficient:.3g}. Bit widths {_span([layer.bits for layer in layers])}, mean "
-        alt += f"{record.mean_bits:.1f}."
-    for panel, heading, pad in zip(panels, headings, (36, 36, 22, 22), strict=True):
-        panel.set_title(heading, pad=pad)
     return style.finish(figure, alt)
 
 
@@ -296,124 +250,8 @@ def before_after(
     return style.finish(figure, f"Paired bars, one pair a layer. {title}.")
 
 
-def _draw_loss(axes: Axes, history: History) -> Axes:
-    """Draw loss (left) and accuracy (right); gives back the right axes."""
-    x = np.arange(1, len(history) + 1)
-    style.grid(axes)
-    axes.plot(x, history.column("loss"), color=style.LOSS, lw=2.2, marker=".", label="loss, total")
-    axes.plot(x, history.column("task_loss"), color=style.TASK, lw=1.6, marker=".", ms=4, label="task loss")
-    axes.set_ylim(0, 1.08 * max(history.column("loss").max(initial=0.0), 1e-3) if len(history) else 1.0)
-    axes.set_ylabel("loss, mean of the batches")
-    style.epoch_axis(axes, history.epochs)
-    right = style.right_axis(axes, "test accuracy", style.ACCURACY)
-    right.plot(
-        x, 100 * history.column("accuracy"), color=style.ACCURACY, lw=2.2, marker=".", label="test accuracy (right)"
-    )
-    right.set_ylim(0, 100)
-    style.percent_axis(right.yaxis)
-    return right
-
-
-def _draw_sparsity(axes: Axes, history: History, *, plan: Sequence[float] | None) -> Axes:
-    """Draw the two sparsities (left) and the coefficient (right); gives back the right axes."""
-    x = np.arange(1, len(history) + 1)
-    coefficient = history.column("coefficient")
-    planned = np.asarray(plan if plan is not None else [], dtype=float)
-    style.grid(axes)
-    right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)
-    if len(planned):
-        ahead = np.arange(1, len(planned) + 1)
-        right.plot(ahead, planned, color=style.COEFFICIENT, lw=1, ls=":", label="coefficient, planned")
-    right.plot(x, coefficient, color=style.COEFFICIENT, lw=1.8, ls=(0, (4, 2)), label="coefficient (right)")
-    for column, color, label in (
-        ("unstructured_sparsity", style.ZEROS, "zero weights"),
-        ("structured_sparsity", style.CHANNELS, "dead channels"),
-    ):
-        axes.plot(x, 100 * history.column(column), color=color, lw=2.2, marker=".", label=label, clip_on=False)
-    peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
-    right.set_ylim(0, 1.15 * peak if peak > 0 else 1.0)
-    axes.set(ylim=(0, 100), ylabel="share")
-    style.percent_axis(axes.yaxis)
-    style.epoch_axis(axes, history.epochs)
-    return right
-
-
-def _draw_bits(axes: Axes, history: History) -> None:
-    """One line a layer, wide and dark to narrow and bright, so that lines that coincide show as nested stripes."""
-    x = np.arange(1, len(history) + 1)
-    bits = history.layer_column("bits").reshape(len(history), len(history.layer_names))  # (E, L)
-    count = bits.shape[1]
-    style.grid(axes)
-    for i in range(count):
-        depth = i / max(count - 1, 1)
-        axes.plot(x, bits[:, i], color=style.DEPTH(depth), lw=6.0 - 4.6 * depth, marker="." if len(x) == 1 else "")
-    axes.plot(x, history.column("mean_bits"), color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean")
-    low, high = min(2.0, bits.min(initial=2.0)), max(8.0, bits.max(initial=8.0))
-    axes.set(ylim=(low - 0.35, high + 0.35), ylabel="bits of a weight")
-    axes.set_yticks(np.arange(np.floor(low), np.ceil(high) + 1))
-    style.epoch_axis(axes, history.epochs)
-    if count:
-        values, layers = np.unique(np.round(bits[-1] * 4) / 4, return_counts=True)
-        for value, number in zip(values, layers, strict=True):
-            text = f"{number} layers" if number > 1 else "1 layer"
-            axes.annotate(
-                text, (x[-1], value), (7, 0), textcoords="offset points", va="center", fontsize=9, annotation_clip=False
-            )
-    keys = [
-        Line2D([], [], color=style.DEPTH(0.0), lw=5, label="first layer"),
-        Line2D([], [], color=style.DEPTH(1.0), lw=2, label="last layer"),
-        Line2D([], [], color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean"),
-    ]
-    style.legend_above(axes, handles=keys)
-
-
-def _draw_liveness(axes: Axes, layers: Sequence[LayerRecord]) -> None:
-    """The map itself: an image of 0 (dead), 1 (alive), masked (absent) on a hatched ground."""
-    rows, columns = max(len(layers), 1), max((layer.channels for layer in layers), default=1)
-    alive = np.ma.masked_array(np.zeros((rows, columns)), mask=True)
-    for i, layer in enumerate(layers):
-        alive[i, : layer.channels] = 1.0 - np.asarray(layer.dead, dtype=np.float64)
-    axes.set_facecolor(style.FAINT)
-    axes.patch.set(hatch="////", edgecolor=style.PALE)
-    axes.imshow(alive, cmap=LIVENESS, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    lines = []
-    for i, layer in enumerate(layers):
-        end = layer.channels - 0.5
-        lines.append([(-0.5, i - 0.5), (end, i - 0.5), (end, i + 0.5), (-0.5, i + 0.5)])
-        if columns <= 128:
-            lines += [[(j - 0.5, i - 0.5), (j - 0.5, i + 0.5)] for j in range(1, layer.channels)]
-    axes.add_collection(LineCollection(lines, colors=style.PALE, linewidths=0.5), autolim=False)
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    if not layers:
-        axes.set(xticks=[], yticks=[])
-        axes.text(
-            0, 0, "from the first epoch on", ha="center", va="center", color=style.MUTED, backgroundcolor=style.PAPER
-        )
-        return
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-
-
-def _row_groups(layers: Sequence[LayerRecord]) -> tuple[list[float], list[str]]:
-    """Names of the rows: each where there is room, otherwise the first part of the name once for its rows."""
-    if len(layers) <= 12:
-        return [float(i) for i in range(len(layers))], [layer.name for layer in layers]
-    members: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers):
-        members.setdefault(layer.name.split(".")[0], []).append(i)
-    return [float(np.mean(rows)) for rows in members.values()], list(members)
-
-
-def _dead_total(layers: Sequence[LayerRecord]) -> tuple[int, int]:
-    return sum(layer.dead_channels for layer in layers), sum(layer.channels for layer in layers)
-
-
 def _epochs(number: int) -> str:
     return "1 epoch" if number == 1 else f"{number} epochs"
-
-
-def _span(bits: Sequence[float]) -> str:
-    low, high = min(bits), max(bits)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _first_dead(dead: NDArray[np.float64]) -> str:

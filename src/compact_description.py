@@ -83,7 +83,8 @@ def state_shapes(description: Mapping[str, Any]) -> dict[str, Shape]:
 
     With it a reader can hold a file against its description before anything is allocated.
     """
-    return _state_shapes(description["steps"], value_shapes(description))
+    shapes = value_shapes(description)  # before anything in the description is used
+    return _state_shapes(description["steps"], shapes)
 
 
 def _state_shapes(steps: Sequence[Step], shapes: Sequence[Shape]) -> dict[str, Shape]:

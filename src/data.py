@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -19,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from src.download import CIFAR10, DataError, Report, images_and_labels, obtain, read_batches
+from src.cifar10 import CIFAR10_MEAN, CIFAR10_STD, obtain, read_images
+from src.download import DataError, Report
+from src.image_sources import SIZE, ImageSet, Statistics, read_digits, read_folder, statistics
 
 __all__ = [
     "CIFAR10_MEAN",
@@ -37,14 +36,6 @@ __all__ = [
     "steps_per_epoch",
     "test_batches",
 ]
-
-SIZE = 32
-Statistics = tuple[float, float, float]
-
-# Over all pixels of the 50,000 training images. The often-copied (0.2023, 0.1994, 0.2010) is another quantity: the
-# mean of the deviations within each image.
-CIFAR10_MEAN: Statistics = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD: Statistics = (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +132,21 @@ def load_data(
     say: Report = report or (lambda line: None)
     kind, colon, path = data.partition(":") if isinstance(data, str) else ("", "", "")
     if kind == "folder" and colon:
-        loaded = _load_folder(path, say)
+        found = read_folder(path, say)
+        title = f"images of {Path(path).expanduser().resolve().name}"
+        loaded = _image_data("folder", title, found, statistics(found[0][0]))
     elif data == "digits":
-        loaded = _load_digits()
+        loaded = _digits()
     elif data in ("auto", "cifar10"):
         root = Path(root).expanduser()
         if obtain(root, say, download=data == "cifar10"):
-            loaded = _load_cifar10(root)
+            loaded = _image_data("cifar10", "CIFAR-10", read_images(root), (CIFAR10_MEAN, CIFAR10_STD))
         else:
             notice = (
                 f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "
                 "(1,797 small images); its numbers say nothing about CIFAR-10, which --data cifar10 downloads (170 MB)."
             )
-            loaded = replace(_load_digits(), notice=notice)
+            loaded = replace(_digits(), notice=notice)
             say(f"NOTICE: {notice}")
     else:
         near = difflib.get_close_matches(str(data).lower(), ("auto", "cifar10", "digits"), 1, cutoff=0.5)
@@ -284,145 +277,16 @@ def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
     return chosen.sort().values.to(labels.device)
 
 
-def _load_cifar10(root: Path) -> ImageData:
-    names = list(CIFAR10.files)
-    content = read_batches(root, names)
-    parts = {name: images_and_labels(content[name], name) for name in names if name != "batches.meta"}
-    train = [parts[name] for name in names if name.startswith("data_batch")]
-    return _image_data(
-        ("cifar10", "CIFAR-10"),
-        (np.concatenate([images for images, _ in train]), np.concatenate([labels for _, labels in train])),
-        parts["test_batch"],
-        content["batches.meta"]["label_names"],
-        (CIFAR10_MEAN, CIFAR10_STD),
-    )
+def _digits() -> ImageData:
+    found = read_digits()
+    return _image_data("digits", "handwritten digits (embedded stand-in for CIFAR-10)", found, statistics(found[0][0]))
 
 
-def _load_digits() -> ImageData:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, 0..16, as 32 x 32 RGB: every fifth image of a class is for testing.
-
-    The pictures are enlarged by Catmull-Rom interpolation (Keys' cubic, a = -1/2), whose weights at these positions are
-    exact in float64, so the bytes, and the digest, are the same on every machine.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    kernel = _cubic_matrix(8, SIZE)
-    enlarged = kernel @ np.asarray(digits.images, dtype=np.float64) @ kernel.T
-    grey = np.rint(enlarged * 255 / 16).clip(0, 255).astype(np.uint8)
-    images, labels = np.repeat(grey[..., None], 3, axis=3), np.asarray(digits.target, dtype=np.int64)
-    held_out = np.zeros(len(labels), dtype=bool)
-    shares = np.bincount(labels) * 360 / len(labels)
-    quotas = np.floor(shares).astype(int)
-    quotas[np.argsort(quotas - shares, kind="stable")[: 360 - quotas.sum()]] += 1
-    for label, quota in enumerate(quotas):
-        own = np.flatnonzero(labels == label)
-        held_out[own[(np.arange(quota) * len(own) + len(own) // 2) // quota]] = True
-    train, test = (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
-    title = "handwritten digits (embedded stand-in for CIFAR-10)"
-    return _image_data(("digits", title), train, test, [str(digit) for digit in range(10)], _statistics(train[0]))
-
-
-def _cubic_matrix(source: int, target: int) -> NDArray[np.float64]:
-    """(target, source) weights that enlarge a row of pixels; beyond the border the outermost pixel continues."""
-    matrix = np.zeros((target, source))
-    for row in range(target):
-        centre = (row + 0.5) * source / target - 0.5
-        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            t = abs(centre - tap)
-            weight = 1.5 * t**3 - 2.5 * t**2 + 1 if t <= 1 else -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
-            matrix[row, min(max(tap, 0), source - 1)] += weight
-    return matrix
-
-
-def _load_folder(path: str, report: Report) -> ImageData:
-    """An ImageFolder tree. Any image type that Pillow reads, as RGB, its centre square resized to 32 x 32."""
-    folder = Path(path).expanduser()
-    if not path or not folder.is_dir():
-        raise DataError(f"folder:{path}: no such folder; give folder:PATH with PATH/train/CLASS/*.png and PATH/test")
-    train = folder / "train"
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), folder / "test")
-    for part in (train, test):
-        if not part.is_dir():
-            raise DataError(f"{part} is missing: need train/ and test/ (or val/) in {folder}, one folder a class")
-    names, test_names = _class_names(train), _class_names(test)
-    if len(names) < 2:
-        raise DataError(f"{train} has {len(names)} class folders ({', '.join(names) or 'none'}): need at least 2")
-    if names != test_names:
-        raise DataError(
-            f"classes differ: only in {train}: {sorted(set(names) - set(test_names)) or 'none'}, only in {test}: "
-            f"{sorted(set(test_names) - set(names)) or 'none'}; need the same folders in both"
-        )
-    if len(names) > 1000:
-        report(f"{folder} has {len(names)} classes: more than 1000 is unusual; is each of these folders a class?")
-    loaded = _read_folder(train, names, report)
-    title = f"images of {folder.resolve().name}"
-    return _image_data(("folder", title), loaded, _read_folder(test, names, report), names, _statistics(loaded[0]))
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _read_folder(folder: Path, names: Sequence[str], report: Report) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        found = sorted(Path(top) / file for top, _, files in os.walk(folder / name) for file in files)
-        found = [file for file in found if file.suffix.lower() in types and not file.name.startswith(".")]
-        if not found:
-            raise DataError(f"{folder / name} holds no image: add at least one (.png, .jpg, ...) or remove it")
-        for file in found:
-            images.append(_read_image(file))
-            labels.append(label)
-            if len(images) % 5000 == 0:
-                report(f"{folder}: {len(images)} images read")
-    return np.stack(images), np.asarray(labels, dtype=np.int64)
-
-
-def _read_image(path: Path) -> NDArray[np.uint8]:
-    """One file as (32, 32, 3). Shorter side to 32 and centre crop, in one resampling of the centre square."""
-    most = 89_478_485  # Pillow's own limit for a quarter of a GiB of pixels; it only warns there
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > most:
-                raise DataError(f"{path} has {image.width} x {image.height} pixels: need at most {most}; shrink it")
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            square = ImageOps.fit(upright.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
-            return np.asarray(square)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}; need at most {most} pixels; shrink it") from error
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders fail in many ways; all mean that this file is not usable
-        raise DataError(f"{path} is no readable image: {error}; repair or remove it") from error
-
-
-def _statistics(images: NDArray[np.uint8]) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation of each channel over all pixels, in units of 0..1; images (N, H, W, 3)."""
-    values = np.arange(256) / 255
-    mean, std = [], []
-    for channel in range(3):
-        share = np.bincount(images[..., channel].reshape(-1), minlength=256) / images[..., channel].size
-        mean.append(float(share @ values))
-        # A channel without any contrast must not divide by zero: one grey level is the least.
-        std.append(max(float(np.sqrt(share @ (values - mean[-1]) ** 2)), 1 / 255))
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-
-
-def _image_data(
-    names: tuple[str, str],
-    train: tuple[NDArray[np.uint8], NDArray[np.int64]],
-    test: tuple[NDArray[np.uint8], NDArray[np.int64]],
-    class_names: Sequence[str],
-    statistics: tuple[Statistics, Statistics],
-) -> ImageData:
-    """(N, H, W, 3) arrays to an ImageData."""
+def _image_data(name: str, title: str, found: ImageSet, mean_and_std: tuple[Statistics, Statistics]) -> ImageData:
+    """What a source gave, its images (N, H, W, 3), as an ImageData."""
+    *parts, class_names = found
     tensors = [
         (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), torch.from_numpy(labels))
-        for images, labels in (train, test)
+        for images, labels in parts
     ]
-    return ImageData(*names, *tensors[0], *tensors[1], tuple(class_names), *statistics)
+    return ImageData(name, title, *tensors[0], *tensors[1], tuple(class_names), *mean_and_std)

@@ -235,7 +235,8 @@ def _grid(range_: Tensor, logit_dz: Tensor, bits: Tensor) -> Grid:
 
 def _indices(w: Tensor, grid: Grid) -> Tensor:
     outside = w.sign() * relu_through(w.abs() - grid.shift)
-    return clip_through(round_through(outside / grid.step), grid.levels)
+    # + 0.0 makes -0.0 (a small negative weight) an ordinary zero, so that equal weights have equal bits
+    return clip_through(round_through(outside / grid.step), grid.levels) + 0.0
 
 
 class _RoundThrough(torch.autograd.Function):

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 
 from src import download
-from src.download import Archive, DataError, Patience, fetch, images_and_labels, obtain, read_batches, unpack
+from src.cifar10 import CIFAR10, images_and_labels, obtain, read_batches, unpack
+from src.download import Archive, DataError, Patience, fetch
 
 FOLDER = "batches"
 QUICK = Patience(timeout=0.4, rounds=2, pause=0.0, window=0.2, slow=1e6, stalled=1.0)
@@ -455,7 +456,7 @@ def test_the_official_numbers_agree_with_torchvision() -> None:
     official = {
         ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)
     }
-    ours = download.CIFAR10
+    ours = CIFAR10
     assert ours.md5 == official["tgz_md5"]
     assert (ours.name, ours.folder) == (official["filename"], official["base_folder"])
     assert ours.sources[0] == official["url"]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments import figures, lesson_figures, style
+from experiments import diagram, figures, lesson_figures, style
 from src.records import EpochRecord, History, LayerRecord
 
 NAMES = [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)]
@@ -351,8 +351,8 @@ def test_the_channel_group_diagram_colours_rows_and_columns() -> None:
     figure = lesson_figures.channel_group_diagram()
     (axes,) = figure.axes
     cells = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.Rectangle)]
-    inner = [c for c in cells if mcolors.same_color(c.get_facecolor(), lesson_figures.INNER)]
-    stream = [c for c in cells if mcolors.same_color(c.get_facecolor(), lesson_figures.STREAM)]
+    inner = [c for c in cells if mcolors.same_color(c.get_facecolor(), diagram.INNER)]
+    stream = [c for c in cells if mcolors.same_color(c.get_facecolor(), diagram.STREAM)]
     assert len(inner) == 4 + 2 + 4  # row of conv1, scale and shift, column of conv2
     # stem row 3 + its norm 2; block: column 4, row 4, norm 2; stage 2: column 8, row 8, norm 2; shortcut 1 -> 1
     assert len(stream) == 3 + 2 + (4 + 4 + 2) + (8 + 8 + 2) + 2

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 
-from experiments import live
+from experiments import display, live
 from src.records import EpochRecord
 
 
@@ -41,8 +41,8 @@ class Screen:
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    monkeypatch.setattr(live, "_display", screen.display)
-    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    monkeypatch.setattr(display, "put", screen.display)
+    monkeypatch.setattr(display, "in_notebook", lambda: True)
     return screen
 
 

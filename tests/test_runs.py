@@ -1,4 +1,4 @@
-"""A run's folder: whole files or none, earlier runs kept, checkpoints that do not fit refused before anything changes."""
+"""A run's folder: whole files or none, earlier runs kept, checkpoints that do not fit refused and nothing changed."""
 
 from __future__ import annotations
 
@@ -93,13 +93,7 @@ def test_a_failure_while_writing_leaves_the_old_file(
         monkeypatch.setattr(Path, "replace", full)
     elif failing == "write":
         real = os.fdopen
-
-        def opened(*arguments: Any) -> Any:
-            file = real(*arguments)
-            monkeypatch.setattr(file.raw, "write", full, raising=False) if hasattr(file, "raw") else None
-            return _Full(file)
-
-        monkeypatch.setattr(os, "fdopen", opened)
+        monkeypatch.setattr(os, "fdopen", lambda *arguments: _Full(real(*arguments)))
     else:
         monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(KeyboardInterrupt if failing == "interrupt" else OSError):

@@ -1,0 +1,331 @@
+"""The script from its command line: what it prints, what it writes, how it ends, and what it refuses.
+
+ResNet-20 on 100 of the embedded digits in batches of 50, so that an epoch is two steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import debug_run, pipeline
+from experiments.verdict import FAILED, Finding, Verdict
+from src import training
+from src.data import load_data
+from src.records import SCALARS, History
+from src.runs import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "accuracy_curve.png",
+    "sparsity_curves.png",
+    "channel_liveness.png",
+    "per_layer_channels.png",
+    "history.csv",
+    "run.json",
+    "checkpoint.pt",
+}
+LINE = re.compile(
+    r"Epoch +(\d+)/(\d+) \| Loss: (\d+\.\d\d) \| Acc: (\d+\.\d)% \| Unstr: (\d+\.\d)% \| Struct: (\d+\.\d)% \| Bits: (\d+\.\d)"
+)
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def words(output: Path, *more: str) -> list[str]:
+    """The command line; later words win."""
+    small = "--data digits --epochs 2 --limit 100 --batch-size 50 --device cpu --seed 3".split()
+    return [*small, "--output", str(output), *more]
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return debug_run.main(arguments)
+    except SystemExit as stopped:  # argparse
+        return int(str(stopped.code))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def histories(folder: Path) -> list[dict[str, Any]]:
+    """The records in a checkpoint, without the seconds."""
+    records = load_checkpoint(folder / "checkpoint.pt")["history"]["records"]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def on_step(number: int, action: Callable[[Any], None]) -> Callable[..., Any]:
+    """`train_step` that does `action(model)` before its step `number`, counted from 1."""
+    real, calls = training.train_step, []
+
+    def step(model: Any, *rest: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            action(model)
+        return real(model, *rest)
+
+    return step
+
+
+def interrupt(_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """An unbroken run of two epochs, as a command of its own."""
+    folder = tmp_path_factory.mktemp("finished") / "deep" / "run"
+    code = "import sys, torch; torch.set_num_threads(1); from experiments.debug_run import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words(folder)]
+    return folder, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+# --- a run that ends well
+
+
+def test_one_line_an_epoch_and_nothing_between(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    parsed = [LINE.fullmatch(line) for line in lines[:2]]
+    assert not any(line.startswith("Epoch") for line in lines[2:])
+    assert lines[2] == ""
+    for epoch, (match, row) in enumerate(zip(parsed, rows_of(folder), strict=True), 1):
+        assert match is not None
+        assert match.groups() == (
+            str(epoch),
+            "2",
+            f"{float(row['loss']):.2f}",
+            *(f"{100 * float(row[name]):.1f}" for name in ("accuracy", "unstructured_sparsity", "structured_sparsity")),
+            f"{float(row['mean_bits']):.1f}",
+        )
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
+
+
+def test_table_and_verdict_follow_and_progress_is_elsewhere(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = finished
+    for text in ("layer3.2.conv2", "Unstructured:", "Structured:", "INCONCLUSIVE", f"are in {folder}"):
+        assert text in done.stdout
+    assert "Traceback" not in done.stderr
+    for text in ("preset 'debug' becomes 'smoke'", "18 quantizers", "100 training images", "trained"):
+        assert text in done.stderr
+        assert text not in done.stdout
+
+
+def test_the_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    files = contents(folder)
+    assert set(files) == FILES
+    assert all(data.startswith(b"\x89PNG") for name, data in files.items() if name.endswith(".png"))
+    rows, state = rows_of(folder), load_checkpoint(folder / "checkpoint.pt")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    history = History.from_json(state["history"])
+    assert history.csv_text().encode() == files["history.csv"]
+    assert sum("logit_dz" in name for name in state["model"]) == 18
+
+
+def test_the_summary(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = finished
+    found = json.loads((folder / "run.json").read_text())
+    wanted = ("config", "data", "machine", "versions", "quantized_layers", "results", "verdict")
+    assert all(found[name] for name in wanted)
+    config = found["config"]
+    assert (config["preset"], config["epochs"], config["batch_size"], config["limit"]) == ("smoke", 2, 50, 100)
+    assert (config["seed"], config["exclude_layers"]) == (3, ["conv1", "bn", "linear"])
+    data = load_data("digits", limit=100)
+    assert (found["data"]["name"], found["data"]["sha256"]) == ("digits", data.digest)
+    assert (found["data"]["train_images"], found["data"]["test_images"]) == (100, 100)
+    assert (found["machine"]["device"], found["machine"]["threads"]) == ("cpu", 1)
+    assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert len(found["quantized_layers"]) == 18
+    assert "layer1.0.conv1" in found["quantized_layers"]
+    last = rows_of(folder)[-1]
+    for name in ("accuracy", "unstructured_sparsity", "structured_sparsity", "mean_bits"):
+        assert found["results"][name] == float(last[name])
+    assert found["results"]["structured_mac_ratio"] == pytest.approx(40_551_040 / found["results"]["structured_macs"])
+    assert found["verdict"]["state"] == "inconclusive"
+    assert found["verdict"]["headline"] in done.stdout
+
+
+# --- a run that is stopped, and taken up again
+
+
+def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(training, "train_step", on_step(4, interrupt))  # the last step of epoch 2
+    assert run(words(folder)) == 130
+    first = capsys.readouterr()
+    assert [line[:9] for line in first.out.splitlines()] == ["Epoch 1/2"]
+    assert "stopped in epoch 2; history and checkpoint of 1 epochs are in" in first.err
+    assert "--resume" in first.err
+    assert set(contents(folder)) == {"history.csv", "checkpoint.pt"}
+
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert run(words(folder, "--resume")) == 0
+    second = capsys.readouterr()
+    assert "resumed after epoch 1 of 2" in second.err
+    assert [line[:9] for line in second.out.splitlines() if line.startswith("Epoch")] == ["Epoch 2/2"]
+    assert set(contents(folder)) == FILES
+    unbroken, _ = finished
+    assert histories(folder) == histories(unbroken)
+    mine, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, unbroken))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    drop = SCALARS.index("seconds")
+    tables = [[row for row in csv.reader((path / "history.csv").open())] for path in (folder, unbroken)]
+    assert [[*row[:drop], *row[drop + 1 :]] for row in tables[0]] == [[*r[:drop], *r[drop + 1 :]] for r in tables[1]]
+
+
+def test_an_interruption_before_anything_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(training, "train_step", on_step(1, interrupt))
+    assert run(words(tmp_path / "run")) == 130
+    captured = capsys.readouterr()
+    assert "stopped in epoch 1; no epoch was finished, so there is nothing to resume" in captured.err
+    assert captured.out == ""
+    monkeypatch.setattr(pipeline, "prepare_data", lambda *_: interrupt(None))
+    assert run(words(tmp_path / "other")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_the_finished_epochs_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def spoil(model: Any) -> None:
+        model.conv1.weight.data[0] = float("nan")
+
+    monkeypatch.setattr(training, "train_step", on_step(3, spoil))  # the first step of epoch 2
+    assert run(words(tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert [line[:9] for line in captured.out.splitlines()] == ["Epoch 1/2"]
+    assert re.search(r"error: the loss is nan at epoch 2, step 1 .*conv1\.weight.*1 finished epochs", captured.err)
+    assert set(contents(tmp_path)) == {"history.csv", "checkpoint.pt"}
+    assert len(histories(tmp_path)) == 1
+
+
+def test_a_fault_found_is_exit_status_1(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    fault = Verdict((Finding("loss falls", "below 3", "4", FAILED, "the learning rate"),))
+    monkeypatch.setattr(debug_run, "judge", lambda *_: fault)
+    assert run(words(folder, "--resume")) == 1  # all epochs are done: only the evaluation is repeated
+    assert "FAULT: 1 of 1 expectations not met (loss falls)" in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["verdict"]["state"] == "faulty"
+    assert histories(folder) == histories(finished[0])
+
+
+def test_a_new_run_sets_the_old_one_aside(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    monkeypatch.setattr(training, "train_step", on_step(1, interrupt))
+    assert run(words(folder)) == 130
+    assert contents(folder) == {f"previous/{name}": data for name, data in contents(finished[0]).items()}
+
+
+# --- bad input
+
+BAD: list[tuple[list[str], str]] = [
+    (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit; did you mean"),
+    (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
+    (["--data", "folder:/no/such"], "no such folder"),
+    (["--device", "gpu"], "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),
+    (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
+    (["--epochs", "0"], "epochs=0: need a whole number from 1 to 100000"),
+    (["--epochs", "-1"], "epochs=-1: need a whole number from 1"),
+    (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    (["--epochs", "1.5"], "argument --epochs: invalid int value: '1.5'"),
+    (["--batch-size", "0"], "batch_size=0: need a whole number from 2"),
+    (["--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
+    (["--limit", "0"], "limit=0: need a whole number from 1"),
+    (["--limit", "9"], "limit=9: need a whole number from 10 (one image a class)"),
+    (["--seed", "-1"], "seed=-1: need a whole number from 0"),
+    (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
+    (["--resume"], "there is no checkpoint at"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_input_is_one_message_and_nothing_is_created(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert run(words(tmp_path / "run", *more)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1]
+    assert captured.err.count("error: ") == 1
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_one(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output, message in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "run", "cannot be written")):
+        assert run(words(output)) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: output folder")
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_run_as_it_was(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = contents(folder)
+    assert run(words(folder, "--resume", "--seed", "4")) == 2
+    assert "another configuration (seed: 3 then, 4 now)" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(folder) == before
+    (folder / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-1000])
+    assert run(words(folder, "--resume")) == 2
+    assert "is damaged or not a checkpoint; start without --resume" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(folder).keys() == before.keys()
+
+
+def test_the_commands_exit_status_is_the_functions() -> None:
+    command = [sys.executable, "-m", "experiments.debug_run", "--preset", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: preset='nope' is unknown")
+    assert done.stderr.count("\n") == 1
