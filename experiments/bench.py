@@ -1,6 +1,7 @@
 """What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in four variants.
 
     python -m experiments.bench [training] [--batch-size 512] [--rounds 15] [--threads N] [--device auto] [--json F]
+    python -m experiments.bench inference RUN          (experiments/bench_inference.py)
 
     plain_float32  the network alone: float32, contiguous, a batch that is ready
     plain_fast     the same in the fastest mode the machine has: channels_last, and bfloat16 where it multiplies that
@@ -28,10 +29,8 @@ import gc
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,24 +39,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from experiments import pipeline
+from experiments import bench_inference, pipeline
+from experiments.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
 from experiments.presets import DEBUG, RunConfig
+from experiments.timing import Take, at_least, spread, synchronize, time_in_turns
 from resnet import NETWORKS
 from src import training
-from src.channels import channel_groups
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
-from src.quantizer import RANGE_QUANTILE, STEP_EPSILON, DeadZoneLDZCompander
 from src.runs import RunError, check_writable, machine, versions, write_atomic
 from utils_quantization import attach_weight_quantizers
 
-WARM_UP, MEMORY_STEPS, STEPS_A_TURN = 2, 3, {"cpu": 1, "mps": 5, "cuda": 20}
+MEMORY_STEPS = 3
 LIMITS = {"full_over_plain": 1.15, "peak_memory_full_over_plain": 1.2}
-Take = Callable[[], None]
-GroupParts = list[list[tuple[str, str, int, int]]]
 
 
 @dataclass(frozen=True)
@@ -144,96 +138,6 @@ RATIOS = {
 }
 
 
-class NaiveQuantizer(DeadZoneLDZCompander):
-    """The formulas of src/quantizer.py, one by one: a full sort for the range, rounding by detached differences."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        range_ = torch.quantile(w.detach().abs(), RANGE_QUANTILE)
-        dead_zone = 2 * range_ * (1 - self.logit_dz.tanh().abs())
-        bits = _through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits, torch.round)
-        levels = 2 ** (bits - 1) - 1
-        step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
-        shift = dead_zone / 2 - step / 2
-        outside = w.sign() * _through(w.abs() - shift, torch.relu)
-        index = _through(_through(outside / step, torch.round), lambda q: torch.clamp(q, -levels, levels))
-        return step * index + shift * index.sign()
-
-
-def group_parts(model: nn.Module) -> GroupParts:
-    """For each removable channel the (module, parameter, dimension, index) of all that goes with it."""
-    groups = channel_groups(model)
-    return [
-        [(module, name, dim, int(index)) for module, name, dim, indices in groups.slices(group) for index in indices]
-        for group in range(len(groups))
-    ]
-
-
-def naive_penalty(model: nn.Module, parts: GroupParts) -> Tensor:
-    """The coupled group lasso, a channel at a time. Each parameter is read once, which runs its quantizer again."""
-    keys = dict.fromkeys(part[:2] for group in parts for part in group)
-    read = {(module, name): getattr(model.get_submodule(module), name) for module, name in keys}
-    total = next(model.parameters()).new_zeros(())
-    for group in parts:
-        squares = torch.zeros_like(total)
-        for module, name, dim, index in group:
-            squares = squares + read[module, name].select(dim, index).square().sum()
-        if squares > 0:
-            total = total + squares.sqrt()
-    return total
-
-
-def naive_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    objective: training.Objective,
-    coefficient: float,
-) -> float:
-    """One update in float32, and its loss, read at once: the same objective as `src.training.train_step`."""
-    loss = F.cross_entropy(model(images), labels)
-    for name, parameter in model.named_parameters():
-        if name.endswith("logit_dz"):
-            loss = loss + objective.lambda_dz * parameter.square()
-        if name.endswith("logit_bit"):
-            loss = loss + objective.lambda_bit * parameter.square()
-    if objective.penalty is not None:
-        loss = loss + coefficient * objective.penalty(model)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def naive_loader(data: ImageData, batch_size: int, crop_padding: int, flip: bool) -> DataLoader[tuple[Tensor, int]]:
-    """Shuffled training batches, each image through torchvision's transforms by itself; no worker processes."""
-    from torchvision import transforms
-
-    crop = [transforms.RandomCrop(32, padding=crop_padding)] if crop_padding else []
-    mirror = [transforms.RandomHorizontalFlip()] if flip else []
-    tail = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
-    images = _ImageByImage(data, transforms.Compose([*crop, *mirror, *tail]))
-    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=0)
-
-
-def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds a step of every variant, one number a round."""
-    count, names = STEPS_A_TURN[device.type], list(takes)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for take in takes.values():
-        for _ in range(WARM_UP):
-            take()
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                takes[name]()
-            _synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / count)
-    return seconds
-
-
 def peak_memory(take: Take, device: torch.device) -> dict[str, int]:
     """Bytes before and at the highest point of a few steps; meant for a process that does nothing else."""
     gc.collect()
@@ -246,7 +150,7 @@ def peak_memory(take: Take, device: torch.device) -> dict[str, int]:
         before = _high_water_bytes()
     for _ in range(MEMORY_STEPS):
         take()
-    _synchronize(device)
+    synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_bytes()
     return {"before_bytes": before, "peak_bytes": peak, "step_bytes": peak - before}
 
@@ -260,7 +164,7 @@ def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[s
     takes.clear()
     variants = {}
     for name, (label, _) in VARIANTS.items():
-        figures = _spread(seconds[name])
+        figures = spread(seconds[name])
         variants[name] = {
             "label": label,
             "seconds_per_step": figures,
@@ -268,7 +172,7 @@ def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[s
             "memory": _memory_of(name, setting) if memory else None,
         }
     ratios: dict[str, Any] = {
-        name: _spread([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
+        name: spread([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
         for name, (over, under) in RATIOS.items()
     }
     used = [variants[name]["memory"] for name in ("full", "plain_fast")]
@@ -331,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _training(arguments: Sequence[str]) -> int:
     parser = _parser("training", "Time one training step in four variants (see the module's text).")
-    parser.add_argument("--rounds", type=_at_least(1), default=15, help="turns of every variant (default: 15)")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="turns of every variant (default: 15)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
     parser.add_argument("--json", metavar="F", help="write the figures to this file")
     options = parser.parse_args(arguments)
@@ -357,14 +261,18 @@ def _memory(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"training": _training, "_memory": _memory}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "training": _training,
+    "inference": bench_inference.run_command,
+    "_memory": _memory,
+}
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m experiments.bench {name}", description=description)
-    parser.add_argument("--batch-size", type=_at_least(2), default=512, help="images a step (default: 512)")
-    parser.add_argument("--images", type=_at_least(2), default=50_000, help="synthetic images (default: 50000)")
-    parser.add_argument("--threads", type=_at_least(1), help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--batch-size", type=at_least(2), default=512, help="images a step (default: 512)")
+    parser.add_argument("--images", type=at_least(2), default=50_000, help="synthetic images (default: 50000)")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: torch's own choice)")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(training.DEVICES)} (default: auto)")
     parser.add_argument("--precision", default="auto", help="of the fastest mode: auto, fp32 or bf16 (default: auto)")
     return parser
@@ -374,15 +282,6 @@ def _setting(options: argparse.Namespace) -> Setting:
     if options.threads:
         torch.set_num_threads(options.threads)
     return Setting(options.batch_size, options.images, options.device, options.precision)
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r}: need a whole number from {low} on")
-        return int(text)
-
-    return whole
 
 
 def _plain(setting: Setting, precision: torch.dtype, layout: torch.memory_format) -> Take:
@@ -401,19 +300,6 @@ def _plain(setting: Setting, precision: torch.dtype, layout: torch.memory_format
         optimizer.step()
 
     return take
-
-
-class _ImageByImage(Dataset[tuple[Tensor, int]]):
-    def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._images = data.train_images.cpu().permute(0, 2, 3, 1).numpy()
-        self._labels = data.train_labels.tolist()
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
 
 
 def _memory_of(variant: str, setting: Setting) -> dict[str, int]:
@@ -442,22 +328,6 @@ def _high_water_bytes() -> int:
 
     mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return mark if sys.platform == "darwin" else mark * 1024
-
-
-def _through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return x + (function(x) - x).detach()
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": statistics.median(values), "low": low, "high": high, "samples": list(values)}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ FILES = {
     "checkpoint.pt",
 }
 LINE = re.compile(
-    r"Epoch +(\d+)/(\d+) \| Loss: (\d+\.\d\d) \| Acc: (\d+\.\d)% \| Unstr: (\d+\.\d)% \| Struct: (\d+\.\d)% \| Bits: (\d+\.\d)"
+    r"Epoch +(\d+)/(\d+) \| Loss: (\d+\.\d\d) \| Acc: (\d+\.\d)% "
+    r"\| Unstr: (\d+\.\d)% \| Struct: (\d+\.\d)% \| Bits: (\d+\.\d)"
 )
 Capture = pytest.CaptureFixture[str]
 
@@ -52,8 +55,16 @@ def _one_thread() -> Iterator[None]:
 
 def words(output: Path, *more: str) -> list[str]:
     """The command line; later words win."""
-    small = "--data digits --epochs 2 --limit 100 --batch-size 50 --device cpu --seed 3".split()
-    return [*small, "--output", str(output), *more]
+    small = {
+        "data": "digits",
+        "epochs": 2,
+        "limit": 100,
+        "batch-size": 50,
+        "device": "cpu",
+        "seed": 3,
+        "output": output,
+    }
+    return [*(f"--{name}={value}" for name, value in small.items()), *more]
 
 
 def run(arguments: list[str]) -> int:
@@ -90,26 +101,38 @@ def interrupt(_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@dataclass(frozen=True)
+class Done:
+    """A run that was made once for all tests."""
+
+    folder: Path
+    status: int
+    out: str
+    err: str
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """An unbroken run of two epochs, as a command of its own."""
-    folder = tmp_path_factory.mktemp("finished") / "deep" / "run"
-    code = "import sys, torch; torch.set_num_threads(1); from experiments.debug_run import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *words(folder)]
-    return folder, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """An unbroken run of two epochs."""
+    folder, out, err = tmp_path_factory.mktemp("finished") / "deep" / "run", io.StringIO(), io.StringIO()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with redirect_stdout(out), redirect_stderr(err):
+        status = run(words(folder))
+    torch.set_num_threads(before)
+    return Done(folder, status, out.getvalue(), err.getvalue())
 
 
 # --- a run that ends well
 
 
-def test_one_line_an_epoch_and_nothing_between(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = finished
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_one_line_an_epoch_and_nothing_between(finished: Done) -> None:
+    assert finished.status == 0, finished.err
+    lines = finished.out.splitlines()
     parsed = [LINE.fullmatch(line) for line in lines[:2]]
     assert not any(line.startswith("Epoch") for line in lines[2:])
     assert lines[2] == ""
-    for epoch, (match, row) in enumerate(zip(parsed, rows_of(folder), strict=True), 1):
+    for epoch, (match, row) in enumerate(zip(parsed, rows_of(finished.folder), strict=True), 1):
         assert match is not None
         assert match.groups() == (
             str(epoch),
@@ -124,20 +147,16 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
 
 
-def test_table_and_verdict_follow_and_progress_is_elsewhere(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    folder, done = finished
-    for text in ("layer3.2.conv2", "Unstructured:", "Structured:", "INCONCLUSIVE", f"are in {folder}"):
-        assert text in done.stdout
-    assert "Traceback" not in done.stderr
+def test_table_and_verdict_follow_and_progress_is_elsewhere(finished: Done) -> None:
+    for text in ("layer3.2.conv2", "Unstructured:", "Structured:", "INCONCLUSIVE", f"are in {finished.folder}"):
+        assert text in finished.out
     for text in ("preset 'debug' becomes 'smoke'", "18 quantizers", "100 training images", "trained"):
-        assert text in done.stderr
-        assert text not in done.stdout
+        assert text in finished.err
+        assert text not in finished.out
 
 
-def test_the_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = finished
+def test_the_files(finished: Done) -> None:
+    folder = finished.folder
     files = contents(folder)
     assert set(files) == FILES
     assert all(data.startswith(b"\x89PNG") for name, data in files.items() if name.endswith(".png"))
@@ -148,8 +167,8 @@ def test_the_files(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> N
     assert sum("logit_dz" in name for name in state["model"]) == 18
 
 
-def test_the_summary(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = finished
+def test_the_summary(finished: Done) -> None:
+    folder = finished.folder
     found = json.loads((folder / "run.json").read_text())
     wanted = ("config", "data", "machine", "versions", "quantized_layers", "results", "verdict")
     assert all(found[name] for name in wanted)
@@ -168,14 +187,14 @@ def test_the_summary(finished: tuple[Path, subprocess.CompletedProcess[str]]) ->
         assert found["results"][name] == float(last[name])
     assert found["results"]["structured_mac_ratio"] == pytest.approx(40_551_040 / found["results"]["structured_macs"])
     assert found["verdict"]["state"] == "inconclusive"
-    assert found["verdict"]["headline"] in done.stdout
+    assert found["verdict"]["headline"] in finished.out
 
 
 # --- a run that is stopped, and taken up again
 
 
 def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    finished: Done,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
@@ -196,13 +215,13 @@ def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
     assert "resumed after epoch 1 of 2" in second.err
     assert [line[:9] for line in second.out.splitlines() if line.startswith("Epoch")] == ["Epoch 2/2"]
     assert set(contents(folder)) == FILES
-    unbroken, _ = finished
+    unbroken = finished.folder
     assert histories(folder) == histories(unbroken)
     mine, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, unbroken))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     drop = SCALARS.index("seconds")
-    tables = [[row for row in csv.reader((path / "history.csv").open())] for path in (folder, unbroken)]
+    tables = [list(csv.reader(io.StringIO((path / "history.csv").read_text()))) for path in (folder, unbroken)]
     assert [[*row[:drop], *row[drop + 1 :]] for row in tables[0]] == [[*r[:drop], *r[drop + 1 :]] for r in tables[1]]
 
 
@@ -236,29 +255,27 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_finished_epochs_kept(
 
 
 def test_a_fault_found_is_exit_status_1(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    finished: Done,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
+    shutil.copytree(finished.folder, folder)
     fault = Verdict((Finding("loss falls", "below 3", "4", FAILED, "the learning rate"),))
     monkeypatch.setattr(debug_run, "judge", lambda *_: fault)
     assert run(words(folder, "--resume")) == 1  # all epochs are done: only the evaluation is repeated
     assert "FAULT: 1 of 1 expectations not met (loss falls)" in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["verdict"]["state"] == "faulty"
-    assert histories(folder) == histories(finished[0])
+    assert histories(folder) == histories(finished.folder)
 
 
-def test_a_new_run_sets_the_old_one_aside(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_run_sets_the_old_one_aside(finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
+    shutil.copytree(finished.folder, folder)
     monkeypatch.setattr(training, "train_step", on_step(1, interrupt))
     assert run(words(folder)) == 130
-    assert contents(folder) == {f"previous/{name}": data for name, data in contents(finished[0]).items()}
+    assert contents(folder) == {f"previous/{name}": data for name, data in contents(finished.folder).items()}
 
 
 # --- bad input
@@ -309,10 +326,10 @@ def test_an_output_folder_that_cannot_be_one(tmp_path: Path, capsys: Capture) ->
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_run_as_it_was(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, capsys: Capture
+    finished: Done, tmp_path: Path, capsys: Capture
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
+    shutil.copytree(finished.folder, folder)
     before = contents(folder)
     assert run(words(folder, "--resume", "--seed", "4")) == 2
     assert "another configuration (seed: 3 then, 4 now)" in capsys.readouterr().err.splitlines()[-1]

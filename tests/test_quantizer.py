@@ -259,7 +259,7 @@ def test_the_edge_of_the_dead_zone(edge: float, sign: int) -> None:
     half = float(quantizer.grid(w).dead_zone) / 2
     w[0] = sign * half * edge  # the quantile of 500 values does not depend on a small one
     assert float(quantizer.grid(w).dead_zone) / 2 == half
-    assert (float(quantizer(w)[0]) == 0) is (edge < 1)
+    assert (quantizer(w)[0].item() == 0) is (edge < 1)
 
 
 @QUICK
@@ -334,7 +334,7 @@ def test_one_element_becomes_its_own_magnitude(value: float) -> None:
     """R = |w|, which lies at the top of the grid, so the weight is kept whatever the bits."""
     for theta_bit in (0.0, 0.5, 3.0):
         ours = made(0.8, theta_bit)(torch.tensor([value], dtype=torch.float64))
-        assert float(ours) == pytest.approx(value, abs=2e-6)
+        assert ours.item() == pytest.approx(value, abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_one_element_becomes_its_own_magnitude(value: float) -> None:
 )
 def test_bits_by_hand(theta: float, max_bits: int, bits: int) -> None:
     """tanh 0.5 = 0.4621: 0.4621 * 6 + 2 = 4.77 -> 5 and 0.4621 * 2 + 2 = 2.92 -> 3; tanh 3 = 0.995: 7.97 -> 8."""
-    assert float(DeadZoneLDZCompander(max_bits=max_bits, init_bit_logit=theta).get_bitwidth()) == bits
+    assert DeadZoneLDZCompander(max_bits=max_bits, init_bit_logit=theta).get_bitwidth().item() == bits
 
 
 def test_fixed_bits_and_fixed_dead_zone_do_not_train() -> None:

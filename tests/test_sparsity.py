@@ -19,7 +19,7 @@ from experiments.sparsity import (
     l1_kernel_sparsity,
     safe_sqrt,
 )
-from resnet import BasicBlock, ResNet
+from resnet import BasicBlock, PadShortcut, ResNet
 from src.quantizer import DeadZoneLDZCompander
 from tests.networks import IMAGE, Chain, FlattenArea, IdentityShortcut, OptionAShortcut, randomize, tiny_resnet
 from utils_quantization import attach_weight_quantizers, quantization, shared_quantized_weights
@@ -100,6 +100,21 @@ def test_coupled_groups_where_a_flatten_keeps_pixels() -> None:
     for c in range(3):
         own = square(model.conv.weight[c]) + square(model.conv.bias[c])
         total += math.sqrt(own + square(model.linear.weight[:, 9 * c : 9 * c + 9]))
+    assert PENALTIES["coupled"](model).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_weights_that_belong_to_no_group_are_left_out() -> None:
+    """Behind the padding alone, slices 0 and 3 of the second convolution read zeros that nothing makes."""
+    model = randomize(
+        nn.Sequential(
+            *(nn.Conv2d(2, 2, 3, bias=False), PadShortcut(1), nn.Conv2d(4, 1, 1, bias=False)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2)),
+        ),
+        8,
+    )
+    first, second, final = (model.get_submodule(name).get_parameter("weight") for name in ("0", "2", "5"))
+    total = sum(math.sqrt(square(first[c]) + square(second[:, c + 1])) for c in range(2))
+    total += math.sqrt(square(second[0]) + square(final[:, 0]))
     assert PENALTIES["coupled"](model).item() == pytest.approx(total, rel=1e-12)
 
 
