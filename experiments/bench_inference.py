@@ -73,7 +73,7 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
     config, model = load_run(run)
     classes = len(cast(Tensor, model.get_submodule("linear").bias))
     dense = NETWORKS[config.model](classes, config.shortcut)
-    dense = dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dense = dense.to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
     for batch_size in batch_sizes:
         images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -125,7 +125,7 @@ def _same_state(network: CompactNetwork, other: CompactNetwork) -> bool:
 
 def _config(folder: Path, saved: Mapping[str, Any], data_root: str | None) -> RunConfig:
     known = {field.name for field in fields(RunConfig)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in saved.items()}
     if data_root is not None:
         values["data_root"] = data_root
     try:

@@ -6,7 +6,7 @@ were evaluated. The file holds data only (src/packed_file.py): reading it runs n
 
 Worked case: 1,000 weights of 4 bits, of which 900 are 0 and 100 are spread evenly over the 14 other values. As float32
 they take 4,000 bytes, as the bit widths say 500, by their entropy 0.9 * 0.152 + 0.1 * (3.322 + 3.807) = 0.850 bits each
-or 107 bytes.
+or 106 bytes.
 Axis letters: O output channels, I input channels, k kernel.
 """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import bench, pipeline
+from experiments import bench, pipeline, timing
 from experiments.presets import DEBUG
 from experiments.sparsity import coupled_group_lasso
 from resnet import resnet20
@@ -190,7 +190,7 @@ def test_turns_rotate_and_every_variant_has_as_many(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_spread_by_hand() -> None:
-    assert bench._spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {
         "median": 3.0, "low": 2.0, "high": 4.0, "samples": [4.0, 1.0, 2.0, 3.0, 5.0]
     }  # fmt: skip
 
