@@ -67,6 +67,8 @@ def attach_weight_quantizers(
     Returns the names of the layers it attached to, in the network's order. Raises AttachmentError, before anything is
     changed, for a pattern that matches no module, where no layer is left, or where a layer has a quantizer already.
     """
+    if isinstance(exclude_layers, str):
+        raise AttachmentError(f"exclude_layers={exclude_layers!r} is one string: give a list, [{exclude_layers!r}]")
     modules = {name: module for name, module in model.named_modules() if name and ".parametrizations" not in name}
     for pattern in exclude_layers:
         _check_pattern(pattern, modules)

@@ -88,7 +88,7 @@ class Compression:
         images = (
             "the same class for every test image" if self.same_predictions else "OTHER CLASSES FOR SOME TEST IMAGES"
         )
-        return f"largest relative difference of a logit: {differences}; {images}"
+        return f"largest relative difference of a logit: {differences}\n{images}"
 
 
 def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path) -> Compression:

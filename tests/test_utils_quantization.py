@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from resnet import BasicBlock, ResNet, resnet20
 from src.quantizer import DeadZoneLDZCompander, QuantizerError
-from tests.networks import Chain, OptionBShortcut
+from tests.networks import Chain, OptionBShortcut, tiny_resnet
 from utils_quantization import (
     AttachmentError,
     FakeQuantParametrization,
@@ -374,3 +374,10 @@ def test_training_resumes_from_the_state_dictionaries() -> None:
     fresh_optimizer.load_state_dict(saved[1])
     assert [step(fresh, fresh_optimizer, seed) for seed in (1, 2)] == onward
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_a_single_string_is_not_a_list_of_patterns() -> None:
+    model = tiny_resnet()
+    with pytest.raises(AttachmentError, match="give a list"):
+        attach_weight_quantizers(model, "conv1", DeadZoneLDZCompander)
+    assert not quantized_layers(model)
