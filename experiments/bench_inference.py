@@ -27,7 +27,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from experiments.export import load_run
 from experiments.timing import Take, at_least, spread, time_in_turns
@@ -35,7 +34,7 @@ from resnet import NETWORKS
 from src import runs
 from src.compaction import compact
 from src.onnx_export import export_onnx, open_session, run_onnx
-from utils_quantization import quantized_layers
+from utils_quantization import quantized_layers, shared_quantized_weights
 
 CPU = torch.device("cpu")
 FORMS = {
@@ -47,18 +46,21 @@ FORMS = {
 }
 
 
-def written_out(model: nn.Module) -> nn.Module:
-    """A copy of a quantized network whose weights are the quantized ones, without quantizers."""
-    plain = copy.deepcopy(model)
-    for layer in quantized_layers(plain).values():
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+@torch.no_grad()
+def written_out(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """`plain`, a network of the same architecture without quantizers, with the quantized weights of `model`."""
+    layers = quantized_layers(model)
+    with shared_quantized_weights(model):
+        weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in layers.items()}
+    others = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
+    plain.load_state_dict(others | weights)
     return plain.eval()
 
 
 def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> dict[str, Take]:
     """One forward pass of `images` in each form; the ONNX files go to `folder`."""
     smaller = compact(model)
-    networks = {"dense": dense.eval(), "masked": written_out(model), "compacted": smaller}
+    networks = {"dense": dense.eval(), "masked": written_out(model, copy.deepcopy(dense)), "compacted": smaller}
     takes: dict[str, Take] = {name: partial(network, images) for name, network in networks.items()}
     for name, integers in (("onnx_fp32", False), ("onnx_int", True)):
         path = folder / f"{name}.onnx"

@@ -156,7 +156,7 @@ def test_worked_example() -> None:
     assert encode([(4, q)]).nbytes <= 1.03 * 106 + 16
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     layers=st.lists(st.tuples(st.integers(2, 16), st.integers(1, 400), st.floats(0, 1)), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
@@ -289,7 +289,7 @@ def test_output_paths(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.cdq"]
 
 
-def damaged(path: Path, data: bytes, words: str = "") -> None:
+def damaged(path: Path, data: bytes, words: str = "damaged|not a packed network|version") -> None:
     """`data` in a file is refused with the error that names the file or the damage."""
     target = path.with_suffix(".damaged")
     target.write_bytes(data)
@@ -328,7 +328,7 @@ def forged(
     version: int = 1,
     text: bytes | None = None,
 ) -> bytes:
-    """The file with its description or tensors changed, and a checksum that fits: built here from the written format."""
+    """The file with its description or tensors changed and a checksum that fits, made here from the written format."""
     packed_bytes = int.from_bytes(data[12:16], "little")
     described = json.loads(zlib.decompress(data[56 : 56 + packed_bytes]))
     described = change(described) or described
@@ -438,7 +438,7 @@ def test_forged_tensors(small: Path, change: Callable[[dict[str, np.ndarray]], N
         b'"' + b" " * 2**19 + b'"',
         b"1" * 10_000,
         b"null",
-        b" " * 10**8,
+        b" " * 10**7,
     ],
     ids=["nothing", "cut", "no text", "deep lists", "deep objects", "long", "a long number", "null", "a bomb"],
 )

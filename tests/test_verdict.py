@@ -114,6 +114,13 @@ def test_one_expectation_that_is_not_met_is_the_only_failure(name: str) -> None:
     assert len(lines) == 1 + 9 + 1  # the headline, the findings, and where to look for the one
 
 
+@pytest.mark.parametrize("zeros", [(0.0, 0.009), (0.3, 0.3), (0.3, 0.2)])
+def test_zeros_must_grow_and_be_more_than_a_rounding(zeros: tuple[float, float]) -> None:
+    first, *between = ending(unstructured_sparsity=zeros[1])
+    verdict = verdict_of([replace(first, unstructured_sparsity=zeros[0]), *between])
+    assert statuses(verdict)["zeros appear"] == FAILED
+
+
 def test_the_dead_layer_is_named() -> None:
     found = {finding.name: finding.measured for finding in verdict_of(whole_layer_dead()).findings}
     assert found["no layer dies whole"] == "b"

@@ -1,0 +1,155 @@
+"""The command from end to end, on a run made here, and everything that it must refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import debug_run, export
+from experiments.export import load_run, main
+from src.compaction import compact
+from src.data import load_data
+from src.packing import unpack
+from src.training import evaluate
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "out"
+    settings = ["--data", "digits", "--epochs", "1", "--limit", "100", "--device", "cpu", "--output", str(path)]
+    assert debug_run.main(settings) in (0, 1)  # one epoch is too few for a verdict of health
+    return path
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+def test_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    packed, onnx = run / "model.cdq", run / "model.onnx"
+    assert f"{packed.stat().st_size:,}" in printed
+    assert f"{onnx.stat().st_size:,} bytes" in printed
+    assert "times smaller than the FP32 state" in printed
+    assert printed.count("[ok]") == 3
+    assert "FAILED" not in printed
+    network, (config, model) = unpack(packed), load_run(run)
+    data = load_data("digits", limit=100)
+    accuracy = json.loads((run / "run.json").read_text())["results"]["accuracy_float32"]
+    right = round(100 * accuracy)
+    assert evaluate(network, data)[1] == evaluate(model, data)[1] == accuracy
+    assert f"quantized network {right} of 100 right, unpacked {right}, 0 predictions differ" in printed
+    assert config.preset == "smoke"
+
+
+def test_named_files_and_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed, onnx = tmp_path / "a" / "net.cdq", tmp_path / "a" / "net.onnx"
+    arguments = [str(run), "--packed", str(packed), "--onnx", str(onnx)]
+    assert main(arguments) == 0
+    assert not (run / "model.cdq").exists()
+    written = packed.read_bytes(), onnx.read_bytes()
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    assert (packed.read_bytes(), onnx.read_bytes()) == written  # the same run gives the same files
+
+
+def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "model.onnx").write_bytes(b"precious")
+    assert main([str(run)]) == 2
+    assert "--onnx; --force" in capsys.readouterr().err
+    assert (run / "model.onnx").read_bytes() == b"precious"
+    assert not (run / "model.cdq").exists()
+
+
+def test_without_the_runs_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run on other data than is here: checked on noise, and said so."""
+    summary = json.loads((run / "run.json").read_text())
+    summary["data"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(summary))
+    assert main([str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "test set is not here" in captured.err
+    assert "on 256 images" in captured.out
+
+
+def test_interrupted_run_has_no_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "run.json").unlink()
+    assert main([str(run)]) == 0
+    assert "of 100 right" in capsys.readouterr().out
+
+
+def test_cifar10_is_not_downloaded_for_a_check(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["config"]["data"] = "cifar10"
+    torch.save(state, run / "checkpoint.pt")
+    (run / "run.json").unlink()
+    assert main([str(run), "--data-root", str(tmp_path / "empty")]) == 0
+    assert "test set is not here" in capsys.readouterr().err
+    assert not (tmp_path / "empty").exists()
+
+
+def test_failed_check_is_status_1(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_weight_off(path: Path) -> torch.nn.Module:
+        network = unpack(path)
+        with torch.no_grad():
+            next(network.parameters()).view(-1)[0] += 1e-6
+        return network
+
+    monkeypatch.setattr(export, "unpack", one_weight_off)
+    assert main([str(run)]) == 1
+    assert "[FAILED] the packed file, read again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda run: (run / "checkpoint.pt").unlink(), "holds no checkpoint.pt"),
+        (lambda run: shutil.rmtree(run), "holds no checkpoint.pt"),
+        (lambda run: (run / "checkpoint.pt").write_bytes(b"\x80\x02nothing"), "cannot be read"),
+        (lambda run: _edit(run, "config", colour="red"), "unknown settings ['colour']"),
+        (lambda run: _edit(run, "config", model="resnet21"), "resnet21"),
+        (lambda run: _edit(run, "config", model="resnet32"), "another architecture"),
+        (lambda run: _edit(run, "config", model="resnet110", shortcut="C"), "shortcut"),
+        (lambda run: _edit(run, "model", **{"linear.bias": torch.zeros(7)}), "another architecture"),
+        (lambda run: _edit(run, "model", **{"linear.bias": 3}), "no network in resnet.py"),
+        (lambda run: _edit(run, "model", **{"bn1.bias": torch.zeros(16, dtype=torch.float64) / 0}), ""),
+    ],
+)
+def test_bad_runs(run: Path, harm: object, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(harm)
+    harm(run)
+    if words:
+        assert main([str(run)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error
+        assert not (run / "model.cdq").exists()
+    else:
+        assert main([str(run)]) in (1, 2)  # not a number anywhere is never passed as equal
+
+
+def test_same_file_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--packed", str(run / "x"), "--onnx", str(run / "x")]) == 2
+    assert "name two files" in capsys.readouterr().err
+
+
+def test_load_run_gives_the_trained_network(trained: Path) -> None:
+    config, model = load_run(trained)
+    assert not any(module.training for module in model.modules())
+    assert config.limit == 100
+    assert compact(model).input_size == (3, 32, 32)
+
+
+def _edit(run: Path, part: str, **values: object) -> None:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state[part].update(values)
+    torch.save(state, run / "checkpoint.pt")
