@@ -81,7 +81,7 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
 
 def _conclude(run: pipeline.Run, folder: RunFolder) -> int:
     result, accuracy = pipeline.evaluate_run(run)
-    verdict = judge(run.history, run.config, run.data.num_classes, run.attached)
+    verdict = judge(run.history, run.config, run.data.num_classes, pipeline.expected_layers(run.config, run.model))
     pipeline.save_figures(run, folder)
     folder.write("history.csv", run.history.csv_text())
     folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict))

@@ -25,7 +25,7 @@ from src.data import ImageData, load_data
 from src.quantizer import DeadZoneLDZCompander
 from src.records import EpochRecord, History
 from src.runs import RunFolder
-from utils_quantization import attach_weight_quantizers
+from utils_quantization import attach_weight_quantizers, quantized_layers
 
 OnStep = Callable[[int, training.Step], None]
 
@@ -82,6 +82,16 @@ def build_network(config: RunConfig, data: ImageData, device: torch.device) -> R
 def attach(config: RunConfig, model: nn.Module) -> list[str]:
     """Attach the quantizers `config` describes and return the layers' names."""
     return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, config.quantizer_kwargs)
+
+
+def expected_layers(config: RunConfig, model: nn.Module) -> list[str]:
+    """The layers that should have a quantizer, found without the patterns: every convolution but the first.
+
+    That is what the presets' exclusion list means. With a list of one's own it is what was attached.
+    """
+    if config.exclude_layers != RunConfig("").exclude_layers:
+        return list(quantized_layers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][1:]
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

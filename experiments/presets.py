@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from experiments.schedules import Schedule, linear_warmup
@@ -61,6 +61,7 @@ class RunConfig:
     hold: share of the run after which a "hold_then_linear" learning rate starts to fall. It acts on the weights alone.
     limit: at most so many training and so many test images; None for all.
     expected_accuracy: what the verdict asks of a full run, as a share.
+    given: names of the settings that were asked for by name; they stay when the data calls for another preset.
     """
 
     preset: str
@@ -95,6 +96,7 @@ class RunConfig:
     ramp: int = 5
     peak: float = 0.005
     expected_accuracy: float = 0.6
+    given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         _choice("model", self.model, NETWORKS)
@@ -202,22 +204,22 @@ def configure(preset: str = "debug", **changes: Any) -> RunConfig:
     Raises ConfigError for an unknown preset or setting, with the nearest known name.
     """
     _choice("preset", preset, PRESETS)
-    known = [f.name for f in fields(RunConfig)]
+    known = [f.name for f in fields(RunConfig) if f.name != "given"]
     for name in changes:
         _choice("setting", name, known)
     given = {name: value for name, value in changes.items() if value is not None}
     if given.get("data") == "auto":  # some presets are made for one dataset
         del given["data"]
-    return replace(PRESETS[preset], **given)
+    return replace(PRESETS[preset], **given, given=tuple(sorted(given)))
 
 
 def suited_to(config: RunConfig, data_name: str) -> RunConfig:
     """The configuration that is really run on the data called `data_name`.
 
     On the embedded digits the debug preset becomes `smoke`: 1,437 images in batches of 512 make two steps an epoch, too
-    few for anything to happen in 20 epochs. Settings that differ from the preset's own are kept.
+    few for anything to happen in 20 epochs. Settings that were asked for by name are kept.
     """
     if data_name != "digits" or config.preset != "debug":
         return config
-    own = {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.name != "preset"}
-    return replace(SMOKE, **{name: value for name, value in own.items() if value != getattr(DEBUG, name)})
+    kept = {name: getattr(config, name) for name in config.given}
+    return replace(SMOKE, **kept, given=config.given)

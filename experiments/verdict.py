@@ -72,7 +72,7 @@ class Verdict:
         return "\n".join(lines)
 
 
-def judge(history: History, config: RunConfig, num_classes: int, attached: Sequence[str]) -> Verdict:
+def judge(history: History, config: RunConfig, num_classes: int, expected_layers: Sequence[str]) -> Verdict:
     """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history."""
     last, first = history.last, history[0]
     chance = 1 / num_classes
@@ -90,13 +90,14 @@ def judge(history: History, config: RunConfig, num_classes: int, attached: Seque
     def percent(share: float) -> str:
         return f"{100 * share:.1f}%"
 
-    unnamed = len(attached) != len(last.layers)
+    quantized = [layer.name for layer in last.layers]
+    odd = sorted(set(expected_layers) ^ set(quantized))
     findings = [
         finding(
             "layers quantized",
-            f"{len(attached)}",
-            f"{len(last.layers)}",
-            not unnamed,
+            f"{len(expected_layers)}, every one by name",
+            f"{len(quantized)}" + (f"; not as expected: {', '.join(odd[:3])}" if odd else ""),
+            not odd,
             True,
             "exclude_layers: a pattern may take out more than was meant",
         ),

@@ -31,7 +31,7 @@ CHECKPOINT, HISTORY, SUMMARY = "checkpoint.pt", "history.csv", "run.json"
 PREVIOUS = "previous"
 LIBRARIES = ("torch", "torchvision", "numpy", "matplotlib", "seaborn", "ipywidgets", "nbclient", "scikit-learn")
 # Settings that may differ between the two parts of a resumed run: where things are, not what is computed.
-MAY_DIFFER = frozenset({"data_root", "device"})
+MAY_DIFFER = frozenset({"data_root", "device", "given"})
 
 
 class RunError(ValueError):

@@ -200,19 +200,16 @@ def test_noise_is_no_stream() -> None:
 
 
 def test_mostly_zeros_still_fit_the_limit_of_a_reader(tmp_path: Path) -> None:
-    """64 x 64 x 3 x 3 zeros but for one a filter: a stream of nearly nothing is filled up to 1 byte per 256 weights."""
-    model = nn.Sequential(*[nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(6)])
+    """A 1 x 1 convolution of 1,024 x 1,024 weights, one in a row: their entropy is 0.0112 bits each, 1,470 bytes, and
+    a reader wants 1 byte per 256 weights, 4,096: the file is filled up to that."""
+    model = nn.Sequential(nn.Conv2d(1024, 1024, 1, bias=False))
     attach_weight_quantizers(model, [], DeadZoneLDZCompander)
     with torch.no_grad():
-        for layer in quantized_layers(model).values():
-            weight = latent_weight(layer)
-            weight.zero_()
-            weight[:, :, 1, 1] = torch.eye(64)
-    report = pack(model.eval(), tmp_path / "zeros.cdq", input_size=(64, 4, 4))
-    total = sum(layer.weights for layer in report.layers)
-    assert total == 6 * 64 * 64 * 9
-    assert 256 * report.file_bytes >= total
-    assert state_bytes(unpack(tmp_path / "zeros.cdq")) == state_bytes(compact(model, (64, 4, 4)))
+        latent_weight(model[0]).copy_(torch.eye(1024)[:, :, None, None])
+    report = pack(model.eval(), tmp_path / "zeros.cdq", input_size=(1024, 2, 2))
+    assert report.entropy_bytes == pytest.approx(1470, abs=10)
+    assert 4096 <= report.file_bytes < 6144
+    assert state_bytes(unpack(tmp_path / "zeros.cdq")) == state_bytes(compact(model, (1024, 2, 2)))
 
 
 def test_without_quantizers_all_is_float32(tmp_path: Path) -> None:
@@ -450,6 +447,14 @@ def test_descriptions_that_are_no_description(small: Path, text: bytes) -> None:
         assert tracemalloc.get_traced_memory()[1] < FEW_MEGABYTES
     finally:
         tracemalloc.stop()
+
+
+def test_errors_say_got_and_allowed(small: Path) -> None:
+    data = small.read_bytes()
+    damaged(small, forged(data, lambda d: d["quantized"][0].update(bits=17)), r"bits=17, need 2 to 16")
+    damaged(small, forged(data, lambda d: d["quantized"][0].update(columns=0)), r"columns=0, need 1 to \d")
+    damaged(small, forged(data, lambda d: _network(d, "conv", out=0)), r"out=0: need a whole number from 1")
+    damaged(small, data[:1000], r"it has 1,000 bytes, its header says [\d,]+")
 
 
 def test_another_version(small: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_setting_out_of_range_is_refused(name: str, value: Any, message: str) 
 
 
 def test_every_number_and_choice_has_been_refused_above() -> None:
-    free = {"preset", "data", "data_root", "flip", "learnable_bit", "learnable_deadzone"}
+    free = {"preset", "data", "data_root", "flip", "learnable_bit", "learnable_deadzone", "given"}
     assert {f.name for f in fields(RunConfig)} - free == {name for name, _, _ in BAD}
 
 
@@ -140,3 +140,5 @@ def test_on_the_digits_debug_becomes_smoke_and_keeps_what_was_changed() -> None:
     suited = suited_to(configure("debug", data="digits", epochs=2, limit=100, peak=0.5, seed=3), "digits")
     assert suited == replace(SMOKE, data="digits", epochs=2, limit=100, peak=0.5, seed=3)
     assert (suited.preset, suited.batch_size, suited.flip) == ("smoke", 48, False)
+    asked = configure("debug", epochs=DEBUG.epochs, batch_size=DEBUG.batch_size)  # asked for, though they are its own
+    assert (suited_to(asked, "digits").epochs, suited_to(asked, "digits").batch_size) == (20, 512)
