@@ -94,7 +94,7 @@ class RunConfig:
     logit_decay_bit: float = 0.01
     delay: int = 5
     ramp: int = 5
-    peak: float = 0.005
+    peak: float = 0.008
     expected_accuracy: float = 0.6
     given: tuple[str, ...] = field(default=(), compare=False)
 
