@@ -47,6 +47,7 @@ from experiments.timing import Take, at_least, spread, synchronize, time_in_turn
 from resnet import NETWORKS
 from src import training
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
+from src.memory import keep_freed_memory
 from src.runs import RunError, check_writable, machine, versions, write_atomic
 from utils_quantization import attach_weight_quantizers
 
@@ -159,6 +160,7 @@ def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[s
     """Time all variants, measure their memory, and return the figures that `--json` writes."""
     device = training.pick_device(setting.device)
     precision = training.pick_precision(setting.precision, device)
+    keep_freed_memory()  # for all variants, as the pipeline does it for itself
     takes = {name: build(setting) for name, (_, build) in VARIANTS.items()}
     seconds = time_in_turns(takes, rounds, device)
     takes.clear()
@@ -256,6 +258,7 @@ def _memory(arguments: Sequence[str]) -> int:
     parser.add_argument("variant", choices=list(VARIANTS))
     options = parser.parse_args(arguments)
     setting = _setting(options)
+    keep_freed_memory()
     take = VARIANTS[options.variant][1](setting)
     print(json.dumps(peak_memory(take, training.pick_device(setting.device))))
     return 0

@@ -47,7 +47,7 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
     run = pipeline.build_run(config, data)
     if resume:
         folder = RunFolder(Path(output))
-        run.history = folder.resume(run.model, run.optimizer, asdict(config), run.device)
+        run.history = folder.resume(run.model, run.optimizer, asdict(config), run.device, data.digest)
         _say(f"resumed after epoch {len(run.history)} of {config.epochs}")
     else:
         folder = RunFolder.open(output)
@@ -62,7 +62,7 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
 
     try:
         for record in pipeline.train_epochs(run, on_step):
-            folder.save_progress(run.model, run.optimizer, run.history, asdict(config))
+            folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
             saved = record.epoch
             progress.epoch_done(record)
             print(record.console_line(config.epochs), flush=True)

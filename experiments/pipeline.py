@@ -22,6 +22,7 @@ from experiments.verdict import Verdict
 from resnet import NETWORKS, ResNet
 from src import runs, training
 from src.data import ImageData, load_data
+from src.memory import keep_freed_memory
 from src.quantizer import DeadZoneLDZCompander
 from src.records import EpochRecord, History
 from src.runs import RunFolder
@@ -54,8 +55,9 @@ class Run:
 def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
     """Load the data, and the configuration that suits it; `report` hears where that is not the one asked for.
 
-    Raises DataError or TrainingError (absent device).
+    Raises DataError or TrainingError (absent device). Also prepares this process's memory, see src/memory.py.
     """
+    keep_freed_memory()
     device = training.pick_device(config.device)
     data = load_data(config.data, config.data_root, config.limit, report)
     suited = suited_to(config, data.name)

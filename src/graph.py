@@ -18,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+MAXIMUM = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+POOLING: dict[Any, tuple[str, ...]] = {F.avg_pool2d: AVERAGE, F.max_pool2d: MAXIMUM}
+
 
 class GraphError(ValueError):
     """The network cannot be read: wrong input size, or no torch.fx graph."""
@@ -65,11 +69,11 @@ def trace(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> l
             f"{type(model).__name__} cannot be traced ({error}): its forward pass depends on values; channels can only "
             "be followed through a fixed graph"
         ) from error
-    shapes = _shapes(model, graph, input_size)
+    shapes, sizes = _shapes(model, graph, input_size)
     modules = dict(model.named_modules())
     ops: list[Op] = []
     for node in graph.nodes:
-        op = _read(node, modules, shapes)
+        op = _read(node, modules, shapes, sizes)
         if op is not None:
             ops.append(op)
     calls = Counter(op.module for op in ops)
@@ -77,7 +81,10 @@ def trace(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> l
     return [replace(op, kind="opaque") if op.module and calls[op.module] > 1 else op for op in ops]
 
 
-def _shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, torch.Size]:
+def _shapes(
+    model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]
+) -> tuple[dict[str, torch.Size], dict[str, Any]]:
+    """By node: the shape of every tensor, and the value of everything that only asks for a size (`x.size(0)`)."""
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     recorder = _ShapeRecorder(fx.GraphModule(model, graph))
@@ -95,25 +102,30 @@ def _shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int])
     finally:
         for module, state in training.items():
             module.training = state
-    return recorder.shapes
+    return recorder.shapes, recorder.sizes
 
 
 class _ShapeRecorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[str, torch.Size] = {}
+        self.sizes: dict[str, Any] = {}
         self.extra_traceback = False  # an error's own message is enough, and comes seconds sooner
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.shapes[n.name] = result.shape
+        elif isinstance(result, (int, torch.Size)):
+            self.sizes[n.name] = result
         return result
 
 
-def _read(node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[str, torch.Size]) -> Op | None:
+def _read(
+    node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[str, torch.Size], sizes: Mapping[str, Any]
+) -> Op | None:
     shape = shapes.get(node.name)
-    if node.op == "get_attr" or (shape is None and not node.all_input_nodes):
+    if node.op == "get_attr" or node.name in sizes or (shape is None and not node.all_input_nodes):
         return None
     inputs = tuple(source.name for source in node.all_input_nodes if source.name in shapes)
     channels = shape[1] if shape is not None and len(shape) > 1 else 0
@@ -130,7 +142,7 @@ def _read(node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[str, 
         return op("opaque")
     if node.op == "call_module":
         return _read_module(node, modules[cast(str, node.target)], op, shapes)
-    return _read_function(node, op, shapes)
+    return _read_function(node, op, shapes, sizes)
 
 
 def _read_module(node: fx.Node, module: nn.Module, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:
@@ -148,18 +160,16 @@ def _read_module(node: fx.Node, module: nn.Module, op: Callable[..., Op], shapes
     if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         return op("pool", average=1)
     if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-        kernel, stride, padding = (_one(v) for v in (module.kernel_size, module.stride, module.padding))
-        dilation = _one(getattr(module, "dilation", 1))
-        # a divisor of its own changes constants, and indices come as a second output
-        unusual = getattr(module, "divisor_override", None) or getattr(module, "return_indices", False)
-        if None not in (kernel, stride) and padding == 0 and dilation == 1 and not module.ceil_mode and not unusual:
-            return op("pool", average=int(isinstance(module, nn.AvgPool2d)), kernel=kernel, stride=stride)
+        settings = _pooling(vars(module), isinstance(module, nn.AvgPool2d))
+        return op("pool", **settings) if settings else op("opaque", target)
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
         return _flatten(node, op, shapes)
     return op("opaque", target)
 
 
-def _read_function(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:
+def _read_function(
+    node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, torch.Size], sizes: Mapping[str, Any]
+) -> Op:
     target, arguments = node.target, node.args
     if target in (F.relu, torch.relu, "relu"):
         return op("relu")
@@ -172,6 +182,17 @@ def _read_function(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, to
         return op("pool", average=1)
     if target in (torch.flatten, "flatten") and tuple(arguments[1:]) in ((1,), (1, -1)) and not node.kwargs:
         return _flatten(node, op, shapes)
+    if target in ("view", "reshape", torch.reshape) and len(shapes[node.name]) == 2:
+        source = shapes[node.all_input_nodes[0].name]
+        # with one image in the batch, two dimensions and as many numbers can only be (N, C H W)
+        if len(source) == 4 and shapes[node.name].numel() == source.numel() and shapes[node.name][0] == 1:
+            return _flatten(node, op, shapes)
+    if target in POOLING:
+        names = POOLING[target]
+        given = dict(zip(names, arguments, strict=False)) | node.kwargs
+        known = {name: sizes.get(v.name) if isinstance(v, fx.Node) else v for name, v in given.items()}
+        if settings := _pooling(known, names is AVERAGE):
+            return op("pool", **settings)
     if target is operator.getitem and (step := _stride(arguments[1])) is not None:
         return op("stride", step=step)
     if target is F.pad and (before := _channel_padding(node)) is not None:
@@ -194,6 +215,18 @@ def _overwrites_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
             return False
         source = source.all_input_nodes[0]
     return True
+
+
+def _pooling(given: Mapping[str, Any], average: bool) -> dict[str, int] | None:
+    """Settings of a pooling without padding, or None for one with a setting that would change constants."""
+    kernel = _one(given.get("kernel_size"))
+    stride = _one(given["stride"]) if given.get("stride") is not None else kernel
+    plain = _one(given.get("padding", 0)) == 0 and _one(given.get("dilation", 1)) == 1
+    # a divisor of its own changes constants, and indices come as a second output
+    unusual = any(given.get(name) for name in ("ceil_mode", "divisor_override", "return_indices"))
+    if kernel is None or stride is None or not plain or unusual:
+        return None
+    return {"average": int(average), "kernel": kernel, "stride": stride}
 
 
 def _flatten(node: fx.Node, op: Callable[..., Op], shapes: Mapping[str, torch.Size]) -> Op:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, *, keep: bool = False) -> RunFolder:
-        """Create the folder, or take it over. An earlier run's files move to `previous/` unless `keep` is set.
+        """Create the folder, or take it over. An earlier run's files move to `previous/N` unless `keep` is set.
 
         Raises RunError where the path is a file or cannot be written to.
         """
@@ -71,13 +70,19 @@ class RunFolder:
         return self.write(name, json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
 
     def save_progress(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, history: History, config: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        history: History,
+        config: Mapping[str, Any],
+        data_digest: str = "",
     ) -> None:
-        """Write checkpoint and history after an epoch."""
+        """Write checkpoint and history after an epoch. data_digest: of the images and labels trained on."""
         buffer = BytesIO()
         state = {
             "format": CHECKPOINT_FORMAT,
             "config": dict(config),
+            "data_digest": data_digest,
             "versions": versions(),
             "epoch": len(history),
             "model": model.state_dict(),
@@ -92,15 +97,26 @@ class RunFolder:
         return (self.path / CHECKPOINT).exists()
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], device: torch.device
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        device: torch.device,
+        data_digest: str = "",
     ) -> History:
         """Load the checkpoint into `model` and `optimizer` and return the history so far.
 
-        Raises RunError where there is none, it cannot be read, or it belongs to another configuration or architecture.
-        Nothing is changed before all of that is checked.
+        Raises RunError where there is none, it cannot be read, or it belongs to another configuration, architecture or
+        (where both digests are known) other data. Nothing is changed before all of that is checked.
         """
         state = load_checkpoint(self.path / CHECKPOINT, device)
         _check_same(state["config"], config)
+        trained_on = state.get("data_digest", "")
+        if trained_on and data_digest and trained_on != data_digest:
+            raise RunError(
+                f"the checkpoint was trained on other images or labels (digest {trained_on[:12]} then, "
+                f"{data_digest[:12]} now); put the data back as it was, or start without --resume"
+            )
         check_model_state(model, state["model"])
         try:
             history = History.from_json(state["history"])
@@ -111,18 +127,16 @@ class RunFolder:
         return history
 
     def _set_aside(self) -> None:
-        files = [
-            entry
-            for entry in self.path.iterdir()
-            if entry.name in (CHECKPOINT, HISTORY, SUMMARY) or entry.suffix == ".png"
-        ]
+        results = {CHECKPOINT, HISTORY, SUMMARY}
+        files = [e for e in self.path.iterdir() if e.name in results or e.suffix in (".png", ".cdq", ".onnx")]
         if not files:
             return
         previous = self.path / PREVIOUS
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
+        taken = [int(entry.name) for entry in previous.glob("*") if entry.name.isdecimal()]
+        target = previous / str(max(taken, default=0) + 1)
+        target.mkdir(parents=True)
         for entry in files:
-            entry.replace(previous / entry.name)
+            entry.replace(target / entry.name)
 
 
 def check_writable(path: str | Path) -> None:

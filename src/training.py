@@ -25,6 +25,7 @@ Factor = Callable[[float], float]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 CALM = "lower the learning rate or the peak of the penalty"
+EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
 STEPS_BETWEEN_CHECKS = 16  # reading the loss waits for a GPU; NaN is still found within seconds
 
 
@@ -236,7 +237,7 @@ class EpochMeans:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: ImageData, batch_size: int = 1000, precision: torch.dtype = torch.float32
+    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
 ) -> tuple[float, float]:
     """Mean cross entropy and share of right answers over the whole test set, in eval mode, with the quantizers as they
     are switched. The model's mode is restored."""
@@ -246,7 +247,7 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: ImageData, batch_size: int = 1000, precision: torch.dtype = torch.float32
+    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
 ) -> tuple[Tensor, float]:
     """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
     training = {module: module.training for module in model.modules()}

@@ -275,7 +275,7 @@ def test_a_new_run_sets_the_old_one_aside(finished: Done, tmp_path: Path, monkey
     shutil.copytree(finished.folder, folder)
     monkeypatch.setattr(training, "train_step", on_step(1, interrupt))
     assert run(words(folder)) == 130
-    assert contents(folder) == {f"previous/{name}": data for name, data in contents(finished.folder).items()}
+    assert contents(folder) == {f"previous/1/{name}": data for name, data in contents(finished.folder).items()}
 
 
 # --- bad input

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet import resnet20
+from src.channels import channel_groups
+from src.compaction import compact
 from src.graph import GraphError, Op, trace
 from src.quantizer import DeadZoneLDZCompander
 from tests.networks import IMAGE, TOPOLOGIES, Chain, FlattenArea, OptionAShortcut
@@ -104,6 +106,10 @@ def test_resnet20_has_nothing_unknown() -> None:
         (lambda x: torch.flatten(x, 1), "flatten"),
         (lambda x: x.flatten(1, -1), "flatten"),
         (nn.Flatten(), "flatten"),
+        (lambda x: x.view(x.size(0), -1), "flatten"),
+        (lambda x: x.reshape(x.shape[0], -1), "flatten"),
+        (lambda x: F.max_pool2d(x, 2), "pool"),
+        (lambda x: F.avg_pool2d(x, kernel_size=x.size(3), stride=1), "pool"),
         (nn.Conv2d(4, 4, 3, padding="same"), "conv"),
         (nn.BatchNorm2d(4, affine=False), "batchnorm"),
     ],
@@ -126,7 +132,10 @@ def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> No
         lambda x: F.pad(x, (0, 0, 0, 0, 1, 1), value=1.0),
         lambda x: F.adaptive_avg_pool2d(x, 2),
         lambda x: torch.flatten(x, 2),
-        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view(x.size(0), 4, -1),
+        lambda x: F.max_pool2d(x, 3, 1, 1),
+        lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3),
         nn.MaxPool2d(3, 1, 1),
         nn.AvgPool2d(2, divisor_override=3),
         nn.AvgPool2d(4, ceil_mode=True),
@@ -144,8 +153,8 @@ def test_everything_else_is_opaque(function: Callable[[Tensor], Tensor]) -> None
     assert "opaque" in [op.kind for op in made_of(function)]
 
 
-def test_sums_of_sizes_and_tuples_are_opaque_not_errors() -> None:
-    assert made_of(lambda x: x.view(x.size(0) + x.size(0) - x.size(0), -1))[-1].kind == "opaque"
+def test_sums_of_sizes_are_no_operations_and_tuples_are_opaque() -> None:
+    assert made_of(lambda x: x.view(x.size(0) + x.size(0) - x.size(0), -1))[-1].kind == "flatten"
     assert {op.kind for op in made_of(FirstOfTwo())} == {"opaque"}
     assert made_of(lambda x: torch.flatten(torch.flatten(x, 2), 1))[-1].kind == "opaque"
 
@@ -194,3 +203,44 @@ def test_state_is_restored_after_an_error() -> None:
     with pytest.raises(GraphError):
         trace(model, (5, 6, 6))
     assert all(module.training for module in model.modules())
+
+
+class OldEnding(nn.Module):
+    """How the first CIFAR ResNets in PyTorch end: a pool as wide as the image, and a view by the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.linear = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.relu(self.conv2(x))
+        x = F.avg_pool2d(x, x.size()[3])
+        return self.linear(x.view(x.size(0), -1))
+
+
+def test_pooling_functions_and_views_by_size_are_followed() -> None:
+    ops = {op.name: op for op in trace(OldEnding())}
+    assert [op.kind for op in ops.values()] == [
+        *("input", "conv", "batchnorm", "relu", "pool", "conv", "relu", "pool", "flatten", "linear", "output")
+    ]
+    assert ops["max_pool2d"].settings == {"average": 0, "kernel": 2, "stride": 2}
+    assert ops["avg_pool2d"].settings == {"average": 1, "kernel": 16, "stride": 16}
+    assert ops["view"].settings == {"area": 1}
+    assert len(channel_groups(OldEnding())) == 4 + 6
+
+
+def test_a_network_with_the_old_ending_loses_its_dead_channels_exactly() -> None:
+    torch.manual_seed(0)
+    model = OldEnding().double().eval()
+    with torch.no_grad():
+        model.conv1.weight[1] = 0
+        model.bn1.bias[1] = 0.5  # a constant that conv2 reads through its padding
+        model.conv2.weight[[0, 3]] = 0
+    smaller = compact(model)
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(smaller(x), model(x), rtol=1e-10, atol=1e-12)
+    assert smaller.state_dict()["conv2.weight"].shape == (4, 3 + 1, 3, 3)

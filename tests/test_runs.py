@@ -161,14 +161,16 @@ def test_an_earlier_run_is_set_aside_once(tmp_path: Path) -> None:
 
     second = RunFolder.open(tmp_path)
     names = {"history.csv", "run.json", "checkpoint.pt", "accuracy_curve.png"}
-    assert set(contents(tmp_path)) == {f"previous/{name}" for name in names} | {"notes.txt"}
-    assert (tmp_path / "previous" / "run.json").read_text() == "first run.json"
+    assert set(contents(tmp_path)) == {f"previous/1/{name}" for name in names} | {"notes.txt"}
+    assert (tmp_path / "previous" / "1" / "run.json").read_text() == "first run.json"
     RunFolder.open(tmp_path)  # a run that never wrote anything does not push the last one out
-    assert (tmp_path / "previous" / "run.json").read_text() == "first run.json"
+    assert (tmp_path / "previous" / "1" / "run.json").read_text() == "first run.json"
 
     second.write("history.csv", "second")
     RunFolder.open(tmp_path)
-    assert contents(tmp_path) == {"previous/history.csv": b"second", "notes.txt": b"the user's own"}
+    kept = contents(tmp_path)
+    assert kept.pop("previous/2/history.csv") == b"second"
+    assert set(kept) == {f"previous/1/{name}" for name in names} | {"notes.txt"}  # no run is ever deleted
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
@@ -181,6 +183,15 @@ def test_json_is_strict(tmp_path: Path) -> None:
 
 
 # --- checkpoints
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path)
+    model, optimizer = trained()
+    folder.save_progress(model, optimizer, history(), CONFIG, data_digest="a" * 64)
+    with pytest.raises(RunError, match="other images or labels"):
+        folder.resume(model, optimizer, CONFIG, CPU, data_digest="b" * 64)
+    assert folder.resume(model, optimizer, CONFIG, CPU, data_digest="a" * 64) == history()
 
 
 def test_a_checkpoint_gives_model_optimizer_and_history_back(tmp_path: Path) -> None:
