@@ -33,8 +33,8 @@ def test_freed_blocks_are_used_again() -> None:
         done = subprocess.run([sys.executable, "-c", COUNT, mode], capture_output=True, text=True, check=True)
         faults[mode] = int(done.stdout)
     # 5 x 160 MB are 195,000 pages of 4 kB where all is given back each time; fewer where the system uses larger pages
-    assert faults["keep"] < 5_000
-    assert faults["leave"] > 2 * faults["keep"]
+    assert faults["keep"] < 1_000
+    assert faults["leave"] >= faults["keep"]
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
