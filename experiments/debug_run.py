@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments import pipeline
+from experiments.console import fail, say
 from experiments.live import TerminalProgress
 from experiments.presets import PRESETS, RunConfig, configure
 from experiments.verdict import judge
@@ -23,7 +24,7 @@ from src.data import steps_per_epoch
 from src.runs import RunFolder, check_writable
 from src.training import DEVICES, Step, TrainingError
 
-HEALTHY, FAULTY, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,26 +34,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _configuration(options)
         return _run(config, options.output, options.resume)
     except ValueError as error:  # every error of the library that bad input can cause is one
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        return _fail(f"{error.filename or options.output!r}: {error.strerror or error}")
+        return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     except KeyboardInterrupt:  # outside of the training loop, which keeps what it has
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
 
 
 def _run(config: RunConfig, output: str, resume: bool) -> int:
     check_writable(output)  # before minutes of work, and without creating anything
-    config, data = pipeline.prepare_data(config, _say)
+    config, data = pipeline.prepare_data(config, say)
     run = pipeline.build_run(config, data)
     if resume:
         folder = RunFolder(Path(output))
         run.history = folder.resume(run.model, run.optimizer, asdict(config), run.device, data.digest)
-        _say(f"resumed after epoch {len(run.history)} of {config.epochs}")
+        say(f"resumed after epoch {len(run.history)} of {config.epochs}")
     else:
         folder = RunFolder.open(output)
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
-    _say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
+    say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
     saved = len(run.history)
     progress = TerminalProgress()
     progress.start(config.epochs, steps_per_epoch(data, config.batch_size), len(run.history))
@@ -70,11 +71,11 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
         progress.close("interrupted")
         kept = f"history and checkpoint of {saved} epochs are in {folder.path}; the same command with --resume goes on"
         nothing = "no epoch was finished, so there is nothing to resume"
-        _say(f"stopped in epoch {saved + 1}; {kept if saved else nothing}")
+        say(f"stopped in epoch {saved + 1}; {kept if saved else nothing}")
         return INTERRUPTED
     except TrainingError as error:
         progress.close("stopped")
-        return _fail(f"{error}; {saved} finished epochs are kept in {folder.path}")
+        return fail(f"{error}; {saved} finished epochs are kept in {folder.path}")
     progress.close("trained")
     return _conclude(run, folder)
 
@@ -117,15 +118,6 @@ def _parser() -> argparse.ArgumentParser:
 def _configuration(options: argparse.Namespace) -> RunConfig:
     names = ("data", "data_root", "epochs", "batch_size", "limit", "seed", "device")
     return configure(options.preset, **{name: getattr(options, name) for name in names})
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _fail(message: str) -> int:
-    _say(f"error: {message}")
-    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import pipeline
+from experiments.console import fail, say
 from experiments.presets import ConfigError, RunConfig
 from src.compact_network import CompactNetwork
 from src.compaction import compact
@@ -33,7 +34,7 @@ from src.packing import pack, unpack
 from src.runs import CHECKPOINT, SUMMARY, RunError, load_checkpoint, load_model_state
 from src.training import predict
 
-EQUAL, DIFFERENT, BAD_INPUT = 0, 1, 2
+EQUAL, DIFFERENT = 0, 1
 PACKED, ONNX = "model.cdq", "model.onnx"
 NOISE_IMAGES = 256
 
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_outputs(packed, onnx, options.force)
         return _export(run, config, model, packed, onnx, options.force)
     except ValueError as error:  # every error of the library that bad input can cause is one
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
-        return _fail(f"{error.filename or options.run!r}: {error.strerror or error}")
+        return fail(f"{error.filename or options.run!r}: {error.strerror or error}")
 
 
 def load_run(run: str | Path, data_root: str | None = None) -> tuple[RunConfig, nn.Module]:
@@ -94,7 +95,7 @@ def _export(run: Path, config: RunConfig, model: nn.Module, packed: Path, onnx: 
     data = _test_data(run, config)
     if data is None:
         images = torch.randn(NOISE_IMAGES, *network.input_size, generator=torch.Generator().manual_seed(0))
-        _say(f"the run's test set is not here: checking on {NOISE_IMAGES} images of noise")
+        say(f"the run's test set is not here: checking on {NOISE_IMAGES} images of noise")
     else:
         images = normalize(data.test_images, data.mean, data.std)
         before, after = (predict(each, data)[0] for each in (model, network))
@@ -146,7 +147,7 @@ def _test_data(run: Path, config: RunConfig) -> ImageData | None:
     try:
         data = load_data(source, config.data_root, config.limit)
     except (ValueError, OSError) as error:
-        _say(f"the run's data cannot be loaded: {error}")
+        say(f"the run's data cannot be loaded: {error}")
         return None
     recorded = _summary(run).get("data", {}).get("sha256", data.digest)  # an interrupted run has no summary
     wanted = "cifar10" if config.data == "cifar10" else data.name
@@ -183,15 +184,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-root", help="where the run's data is (default: where it was when the run was trained)")
     parser.add_argument("--force", action="store_true", help="write over existing files")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _fail(message: str) -> int:
-    _say(f"error: {message}")
-    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from experiments import run_notebook
 from experiments.html_template import tex_to_mathml, to_html
-from experiments.run_notebook import NotebookInputError, execute, inject, main, parameter_defaults, parse_settings
+from experiments.notebook_parameters import NotebookInputError, inject, parameter_defaults, parse_settings
+from experiments.run_notebook import execute, main
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nRATE: float = 0.1\nFAST = False'
