@@ -104,7 +104,7 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     networks = {"FP32 at the start": baseline.eval(), "quantized": model, "compacted": network, "packed": read_back}
     speed = latencies(networks, sample)
     predictions = {name: predict(net, run.data)[0] for name, net in networks.items() if name != "FP32 at the start"}
-    accuracy = {name: float((found == run.data.test_labels).double().mean()) for name, found in predictions.items()}
+    accuracy = {name: int((found == run.data.test_labels).sum()) / len(found) for name, found in predictions.items()}
     structured, unstructured = result.structured_stats, result.unstructured_stats
     dense = QuantizationComparison().set_baseline(baseline)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits

@@ -328,7 +328,7 @@ def _reads(weight: Values) -> Flags:
 
 
 def _numpy(tensor: Tensor) -> Values:
-    return tensor.detach().to("cpu", torch.float64).numpy()
+    return tensor.detach().cpu().double().numpy()  # in this order: MPS has no float64
 
 
 class _Union:

@@ -158,13 +158,13 @@ class _Removal:
         weight = weight[:, self._index(flow.kept_in)]
         value = self._select(source, flow.kept_in) if len(flow.kept_in) else None
         if flow.carries_constants:
-            weight = torch.cat([weight, carried.unsqueeze(1).to(weight)], dim=1)
+            weight = torch.cat([weight, carried.unsqueeze(1).to(weight.dtype).to(weight.device)], dim=1)
             height, width = self.ops[source].height, self.ops[source].width
             ones = self._step("fill", value=1, size=[1, height, width])
             value = ones if value is None else self._step("join", value, ones)
         elif not is_padded(module) and carried.any():
             folded = carried.reshape(len(carried), -1).sum(dim=1)
-            bias = (folded if bias is None else folded + bias.cpu().double()).to(weight)
+            bias = (folded if bias is None else folded + bias.cpu().double()).to(weight.dtype).to(weight.device)
         if value is None:  # an output that must stay although its weights are zero: its bias is all there is
             space = [op.height, op.width] if op.kind == "conv" else []
             blank = self._step("fill", value=0, size=[len(flow.kept_out), *space])

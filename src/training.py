@@ -7,8 +7,7 @@ Objective of a step: task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,21 +15,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.data import ImageData, epoch_batches, steps_per_epoch, test_batches
-from src.records import EpochRecord, LayerRecord
-from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
+from src.data import ImageData, epoch_batches, steps_per_epoch
+from src.devices import DEVICES, PRECISIONS, TrainingError, autocast, pick_device, pick_precision
+from src.evaluation import evaluate, layer_records, predict, summary
+from src.records import EpochRecord
+from utils_quantization import quantized_layers, shared_quantized_weights
+
+__all__ = [
+    "DEVICES",
+    "PRECISIONS",
+    "EpochMeans",
+    "Objective",
+    "Step",
+    "StepLosses",
+    "TrainingError",
+    "autocast",
+    "cosine_to_zero",
+    "epoch_seed",
+    "evaluate",
+    "hold_then_linear",
+    "layer_records",
+    "make_optimizer",
+    "measure_epoch",
+    "parameter_groups",
+    "pick_device",
+    "pick_precision",
+    "predict",
+    "squared_logits",
+    "summary",
+    "train_epoch",
+    "train_step",
+]
 
 Penalty = Callable[[nn.Module], Tensor]
 Factor = Callable[[float], float]
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "fp32", "bf16")
 CALM = "lower the learning rate or the peak of the penalty"
-EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
 STEPS_BETWEEN_CHECKS = 16  # reading the loss waits for a GPU; NaN is still found within seconds
-
-
-class TrainingError(ValueError):
-    """Training cannot go on: a device that is absent, or a loss that is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +88,6 @@ class Objective:
     penalty: Penalty | None = None
     lambda_dz: float = 0.0
     lambda_bit: float = 0.0
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes MPS, then CUDA, then the CPU. Raises TrainingError for an absent one."""
-    if name not in DEVICES:
-        raise TrainingError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}")
-    present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, here in present.items() if here))
-    if not present[name]:
-        here = [kind for kind, found in present.items() if found]
-        raise TrainingError(f"device {name!r} is not present here: use one of {', '.join(here)}, or auto")
-    return torch.device(name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of forward and backward passes: torch.float32 or torch.bfloat16.
-
-    "auto" takes bfloat16 where the hardware multiplies it (AVX512_BF16 or AMX on a CPU, any CUDA device that supports
-    it): elsewhere it is emulated and slower. Weights, logits, BatchNorm statistics and optimizer state are float32.
-    """
-    if name not in PRECISIONS:
-        raise TrainingError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
 
 
 def parameter_groups(
@@ -235,72 +229,6 @@ class EpochMeans:
         return {**dict(zip(names, means, strict=True)), "train_accuracy": correct / self._images}
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
-) -> tuple[float, float]:
-    """Mean cross entropy and share of right answers over the whole test set, in eval mode, with the quantizers as they
-    are switched. The model's mode is restored."""
-    predicted, loss = predict(model, data, batch_size, precision)
-    return loss, (predicted == data.test_labels).double().mean().item()
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
-) -> tuple[Tensor, float]:
-    """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        predicted, losses = [], []
-        with shared_quantized_weights(model), autocast(data.test_images.device, precision):
-            for images, labels in test_batches(data, batch_size):
-                scores = model(images).float()
-                losses.append(F.cross_entropy(scores, labels, reduction="sum"))
-                predicted.append(scores.argmax(1))
-        return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
-    finally:
-        for module, state in training.items():
-            module.training = state
-
-
-@torch.no_grad()
-def layer_records(model: nn.Module) -> tuple[LayerRecord, ...]:
-    """Bits, dead zone, zeros and dead filters of every quantized layer, measured on the quantized weights."""
-    layers = quantized_layers(model)
-    with shared_quantized_weights(model):
-        weights = {name: cast(Tensor, layer.weight).flatten(1) for name, layer in layers.items()}
-    records = []
-    for name, layer in layers.items():
-        quantizer = cast(Any, quantizer_of(layer))
-        zero = weights[name] == 0
-        records.append(
-            LayerRecord(
-                name=name,
-                bits=float(quantizer.get_bitwidth()),
-                dead_zone=float(quantizer.dead_zone_share()),
-                sparsity=zero.double().mean().item(),
-                dead=tuple(zero.all(1).tolist()),
-            )
-        )
-    return tuple(records)
-
-
-def summary(layers: tuple[LayerRecord, ...], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Network-wide figures from the layers'; `sizes`: number of weights of each.
-
-    unstructured_sparsity: share of all quantized weights that are 0. structured_sparsity: share of all their output
-    channels whose filter is entirely 0. mean_bits: plain mean over layers.
-    """
-    weights = sum(sizes[layer.name] for layer in layers)
-    return {
-        "unstructured_sparsity": sum(layer.sparsity * sizes[layer.name] for layer in layers) / weights,
-        "structured_sparsity": sum(layer.dead_channels for layer in layers) / sum(layer.channels for layer in layers),
-        "mean_bits": sum(layer.bits for layer in layers) / len(layers),
-    }
-
-
 def measure_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -346,12 +274,7 @@ def hold_then_linear(hold: float) -> Factor:
 
 def cosine_to_zero(done: float) -> float:
     """(1 + cos(pi done)) / 2."""
-    return (1 + torch.cos(torch.tensor(torch.pi * done, dtype=torch.float64)).item()) / 2
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision on `device`, or nothing where `precision` is float32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -372,12 +295,3 @@ def _check_finite(losses: StepLosses, epoch: int, index: int, model: nn.Module) 
 def _first_broken(model: nn.Module) -> str:
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     return f"first parameter that is not finite: {bad[0] if bad else 'none yet'}"
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
