@@ -8,6 +8,9 @@ SHELL := /bin/sh
 PYTHON_IN_VENV := .venv/bin/python
 
 PARAMETERS := PRESET DATA DATA_ROOT EPOCHS BATCH_SIZE LIMIT SEED DEVICE OUTPUT_DIR
+UNKNOWN := $(strip $(foreach v,$(filter-out $(PARAMETERS) MAKEFLAGS MAKEFILES SHELL -*,$(.VARIABLES)),\
+	$(if $(filter command,$(firstword $(origin $v))),$v)))
+$(if $(UNKNOWN),$(error unknown parameter $(UNKNOWN): allowed are $(PARAMETERS)))
 GIVEN := $(strip $(foreach p,$(PARAMETERS),$(if $(filter command,$(firstword $(origin $p))),$(if $(value $p),$p))))
 
 # A value reaches the shell through the environment, as it was typed: quotes, blanks and dollars are text.
@@ -47,7 +50,7 @@ test: venv
 	@$(PYTHON_IN_VENV) -m pytest
 
 lab: venv
-	@$(PYTHON_IN_VENV) -m jupyterlab notebooks/codeq_walkthrough.ipynb
+	@$(PYTHON_IN_VENV) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/codeq_walkthrough.ipynb
 
 html: venv
 	@$(PYTHON_IN_VENV) -m experiments.run_notebook --render-only

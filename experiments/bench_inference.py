@@ -106,6 +106,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"One forward pass of {result['run']['network']} in float32, {result['rounds']} rounds in turns",
         f"{host['device_name']} ({host['device']}), {host['threads']} threads, torch {result['versions']['torch']}",
+        "dense / this: median of the ratios within each round, which is not the ratio of the medians",
     ]
     for batch_size, found in result["batch_sizes"].items():
         lines += ["", f"batch of {batch_size:<24} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"]

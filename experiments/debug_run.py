@@ -19,7 +19,6 @@ from experiments import pipeline
 from experiments.console import fail, say
 from experiments.live import TerminalProgress
 from experiments.presets import PRESETS, RunConfig, configure
-from experiments.verdict import judge
 from src.data import steps_per_epoch
 from src.runs import RunFolder, check_writable
 from src.training import DEVICES, Step, TrainingError
@@ -82,7 +81,7 @@ def _run(config: RunConfig, output: str, resume: bool) -> int:
 
 def _conclude(run: pipeline.Run, folder: RunFolder) -> int:
     result, accuracy = pipeline.evaluate_run(run)
-    verdict = judge(run.history, run.config, run.data.num_classes, pipeline.expected_layers(run.config, run.model))
+    verdict = pipeline.verdict(run)
     pipeline.save_figures(run, folder)
     folder.write("history.csv", run.history.csv_text())
     folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict))

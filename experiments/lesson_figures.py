@@ -209,7 +209,10 @@ def schedule_curve(
     plan = np.asarray(coefficients, dtype=float)
     epochs, top = np.arange(1, len(plan) + 1), float(plan.max(initial=0.0))
     start = int((plan > 0).argmax()) + 1 if top else 0
-    title = f"The penalty is on from epoch {start} and reaches {top:.3g} in epoch {int(plan.argmax()) + 1}"
+    reached = int(plan.argmax()) + 1
+    title = f"The penalty is on from epoch {start} and reaches {top:.3g} in epoch {reached}"
+    if reached == start:
+        title = f"The penalty is on, at {top:.3g}, from epoch {start}"
     if not top:
         title = "The penalty's coefficient is 0 throughout"
     figure = style.canvas(title, subtitle, height=3.7)

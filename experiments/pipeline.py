@@ -18,10 +18,10 @@ from experiments import figures
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.presets import RunConfig, suited_to
 from experiments.sparsity import coupled_group_lasso
-from experiments.verdict import Verdict
+from experiments.verdict import Verdict, judge
 from resnet import NETWORKS, ResNet
 from src import runs, training
-from src.data import ImageData, load_data
+from src.data import ImageData, load_data, steps_per_epoch
 from src.memory import keep_freed_memory
 from src.quantizer import DeadZoneLDZCompander
 from src.records import EpochRecord, History
@@ -170,6 +170,12 @@ def evaluate_run(run: Run) -> tuple[EvalResult, float]:
     return result, training.evaluate(run.model, run.data)[1]
 
 
+def verdict(run: Run) -> Verdict:
+    """What `experiments.verdict.judge` says of a finished run."""
+    steps = len(run.history) * steps_per_epoch(run.data, run.config.batch_size)
+    return judge(run.history, run.config, run.data.num_classes, expected_layers(run.config, run.model), steps)
+
+
 def save_figures(run: Run, folder: RunFolder) -> list[str]:
     """Write the four diagnostic plots; returns their names."""
     from experiments.live import png_bytes
@@ -188,7 +194,7 @@ def save_figures(run: Run, folder: RunFolder) -> list[str]:
     return list(drawn)
 
 
-def summary(run: Run, result: EvalResult, accuracy: float, verdict: Verdict) -> dict[str, Any]:
+def summary(run: Run, result: EvalResult, accuracy: float, judged: Verdict) -> dict[str, Any]:
     """What run.json holds: configuration, data, machine, versions, results, verdict."""
     last, structured = run.history.last, result.structured_stats
     baseline_bops = structured.total_bops * result.structured_bops_ratio
@@ -222,7 +228,7 @@ def summary(run: Run, result: EvalResult, accuracy: float, verdict: Verdict) -> 
             "relative_bops": result.unstructured_stats.total_bops / baseline_bops if baseline_bops else 0.0,
             "seconds": sum(record.seconds for record in run.history),
         },
-        "verdict": verdict.to_json(),
+        "verdict": judged.to_json(),
     }
 
 

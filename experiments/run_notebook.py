@@ -296,9 +296,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_atomic(options.output_notebook, nbformat.writes(execution.notebook).encode())
     if execution.failure:
         say(f"run_notebook: {execution.failure.message}")
+    for line in _summary(execution.notebook):
+        print(line)
     print(f"notebook  {options.output_notebook}")
     _render(options)
     return execution.exit_status
+
+
+def _summary(notebook: NotebookNode) -> list[str]:
+    """What the cells tagged `summary` printed: what a reader should know without opening the page."""
+    cells = [cell for cell in notebook.cells if "summary" in cell.metadata.get("tags", [])]
+    streams = [out.text for cell in cells for out in cell.get("outputs", []) if out.get("name") == "stdout"]
+    return "".join(streams).splitlines()
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -72,20 +72,33 @@ class Verdict:
         return "\n".join(lines)
 
 
-def judge(history: History, config: RunConfig, num_classes: int, expected_layers: Sequence[str]) -> Verdict:
-    """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history."""
+FEWEST_STEPS = 500  # below this the logits, which move by a learning rate a step, have hardly moved
+
+
+def judge(
+    history: History, config: RunConfig, num_classes: int, expected_layers: Sequence[str], steps: int | None = None
+) -> Verdict:
+    """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history.
+
+    expected_layers: names of the layers that should be quantized. steps: updates made in all; below 500 most of what is
+    expected is not judged. None where it is not known.
+    """
     last, first = history.last, history[0]
     chance = 1 / num_classes
+    floor = min(2 * chance, chance + (1 - chance) / 4)  # twice chance says nothing where there are two classes
     preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
-    whole = config.limit is None  # a part of the images makes too few steps for most that is expected
+    enough = steps is None or steps >= FEWEST_STEPS
+    whole = config.limit is None and enough  # too few steps show little of what is expected
     full = whole and len(history) >= preset.epochs
     penalised = sum(record.coefficient > 0 for record in history)
     settled = penalised >= (preset.epochs - preset.delay) // 2  # epochs that dead filters take to appear
-    middle = history[max(0, len(history) // 2 - 1)]
+    best = max(floor, *(record.accuracy for record in history))
     learned_bits, learned_zone = config.learnable_bit, config.learnable_deadzone
 
     def finding(name: str, expected: str, measured: str, ok: bool, judged: bool, look_at: str) -> Finding:
-        return Finding(name, expected, measured, (PASSED if ok else FAILED) if judged else NOT_JUDGED, look_at)
+        if not judged:
+            return Finding(name, expected, f"{measured}, in a run too short or too small to tell", NOT_JUDGED, look_at)
+        return Finding(name, expected, measured, PASSED if ok else FAILED, look_at)
 
     def percent(share: float) -> str:
         return f"{100 * share:.1f}%"
@@ -111,9 +124,9 @@ def judge(history: History, config: RunConfig, num_classes: int, expected_layers
         ),
         finding(
             "accuracy climbs",
-            f"above {percent(2 * chance)}, twice chance",
+            f"above {percent(floor)}; chance is {percent(chance)}",
             percent(last.accuracy),
-            last.accuracy > 2 * chance,
+            last.accuracy > floor,
             whole and len(history) > 1,
             "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only",
         ),
@@ -151,9 +164,9 @@ def judge(history: History, config: RunConfig, num_classes: int, expected_layers
         ),
         finding(
             "nothing collapses",
-            f"above {percent(0.5 * max(middle.accuracy, 2 * chance))}, half of mid-run",
+            f"above {percent(best / 2)}, half of the best epoch",
             percent(last.accuracy),
-            last.accuracy > 0.5 * max(middle.accuracy, 2 * chance),
+            last.accuracy > best / 2,
             whole and len(history) > 3,
             "the coefficient when accuracy fell; layers that died whole in the liveness map",
         ),

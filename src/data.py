@@ -144,7 +144,8 @@ def load_data(
         else:
             notice = (
                 f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "
-                "(1,797 small images); its numbers say nothing about CIFAR-10, which --data cifar10 downloads (170 MB)."
+                "(1,797 small images); its numbers say nothing "
+                "about CIFAR-10; DATA=cifar10 (or --data cifar10) downloads that (170 MB)."
             )
             loaded = replace(_digits(), notice=notice)
             say(f"NOTICE: {notice}")

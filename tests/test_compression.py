@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench_inference, compression, compression_figures, lessons, pipeline, style
 from experiments.presets import configure
-from experiments.verdict import judge
 from src.channels import account, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.records import History
@@ -155,7 +154,7 @@ def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
     result, _ = pipeline.evaluate_run(run)
     assert f"{result.structured_stats.total_macs:,}" in lessons.layer_table(result).to_html()
     assert f"{result.structured_mac_ratio:.2f}x" in lessons.ratio_table(result).to_html()
-    verdict = judge(run.history, run.config, run.data.num_classes, pipeline.expected_layers(run.config, run.model))
+    verdict = pipeline.verdict(run)
     assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.findings)
     assert "logit_bit" in lessons.optimizer_table(run.optimizer, run.objective).to_html()
 

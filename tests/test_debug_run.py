@@ -263,7 +263,7 @@ def test_a_fault_found_is_exit_status_1(
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
     fault = Verdict((Finding("loss falls", "below 3", "4", FAILED, "the learning rate"),))
-    monkeypatch.setattr(debug_run, "judge", lambda *_: fault)
+    monkeypatch.setattr(debug_run.pipeline, "verdict", lambda *_: fault)
     assert run(words(folder, "--resume")) == 1  # all epochs are done: only the evaluation is repeated
     assert "FAULT: 1 of 1 expectations not met (loss falls)" in capsys.readouterr().out
     assert json.loads((folder / "run.json").read_text())["verdict"]["state"] == "faulty"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.presets import DEBUG, PAPER_4BIT, SMOKE, RunConfig
-from experiments.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge
+from experiments.verdict import FAILED, FEWEST_STEPS, NOT_JUDGED, PASSED, Verdict, judge
 from src.records import EpochRecord, History, LayerRecord
 
 NAMES = [
@@ -168,3 +168,19 @@ def test_a_configuration_of_ones_own_is_measured_by_itself() -> None:
 def test_an_empty_history_is_an_error() -> None:
     with pytest.raises(ValueError, match="no epoch has finished"):
         verdict_of([])
+
+
+def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
+    records = healthy()
+    few = judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS - 1)
+    statuses = {finding.name: finding.status for finding in few.findings}
+    assert statuses["channels die"] == statuses["bits fall"] == statuses["accuracy reached"] == NOT_JUDGED
+    assert statuses["layers quantized"] == PASSED
+    assert not few.healthy
+    assert not few.faulty
+    assert judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS).healthy
+    perfect = [replace(record, accuracy=1.0) for record in records]
+    # chance is 1/2, so twice chance would be 100 %: the bar is 1/2 + 1/8
+    two = judge(History(DEBUG.epochs, perfect), DEBUG, 2, ("a", "b"))
+    assert next(f for f in two.findings if f.name == "accuracy climbs").expected.startswith("above 62.5%")
+    assert two.healthy
