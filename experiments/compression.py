@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
 from experiments.pipeline import Run
+from experiments.timing import time_in_turns
 from metrics import QuantizationComparison
 from src.channels import account
 from src.compact_network import CompactNetwork
@@ -108,11 +109,11 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     structured, unstructured = result.structured_stats, result.unstructured_stats
     dense = QuantizationComparison().set_baseline(baseline)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
-    dense_bytes = state_bytes(baseline)
+    dense_bytes = report.fp32_state_bytes
     rows = {
         "FP32 at the start": (_count(baseline), dense.total_macs, dense.total_bops, None, dense_bytes),
         "quantized": (_count(baseline), in_place.total_macs, in_place.total_bops, unstructured.total_bops, dense_bytes),
-        "compacted": (_count(network), structured.total_macs, structured.total_bops, None, state_bytes(network)),
+        "compacted": (_count(network), structured.total_macs, structured.total_bops, None, report.compact_state_bytes),
         "packed": (_count(read_back), structured.total_macs, structured.total_bops, None, report.file_bytes),
     }
     stages = [Stage(name, *row, accuracy.get(name), speed[name]) for name, row in rows.items()]
@@ -138,16 +139,10 @@ def differences(model: nn.Module, network: CompactNetwork, run: Run) -> dict[str
 
 def latencies(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
     """Milliseconds of one forward pass of `images`, by name: the median of `rounds`, the networks taking turns."""
-    taken: dict[str, list[float]] = {name: [] for name in networks}
+    takes = {name: partial(network, images) for name, network in networks.items()}
     with torch.inference_mode():
-        for turn in range(rounds + 2):
-            for name, network in networks.items():
-                started = time.perf_counter()
-                network(images)
-                _wait(images.device)
-                if turn >= 2:  # the first two warm up
-                    taken[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(times) for name, times in taken.items()}
+        seconds = time_in_turns(takes, rounds, images.device)
+    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
 
 
 def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
@@ -169,16 +164,5 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
     return names, fates
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and floating-point buffers, as they are stored uncompressed."""
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values() if t.is_floating_point())
-
-
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _wait(device: torch.device) -> None:
-    waiting: dict[str, Callable[[], None]] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    if device.type in waiting:
-        waiting[device.type]()

@@ -22,6 +22,7 @@ from experiments.lesson_figures import Curve
 from experiments.verdict import FAILED, PASSED, Verdict
 from metrics import QuantizationComparison
 from src.channels import ChannelGroups, account
+from src.modes import eval_mode
 from src.quantizer import DeadZoneLDZCompander
 from src.training import Objective, make_optimizer, parameter_groups, squared_logits
 
@@ -166,7 +167,8 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     counted = sum(layer.dead_out.sum() for layer in flows.layers)
     moving = sum(int((np.nan_to_num(flows.settled(layer.name)) != 0).sum()) for layer in flows.layers)
     claim = QuantizationComparison().calculate_stats(claimed).total_macs
-    change = (claimed(images) - copy.deepcopy(model).eval()(images)).abs().max().item()
+    with eval_mode(model):
+        change = (claimed(images) - model(images)).abs().max().item()
     true = result.structured_stats.total_macs
     note = f"largest change of a logit: {change:.2g}"
     return [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.data import ImageData, test_batches
 from src.devices import autocast
+from src.modes import eval_mode
 from src.records import LayerRecord
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
@@ -35,19 +36,13 @@ def predict(
     model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
 ) -> tuple[Tensor, float]:
     """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        predicted, losses = [], []
-        with shared_quantized_weights(model), autocast(data.test_images.device, precision):
-            for images, labels in test_batches(data, batch_size):
-                scores = model(images).float()
-                losses.append(F.cross_entropy(scores, labels, reduction="sum"))
-                predicted.append(scores.argmax(1))
-        return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
-    finally:
-        for module, state in training.items():
-            module.training = state
+    predicted, losses = [], []
+    with eval_mode(model), shared_quantized_weights(model), autocast(data.test_images.device, precision):
+        for images, labels in test_batches(data, batch_size):
+            scores = model(images).float()
+            losses.append(F.cross_entropy(scores, labels, reduction="sum"))
+            predicted.append(scores.argmax(1))
+    return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
 
 
 @torch.no_grad()

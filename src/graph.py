@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from src.modes import eval_mode
+
 AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 MAXIMUM = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 POOLING: dict[Any, tuple[str, ...]] = {F.avg_pool2d: AVERAGE, F.max_pool2d: MAXIMUM}
@@ -88,10 +90,8 @@ def _shapes(
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     recorder = _ShapeRecorder(fx.GraphModule(model, graph))
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             recorder.run(image)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -99,9 +99,6 @@ def _shapes(
             f"{type(model).__name__} does not accept an image of size {input_size} ({reason}); give the input_size it "
             "was built for"
         ) from error
-    finally:
-        for module, state in training.items():
-            module.training = state
     return recorder.shapes, recorder.sizes
 
 
