@@ -4,7 +4,7 @@
 bits (`b_a`), as the paper counts them; a layer without quantizer has 32-bit weights. Left out: BatchNorm, bias, ReLU,
 pooling and adds, which are less than 1 % of ResNet-20.
 
-    structured     MACs of the network that exact removal leaves (src/channels.py): whole channels only.
+    structured     MACs of the network that exact removal leaves (src/account.py): whole channels only.
     unstructured   every non-zero weight is one MAC per output pixel: density x dense MACs.
 
 A ratio is baseline over compressed, so larger is smaller.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.channels import LayerFlow, account
+from src.account import LayerFlow, account
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
 FULL_PRECISION_BITS = 32

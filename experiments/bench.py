@@ -17,22 +17,19 @@ ratios within a round. Two steps of each come first, uncounted. On a GPU a turn 
 synchronisations.
 
 Memory: a process of its own for each variant. It builds everything, resets the high-water mark of its resident memory,
-reads it, takes three steps and reads it again. The difference counts: activations, gradients, optimizer state and all
-scratch memory, but neither Python nor the images. The mark is VmHWM on Linux, because ru_maxrss of a child starts at
-its parent's, and ru_maxrss elsewhere; on CUDA it is the allocator's own.
+reads it, takes three steps and reads it again (experiments/peak_memory.py). The difference counts: activations,
+gradients, optimizer state and all scratch memory, but neither Python nor the images.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +39,9 @@ import torch.nn.functional as F
 
 from experiments import bench_inference, pipeline
 from experiments.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
+from experiments.peak_memory import peak_memory
 from experiments.presets import DEBUG, RunConfig
-from experiments.timing import Take, at_least, spread, synchronize, time_in_turns
+from experiments.timing import Take, at_least, spread, time_in_turns
 from resnet import NETWORKS
 from src import training
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
@@ -51,7 +49,6 @@ from src.memory import keep_freed_memory
 from src.runs import RunError, check_writable, machine, versions, write_atomic
 from utils_quantization import attach_weight_quantizers
 
-MEMORY_STEPS = 3
 LIMITS = {"full_over_plain": 1.15, "peak_memory_full_over_plain": 1.2}
 
 
@@ -137,23 +134,6 @@ RATIOS = {
     "naive_over_full": ("naive", "full"),
     "plain_float32_over_fast": ("plain_float32", "plain_fast"),
 }
-
-
-def peak_memory(take: Take, device: torch.device) -> dict[str, int]:
-    """Bytes before and at the highest point of a few steps; meant for a process that does nothing else."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-        before = _high_water_bytes()
-    for _ in range(MEMORY_STEPS):
-        take()
-    synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _high_water_bytes()
-    return {"before_bytes": before, "peak_bytes": peak, "step_bytes": peak - before}
 
 
 def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[str, Any]:
@@ -320,17 +300,6 @@ def _memory_of(variant: str, setting: Setting) -> dict[str, int]:
         raise RuntimeError(f"measuring the memory of {variant!r} failed ({done.returncode}): {done.stderr[-500:]}")
     found: dict[str, int] = json.loads(done.stdout)
     return found
-
-
-def _high_water_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    import resource
-
-    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return mark if sys.platform == "darwin" else mark * 1024
 
 
 if __name__ == "__main__":

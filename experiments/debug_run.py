@@ -3,88 +3,113 @@
     python -m experiments.debug_run [--data cifar10] [--epochs 20] [--output debug_output] [--resume]
 
 One line per epoch on stdout, then the compression table and the verdict; progress and notices on stderr. The output
-folder gets four figures, history.csv, run.json and checkpoint.pt.
-Exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, 130 interrupted (history and checkpoint kept).
+folder gets four figures, history.csv, run.json and checkpoint.pt (and checkpoint.previous.pt, the one before it).
+Exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, or a training that could not go on; 130
+interrupted, 143 terminated (checkpoint, history and figures kept: --resume goes on, with the same result).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from experiments import pipeline
 from experiments.console import fail, say
 from experiments.live import TerminalProgress
-from experiments.presets import PRESETS, RunConfig, configure
+from experiments.presets import PRESETS, ConfigError, RunConfig, configure
+from src import run_lock
 from src.data import steps_per_epoch
+from src.interrupts import Terminated
 from src.runs import RunFolder, check_writable
-from src.training import DEVICES, Step, TrainingError
+from src.training import DEVICES, TrainingError
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
+GO_ON = "the same command with --resume goes on"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        config = _configuration(options)
-        return _run(config, options.output, options.resume)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return _run(_configuration(options), options)
     except ValueError as error:  # every error of the library that bad input can cause is one
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
+    except MemoryError:
+        return fail("the memory does not hold the data; use --limit, or end other programs")
     except KeyboardInterrupt:  # outside of the training loop, which keeps what it has
         say("interrupted")
         return INTERRUPTED
+    finally:
+        run_lock.release(options.output)
 
 
-def _run(config: RunConfig, output: str, resume: bool) -> int:
-    check_writable(output)  # before minutes of work, and without creating anything
+def _run(config: RunConfig, options: argparse.Namespace) -> int:
+    check_writable(options.output)  # before minutes of work, and without creating anything
+    run_lock.check_free(options.output)
+    if options.checkpoint_every is not None and options.checkpoint_every < 1:
+        raise ConfigError(f"--checkpoint-every {options.checkpoint_every}: need a whole number of steps, at least 1")
     config, data = pipeline.prepare_data(config, say)
     run = pipeline.build_run(config, data)
-    if resume:
-        folder = RunFolder(Path(output))
-        run.history = folder.resume(run.model, run.optimizer, asdict(config), run.device, data.digest)
-        say(f"resumed after epoch {len(run.history)} of {config.epochs}")
-    else:
-        folder = RunFolder.open(output)
+    loop = pipeline.TrainingLoop.open(
+        run,
+        options.output,
+        resume=options.resume,
+        checkpoint_every=options.checkpoint_every,
+        report=say,
+        go_on=GO_ON,
+    )
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
-    saved = len(run.history)
     progress = TerminalProgress()
-    progress.start(config.epochs, steps_per_epoch(data, config.batch_size), len(run.history))
-
-    def on_step(epoch: int, step: Step) -> None:
-        progress.step(epoch + 1, step.index + 1, step.loss)
-
+    steps = steps_per_epoch(data, config.batch_size)
+    progress.start(config.epochs, steps, len(run.history), run.means.steps)
     try:
-        for record in pipeline.train_epochs(run, on_step):
-            folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
-            saved = record.epoch
-            progress.epoch_done(record)
-            print(record.console_line(config.epochs), flush=True)
-    except KeyboardInterrupt:
-        progress.close("interrupted")
-        kept = f"history and checkpoint of {saved} epochs are in {folder.path}; the same command with --resume goes on"
-        nothing = "no epoch was finished, so there is nothing to resume"
-        say(f"stopped in epoch {saved + 1}; {kept if saved else nothing}")
-        return INTERRUPTED
+        _train(loop, progress)
+    except KeyboardInterrupt as stopped:
+        if run.history.records:
+            pipeline.save_figures(run, loop.folder)
+        return 128 + stopped.signal if isinstance(stopped, Terminated) else INTERRUPTED
     except TrainingError as error:
-        progress.close("stopped")
-        return fail(f"{error}; {saved} finished epochs are kept in {folder.path}")
-    progress.close("trained")
-    return _conclude(run, folder)
+        return fail(f"{error}; {loop.kept}")
+    try:
+        return _conclude(run, loop.folder)
+    except KeyboardInterrupt:
+        say(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
+        raise
+
+
+def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress) -> None:
+    """Train the epochs that are left; a line on stdout for each."""
+    epochs, ended = loop.run.config.epochs, "stopped"
+    try:
+        with loop:
+            for epoch in loop.epochs():
+                for step in loop.steps():
+                    progress.step(epoch + 1, step.index + 1, step.loss)
+                record = loop.finish_epoch()
+                progress.epoch_done(record)
+                print(record.console_line(epochs), flush=True)
+        ended = "trained"
+    finally:
+        progress.close(ended)
 
 
 def _conclude(run: pipeline.Run, folder: RunFolder) -> int:
     result, accuracy = pipeline.evaluate_run(run)
     verdict = pipeline.verdict(run)
     pipeline.save_figures(run, folder)
-    folder.write("history.csv", run.history.csv_text())
-    folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict))
+    folder.try_write("history.csv", run.history.csv_text())
+    failure = ""
+    try:
+        folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict))
+    except OSError as error:  # after hours of training the results are at least told
+        failure = f"run.json could not be written ({error.strerror or error}); {GO_ON} and writes it"
     print()
     print(pipeline.compression_table(result, accuracy))
     print()
@@ -92,14 +117,23 @@ def _conclude(run: pipeline.Run, folder: RunFolder) -> int:
     if run.data.notice:
         print(f"\nNOTICE: {run.data.notice}")
     print(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
+    if failure:
+        return fail(failure)
     return FAULTY if verdict.faulty else HEALTHY
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning is one line, without the place in the code that it comes from."""
+    say(f"warning: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.debug_run",
         description="Train with the learnable dead-zone quantizer, evaluate the compression, and judge the run.",
-        epilog="exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, 130 interrupted",
+        epilog="Ctrl-C and SIGTERM let the running step finish and write a checkpoint; a second Ctrl-C ends at once. "
+        "Exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, or a training that could not go on "
+        "(not a number, memory or disk full), 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--preset", default="debug", help=f"one of {', '.join(PRESETS)} (default: debug)")
     parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
@@ -111,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="write a checkpoint every so many steps, too (default: after each epoch, and when interrupted)",
+    )
     return parser
 
 

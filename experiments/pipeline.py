@@ -6,50 +6,61 @@ the notebook does so, the script runs them one after another.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from experiments import figures
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.presets import RunConfig, suited_to
 from experiments.sparsity import coupled_group_lasso
+from experiments.training_loop import (
+    OnStep,
+    TrainingLoop,
+    epoch_settings,
+    finish_epoch,
+    measure,
+    steps_left,
+    train_epochs,
+)
+from experiments.training_run import Run
 from experiments.verdict import Verdict, judge
 from resnet import NETWORKS, ResNet
 from src import runs, training
 from src.data import ImageData, load_data, steps_per_epoch
 from src.memory import keep_freed_memory
 from src.quantizer import DeadZoneLDZCompander
-from src.records import EpochRecord, History
+from src.records import History
 from src.runs import RunFolder
 from utils_quantization import attach_weight_quantizers, quantized_layers
 
-OnStep = Callable[[int, training.Step], None]
-
-
-@dataclass
-class Run:
-    """Everything that moves while a network trains. `config` is the one that is really run (see `suited_to`)."""
-
-    config: RunConfig
-    data: ImageData
-    device: torch.device
-    precision: torch.dtype
-    model: nn.Module
-    attached: list[str]
-    optimizer: torch.optim.Optimizer
-    objective: training.Objective
-    history: History
-
-    @property
-    def subtitle(self) -> str:
-        """One line for figures: what was trained on what."""
-        part = f", {len(self.data.train_labels):,} training images" if self.config.limit else ""
-        return f"{self.config.model} on {self.data.title}{part}; preset {self.config.preset}, seed {self.config.seed}"
+__all__ = [
+    "OnStep",
+    "Run",
+    "TrainingLoop",
+    "attach",
+    "build_network",
+    "build_optimizer",
+    "build_run",
+    "compression_table",
+    "described",
+    "epoch_settings",
+    "evaluate_run",
+    "expected_layers",
+    "finish_epoch",
+    "measure",
+    "prepare_data",
+    "save_figures",
+    "steps_left",
+    "summary",
+    "train_epochs",
+    "verdict",
+]
 
 
 def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
@@ -119,50 +130,6 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
     )
 
 
-def train_epochs(run: Run, on_step: OnStep | None = None) -> Iterator[EpochRecord]:
-    """Train the epochs that are left, yielding each one's record, which is in `run.history` by then."""
-    for epoch in range(len(run.history), run.config.epochs):
-        settings = epoch_settings(run.config, epoch, run.precision)
-        means, started = training.EpochMeans(), time.perf_counter()
-        for step in training.train_epoch(run.model, run.optimizer, run.data, run.objective, **settings):
-            means.add(step)
-            if on_step:
-                on_step(epoch, step)
-        record = measure(run, means, epoch, time.perf_counter() - started)
-        run.history.append(record)
-        yield record
-
-
-def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments of `train_epoch` for epoch `epoch` (from 0) of the run that `config` describes."""
-    return {
-        "epoch": epoch,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "coefficient": config.schedule()(epoch, config.epochs),
-        "weights_factor": config.weights_factor(),
-        "precision": precision,
-        "seed": config.seed,
-        "crop_padding": config.crop_padding,
-        "flip": config.flip,
-    }
-
-
-def measure(run: Run, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
-    """The record of epoch `epoch` (from 0), which has just been trained in `seconds`."""
-    coefficient = run.config.schedule()(epoch, run.config.epochs)
-    return training.measure_epoch(
-        run.model,
-        run.optimizer,
-        run.data,
-        means,
-        epoch=epoch,
-        coefficient=coefficient,
-        seconds=seconds,
-        precision=run.precision,
-    )
-
-
 def evaluate_run(run: Run) -> tuple[EvalResult, float]:
     """Compression against the dense FP32 network, and the test accuracy computed in float32."""
     baseline = NETWORKS[run.config.model](run.data.num_classes, run.config.shortcut)
@@ -177,40 +144,55 @@ def verdict(run: Run) -> Verdict:
 
 
 def save_figures(run: Run, folder: RunFolder) -> list[str]:
-    """Write the four diagnostic plots; returns their names."""
+    """Write the four diagnostic plots; returns their names. One that cannot be drawn or written is a warning."""
     from experiments.live import png_bytes
 
-    last = run.history.last.layers
-    drawn = {
-        "accuracy_curve.png": figures.accuracy_curve(
-            run.history, subtitle=run.subtitle, chance=1 / run.data.num_classes
-        ),
-        "sparsity_curves.png": figures.sparsity_curves(run.history, subtitle=run.subtitle),
-        "channel_liveness.png": figures.channel_liveness(last, subtitle=run.subtitle),
-        "per_layer_channels.png": figures.per_layer_channels(last, subtitle=run.subtitle),
+    subtitle, chance = run.subtitle, 1 / run.data.num_classes
+    drawings: dict[str, Callable[[], Figure]] = {
+        "accuracy_curve.png": lambda: figures.accuracy_curve(run.history, subtitle=subtitle, chance=chance),
+        "sparsity_curves.png": lambda: figures.sparsity_curves(run.history, subtitle=subtitle),
+        "channel_liveness.png": lambda: figures.channel_liveness(run.history.last.layers, subtitle=subtitle),
+        "per_layer_channels.png": lambda: figures.per_layer_channels(run.history.last.layers, subtitle=subtitle),
     }
-    for name, figure in drawn.items():
-        folder.write(name, png_bytes(figure))
-    return list(drawn)
+    written = []
+    for name, draw in drawings.items():
+        try:
+            data = png_bytes(draw())
+        except Exception as error:  # whatever a drawing library can raise: no picture is worth a run
+            text = f"{name} could not be drawn: {type(error).__name__}: {error}; the run goes on"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            continue
+        if folder.try_write(name, data):
+            written.append(name)
+    return written
 
 
-def summary(run: Run, result: EvalResult, accuracy: float, judged: Verdict) -> dict[str, Any]:
-    """What run.json holds: configuration, data, machine, versions, results, verdict."""
+def described(config: RunConfig, data: ImageData, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a run is, before it has any result: configuration, data, machine, versions."""
+    return {
+        "config": asdict(config),
+        "data": {
+            "name": data.name,
+            "title": data.title,
+            "notice": data.notice,
+            "train_images": len(data.train_labels),
+            "test_images": len(data.test_labels),
+            "classes": list(data.class_names),
+            "sha256": data.digest,
+        },
+        "machine": runs.machine(device, precision),
+        "versions": runs.versions(),
+    }
+
+
+def summary(
+    run: Run, result: EvalResult, accuracy: float, judged: Verdict, diagnosis: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one."""
     last, structured = run.history.last, result.structured_stats
     baseline_bops = structured.total_bops * result.structured_bops_ratio
     return {
-        "config": asdict(run.config),
-        "data": {
-            "name": run.data.name,
-            "title": run.data.title,
-            "notice": run.data.notice,
-            "train_images": len(run.data.train_labels),
-            "test_images": len(run.data.test_labels),
-            "classes": list(run.data.class_names),
-            "sha256": run.data.digest,
-        },
-        "machine": runs.machine(run.device, run.precision),
-        "versions": runs.versions(),
+        **described(run.config, run.data, run.device, run.precision),
         "quantized_layers": run.attached,
         "results": {
             "epochs": len(run.history),
@@ -229,6 +211,7 @@ def summary(run: Run, result: EvalResult, accuracy: float, judged: Verdict) -> d
             "seconds": sum(record.seconds for record in run.history),
         },
         "verdict": judged.to_json(),
+        **({"doctor": dict(diagnosis)} if diagnosis is not None else {}),
     }
 
 

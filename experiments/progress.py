@@ -31,10 +31,10 @@ class Reporter(ABC):
         self._clock, self._interval = clock, min_interval
         self.start(1, 1)
 
-    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0) -> None:
-        """epochs: planned in total; first_epoch: how many of them were done before (a resumed run)."""
+    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
+        """epochs: planned in total; first_epoch, and first_step of the next: how many were done before (resumed)."""
         self.epochs, self.steps_per_epoch, self.first_epoch = epochs, max(steps_per_epoch, 1), first_epoch
-        self._done = first_epoch * self.steps_per_epoch
+        self._done = first_epoch * self.steps_per_epoch + first_step
         self._begin = self._last = self._clock()
         self._seconds_per_step = self._weight = 0.0
         self._next = float("-inf")
@@ -112,8 +112,8 @@ class Reporter(ABC):
 class Progress(Reporter):
     """Progress in a notebook: a plain HTML bar, readable without any script, in one place."""
 
-    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0) -> None:
-        super().start(epochs, steps_per_epoch, first_epoch)
+    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
+        super().start(epochs, steps_per_epoch, first_epoch, first_step)
         self._handle: Any = None
 
     def _show(self, text: str, *, final: bool) -> None:
@@ -136,8 +136,8 @@ class TerminalProgress(Reporter):
         self._tty = self._stream.isatty()
         super().__init__(1.0 if self._tty else 30.0, clock=clock)
 
-    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0) -> None:
-        super().start(epochs, steps_per_epoch, first_epoch)
+    def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
+        super().start(epochs, steps_per_epoch, first_epoch, first_step)
         if not self._tty:
             self._next = self._clock() + self._interval
 

@@ -18,14 +18,17 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from src.download import Archive, DataError, Report, fetch, file_md5, file_size
 from src.image_sources import ImageSet, Part, Statistics
+from src.run_lock import WITHOUT_LOCKS
 
 CIFAR10 = Archive(
     name="cifar-10-python.tar.gz",
@@ -50,6 +53,9 @@ CIFAR10 = Archive(
     ),
 )
 
+MAX_EXTRA_BYTES = 2**20  # a batch file is no longer than the archive of all of them, but for a small one's frame
+UNPACKING = ".cifar-10-"  # folders that are being filled
+
 # Over all pixels of the 50,000 training images. The often-copied (0.2023, 0.1994, 0.2010) is another quantity: the
 # mean of the deviations within each image.
 CIFAR10_MEAN: Statistics = (0.4914, 0.4822, 0.4465)
@@ -68,23 +74,26 @@ def obtain(root: Path, report: Report, *, download: bool, archive: Archive = CIF
     missing = [name for name in archive.files if not (folder / name).is_file()]
     if not missing:
         return True
-    if packed.is_file():
-        _check_local_archive(packed, archive)
-        report(f"unpacking {packed}")
-        unpack(packed, root, archive)
-        return True
-    if not download:
+    if not packed.is_file() and not download:
         if len(missing) == len(archive.files):
             return False
         raise DataError(
             f"{folder} is incomplete: {', '.join(missing)} missing; run with --data cifar10 to download what is "
             f"missing, place {archive.describe()} in {root}, or delete the folder"
         )
-    fetch(root, report, archive)
-    report(f"unpacking {packed}")
-    unpack(packed, root, archive)
-    packed.unlink()
-    report(f"CIFAR-10 is ready in {folder}")
+    with _alone(root, archive, report):
+        if all((folder / name).is_file() for name in archive.files):  # another process was faster
+            return True
+        fetched = not packed.is_file()
+        if fetched:
+            fetch(root, report, archive)
+        else:
+            _check_local_archive(packed, archive)
+        report(f"unpacking {packed}")
+        unpack(packed, root, archive)
+        if fetched:
+            packed.unlink()
+        report(f"CIFAR-10 is ready in {folder}")
     return True
 
 
@@ -137,7 +146,7 @@ def unpack(packed: Path, root: Path, archive: Archive = CIFAR10) -> None:
     absolute path or `..` can lead out of the folder.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=root) as temporary:
+        with tempfile.TemporaryDirectory(prefix=UNPACKING, dir=root) as temporary:
             fresh, target = Path(temporary) / archive.folder, root / archive.folder
             fresh.mkdir()
             with tarfile.open(packed, "r:gz") as tar:
@@ -145,6 +154,8 @@ def unpack(packed: Path, root: Path, archive: Archive = CIFAR10) -> None:
                     folder, _, name = member.name.removeprefix("./").rpartition("/")
                     stream = tar.extractfile(member) if member.isreg() else None
                     if stream is not None and folder == archive.folder and name in archive.files:
+                        if member.size > archive.size_bytes + MAX_EXTRA_BYTES:
+                            raise DataError(f"{packed}: {name} claims {member.size:,} bytes; delete the archive")
                         with open(fresh / name, "wb") as out:
                             shutil.copyfileobj(stream, out, 1 << 20)
             for name, md5 in archive.files.items():
@@ -158,6 +169,38 @@ def unpack(packed: Path, root: Path, archive: Archive = CIFAR10) -> None:
                 os.replace(fresh / name, target / name)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"cannot unpack {packed}: {error}; free disk space, or delete it and fetch it again") from error
+
+
+@contextmanager
+def _alone(root: Path, archive: Archive, report: Report) -> Iterator[None]:
+    """Inside, no other process prepares this archive in `root`. What a killed one left half unpacked is removed.
+
+    The lock is the operating system's and ends with its process. A file system without locks is used without one.
+    """
+    place = root / f".{archive.name}.lock"
+    lock = FileLock(place, thread_local=False, fallback_to_soft=False)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            report(f"another process is preparing {archive.name} in {root}; waiting for it")
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise DataError(
+                f"cannot write to data root {root}: {error.strerror}; give another with --data-root"
+            ) from error
+    try:
+        if lock.is_locked:
+            for leftover in root.glob(f"{UNPACKING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # while it is held: who waits for it looks at the name again
+                place.unlink()
+            lock.release()
 
 
 def _check_local_archive(packed: Path, archive: Archive) -> None:

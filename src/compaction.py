@@ -1,6 +1,6 @@
 """Exact removal: a smaller network that computes what the given one computes, to rounding.
 
-What can go is in the account of src/channels.py: a channel stays where it depends on the image and something on the way
+What can go is in the account of src/account.py: a channel stays where it depends on the image and something on the way
 to the output reads it. All others are left out, with their filters, their BatchNorm entries and the slices that read
 them. What constant channels contributed is kept in three places:
 
@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from src.channels import Account, LayerFlow, account, is_padded
+from src.account import Account, LayerFlow, account, is_padded
 from src.compact_description import FORMAT, CompactionError, state_shapes
 from src.compact_network import CompactNetwork
 from src.graph import Op

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.data import ImageData, test_batches
 from src.devices import autocast
+from src.interrupts import raise_pending
 from src.modes import eval_mode
 from src.records import LayerRecord
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
@@ -39,6 +40,7 @@ def predict(
     predicted, losses = [], []
     with eval_mode(model), shared_quantized_weights(model), autocast(data.test_images.device, precision):
         for images, labels in test_batches(data, batch_size):
+            raise_pending()  # an interruption need not wait for the whole test set
             scores = model(images).float()
             losses.append(F.cross_entropy(scores, labels, reduction="sum"))
             predicted.append(scores.argmax(1))

@@ -17,6 +17,10 @@ from PIL import Image, ImageOps
 from src.download import DataError, Report
 
 SIZE = 32
+# Pillow recognises a file by its contents, whatever its name says, and would hand PostScript to another program (EPS),
+# among others. These are decoded in this process, from the file alone:
+FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+MAX_PIXELS = 89_478_485  # Pillow's own limit for a quarter of a GiB of pixels; it only warns there
 Statistics = tuple[float, float, float]
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images and their labels."""
@@ -49,7 +53,7 @@ def read_digits() -> ImageSet:
 
 
 def read_folder(path: str, report: Report) -> ImageSet:
-    """An ImageFolder tree. Any image type that Pillow reads, as RGB, its centre square resized to 32 x 32."""
+    """An ImageFolder tree. Images of the types in FORMATS, as RGB, the centre square resized to 32 x 32."""
     folder = Path(path).expanduser()
     if not path or not folder.is_dir():
         raise DataError(f"folder:{path}: no such folder; give folder:PATH with PATH/train/CLASS/*.png and PATH/test")
@@ -100,7 +104,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _read_part(folder: Path, names: Sequence[str], report: Report) -> Part:
-    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -118,18 +122,21 @@ def _read_part(folder: Path, names: Sequence[str], report: Report) -> Part:
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
     """One file as (32, 32, 3). Shorter side to 32 and centre crop, in one resampling of the centre square."""
-    most = 89_478_485  # Pillow's own limit for a quarter of a GiB of pixels; it only warns there
+    if not path.is_file():  # a pipe would keep its reader waiting for ever
+        raise DataError(f"{path} is no ordinary file: remove it, or put the image itself there")
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > most:
-                raise DataError(f"{path} has {image.width} x {image.height} pixels: need at most {most}; shrink it")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {image.width} x {image.height} pixels: need at most {MAX_PIXELS}; shrink it"
+                )
             upright: Image.Image = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             square = ImageOps.fit(upright.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
             return np.asarray(square)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error}; need at most {most} pixels; shrink it") from error
+        raise DataError(f"{path}: {error}; need at most {MAX_PIXELS} pixels; shrink it") from error
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders fail in many ways; all mean that this file is not usable

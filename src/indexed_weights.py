@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from src.channels import LayerFlow, account
+from src.account import LayerFlow, account
 from src.compact_network import CompactNetwork
 from src.compaction import compact
 from src.quantizer import DeadZoneLDZCompander, dequantize

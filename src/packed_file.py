@@ -68,13 +68,16 @@ def read_frame(
     """Description and tensors of a file, checked.
 
     expected(description, file bytes): how many numbers each of TENSORS holds, or a range of that. It is asked before
-    the tensors are read, and raises PackedFileError for a description that it does not accept.
+    the tensors are read, and raises PackedFileError, with what is wrong, for a description that it does not accept.
     Raises PackedFileError for any file that `write_frame` cannot have written; OSError where it cannot be read.
     """
     with open(path, "rb") as file:
         packed_bytes, body_bytes = _check_header(path, file)
         description = _parse(path, file.read(packed_bytes))
-        counts = expected(description, os.fstat(file.fileno()).st_size)
+        try:
+            counts = expected(description, os.fstat(file.fileno()).st_size)
+        except PackedFileError as error:
+            raise _damaged(path, str(error)) from error
         width = {name: np.dtype(kind).itemsize for name, kind in TENSORS.items()}
         most = sum(width[name] * (n if isinstance(n, int) else n[-1]) for name, n in counts.items())
         if body_bytes > most + MAX_SAFETENSORS_HEADER:

@@ -164,17 +164,20 @@ def _joined(
 
 
 def _expected_sizes(described: dict[str, Any], file_bytes: int) -> dict[str, int | range]:
-    """How many numbers each tensor of the file holds, from its description alone, which is checked for that."""
+    """How many numbers each tensor of the file holds, from its description alone, which is checked for that.
+
+    Raises PackedFileError with what is wrong; `read_frame` adds where.
+    """
     try:
         shapes = state_shapes(described.get("network") or {})
     except CompactionError as error:
-        raise PackedFileError(f"the file is damaged: {error}") from error
+        raise PackedFileError(str(error)) from error
     layers = _layers(described)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if sum(sizes.values()) > MAX_WEIGHTS_PER_BYTE * file_bytes:
         raise PackedFileError(
-            f"the file is damaged: {file_bytes:,} bytes cannot hold {sum(sizes.values()):,} parameters, at most "
-            f"{MAX_WEIGHTS_PER_BYTE * file_bytes:,} are allowed; pack the network again"
+            f"{file_bytes:,} bytes cannot hold {sum(sizes.values()):,} parameters, at most "
+            f"{MAX_WEIGHTS_PER_BYTE * file_bytes:,} are allowed"
         )
     for layer in layers:
         _check_layer(shapes, layer)
@@ -192,13 +195,13 @@ def _expected_sizes(described: dict[str, Any], file_bytes: int) -> dict[str, int
 def _layers(described: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = described.get("quantized")
     if set(described) != {"network", "quantized"} or not isinstance(layers, list):
-        raise PackedFileError("the file is damaged: its description needs exactly network and quantized")
+        raise PackedFileError("its description needs exactly network and quantized")
     for layer in layers:
         whole = isinstance(layer, dict) and set(layer) == {"name", "bits", "columns"}
         if not whole or not isinstance(layer["name"], str):
-            raise PackedFileError(f"the file is damaged: {layer!r:.100} needs name, bits and columns; pack again")
+            raise PackedFileError(f"quantized layer {layer!r:.100} needs exactly name, bits and columns")
     if len({layer["name"] for layer in layers}) != len(layers):
-        raise PackedFileError("the file is damaged: a quantized layer is named twice; pack the network again")
+        raise PackedFileError("a quantized layer is named twice")
     return layers
 
 
@@ -207,10 +210,7 @@ def _check_layer(shapes: Mapping[str, Shape], layer: Mapping[str, Any]) -> None:
     for field, least, most in (("bits", MIN_BITS, LARGEST_BITS), ("columns", 1, shape[1] if len(shape) > 1 else 0)):
         value = layer[field]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise PackedFileError(
-                f"the file is damaged: layer {layer['name']!r:.80} has {field}={value!r:.50}, need {least} to {most}; "
-                "pack the network again"
-            )
+            raise PackedFileError(f"layer {layer['name']!r:.80} has {field}={value!r:.50}, need {least} to {most}")
 
 
 def _indexed_shape(shapes: Mapping[str, Shape], layer: Mapping[str, Any]) -> Shape:

@@ -1,73 +1,111 @@
 """A run's folder: what is written where, whole or not at all, and how a run is taken up again.
 
-Every file is written to a temporary neighbour, flushed to the disk and renamed, so that a reader (or a crash) sees the
-old file or the new one. A checkpoint holds what an unbroken run would hold between two epochs.
+One process at a time has the folder. An earlier run's files move to `previous/N`; nothing is ever deleted.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import tempfile
-import zipfile
+import warnings
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from src import run_lock
+from src.checkpoints import (
+    CHECKPOINT,
+    CHECKPOINT_BEFORE,
+    CHECKPOINT_DAMAGED,
+    CHECKPOINT_FORMAT,
+    Progress,
+    Report,
+    check_model_state,
+    checkpoint_bytes,
+    load_checkpoint,
+    load_model_state,
+    restore,
+)
+from src.epoch_means import EpochMeans
 from src.records import History
+from src.run_files import RunError, check_writable, not_writable, remove_leftovers, write_atomic
+from src.versions import machine, versions
 
-CHECKPOINT_FORMAT = 1
-CHECKPOINT_PARTS = ("config", "model", "optimizer", "history")
-CHECKPOINT, HISTORY, SUMMARY = "checkpoint.pt", "history.csv", "run.json"
+__all__ = [
+    "CHECKPOINT",
+    "CHECKPOINT_BEFORE",
+    "CHECKPOINT_FORMAT",
+    "HISTORY",
+    "SUMMARY",
+    "Progress",
+    "RunError",
+    "RunFolder",
+    "check_model_state",
+    "check_writable",
+    "load_checkpoint",
+    "load_model_state",
+    "machine",
+    "versions",
+    "write_atomic",
+]
+
+HISTORY, SUMMARY = "history.csv", "run.json"
 PREVIOUS = "previous"
-LIBRARIES = ("torch", "torchvision", "numpy", "matplotlib", "seaborn", "ipywidgets", "nbclient", "scikit-learn")
-# Settings that may differ between the two parts of a resumed run: where things are, not what is computed.
-MAY_DIFFER = frozenset({"data_root", "device", "given"})
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used, or a checkpoint that does not belong to this run."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run. Build it with `open`, which checks that it can be written."""
+    """The folder of one run. Build it with `open`, which takes the folder for this process."""
 
     path: Path
+    _warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path, *, keep: bool = False) -> RunFolder:
         """Create the folder, or take it over. An earlier run's files move to `previous/N` unless `keep` is set.
 
-        Raises RunError where the path is a file or cannot be written to.
+        Raises RunError where the path is a file, cannot be written to, or is in use by another process.
         """
         check_writable(path)
         folder = Path(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            run_lock.hold(folder)
+            remove_leftovers(folder)
+            run = cls(folder)
+            if not keep:
+                run._set_aside()
         except OSError as error:
-            raise _not_writable(path, error) from error
-        run = cls(folder)
-        if not keep:
-            run._set_aside()
+            raise not_writable(path, error) from error
         return run
 
+    def close(self) -> None:
+        """Let other processes have the folder. The end of the process does so, too."""
+        run_lock.release(self.path)
+
     def write(self, name: str, data: bytes | str) -> Path:
-        """Write one file of the run, whole or not at all."""
+        """Write one file of the run, whole or not at all. Raises OSError."""
         target = self.path / name
         write_atomic(target, data.encode() if isinstance(data, str) else data)
         return target
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
         return self.write(name, json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
+
+    def try_write(self, name: str, data: bytes | str) -> bool:
+        """Write one file that a run can do without: its first failure is a warning, and the old file stays."""
+        try:
+            self.write(name, data)
+        except OSError as error:
+            if name not in self._warned:
+                self._warned.add(name)
+                text = f"{str(self.path / name)!r} could not be written ({error.strerror or error}); the run goes on"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return False
+        return True
 
     def save_progress(
         self,
@@ -76,25 +114,59 @@ class RunFolder:
         history: History,
         config: Mapping[str, Any],
         data_digest: str = "",
+        means: EpochMeans | None = None,
+        seconds: float = 0.0,
     ) -> None:
-        """Write checkpoint and history after an epoch. data_digest: of the images and labels trained on."""
-        buffer = BytesIO()
-        state = {
-            "format": CHECKPOINT_FORMAT,
-            "config": dict(config),
-            "data_digest": data_digest,
-            "versions": versions(),
-            "epoch": len(history),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": history.to_json(),
-        }
-        torch.save(state, buffer)
-        self.write(CHECKPOINT, buffer.getvalue())
-        self.write(HISTORY, history.csv_text())
+        """Write the checkpoint, and after an epoch the history. data_digest: of the images and labels trained on.
+
+        means, seconds: of an unfinished epoch. The checkpoint before is kept. Raises RunError where the checkpoint
+        cannot be written, TrainingError where a weight is not finite; both leave the old one. A folder that vanished
+        is made again, with a warning, and taken again.
+        """
+        progress = Progress(history, means or EpochMeans(), seconds)
+        data = checkpoint_bytes(model, optimizer, progress, config, data_digest)
+        try:
+            if run_lock.is_held(self.path) and not self.path.exists():
+                text = f"output folder {str(self.path)!r} was gone and is made again; what was in it is lost"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            self.path.mkdir(parents=True, exist_ok=True)
+            run_lock.hold(self.path)
+            write_atomic(self.path / CHECKPOINT, data, keep=self.path / CHECKPOINT_BEFORE)
+        except OSError as error:
+            raise RunError(
+                f"the checkpoint {progress.text} could not be written to {str(self.path)!r} "
+                f"({error.strerror or error}); make room, or the folder writable again"
+            ) from error
+        if not progress.means.steps:
+            self.try_write(HISTORY, history.csv_text())
 
     def has_checkpoint(self) -> bool:
-        return (self.path / CHECKPOINT).exists()
+        return any((self.path / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Mapping[str, Any],
+        device: torch.device,
+        data_digest: str = "",
+        report: Report | None = None,
+    ) -> Progress:
+        """Load the checkpoint into `model`, `optimizer` and the random generators, and return how far the run came.
+
+        Raises RunError where there is none, it cannot be read, or it belongs to another configuration, architecture or
+        (where both digests are known) other data. Nothing is changed before all of that is checked. A damaged file is
+        put out of the way of the good one before it.
+        """
+        heard: list[str] = []
+        state = load_checkpoint(self.path / CHECKPOINT, device, heard.append)
+        progress = restore(state, model, optimizer, config, data_digest, report)
+        for line in heard:
+            if report:
+                report(line)
+        if heard and (self.path / CHECKPOINT).exists():
+            (self.path / CHECKPOINT).replace(self.path / CHECKPOINT_DAMAGED)
+        return progress
 
     def resume(
         self,
@@ -104,31 +176,17 @@ class RunFolder:
         device: torch.device,
         data_digest: str = "",
     ) -> History:
-        """Load the checkpoint into `model` and `optimizer` and return the history so far.
-
-        Raises RunError where there is none, it cannot be read, or it belongs to another configuration, architecture or
-        (where both digests are known) other data. Nothing is changed before all of that is checked.
-        """
+        """`restore` for a loop that goes by whole epochs. Raises RunError, too, for a checkpoint in mid-epoch."""
         state = load_checkpoint(self.path / CHECKPOINT, device)
-        _check_same(state["config"], config)
-        trained_on = state.get("data_digest", "")
-        if trained_on and data_digest and trained_on != data_digest:
+        if state["unfinished"].get("steps"):
             raise RunError(
-                f"the checkpoint was trained on other images or labels (digest {trained_on[:12]} then, "
-                f"{data_digest[:12]} now); put the data back as it was, or start without --resume"
+                f"the checkpoint in {str(self.path)!r} is in the middle of an epoch; take it up with `restore`"
             )
-        check_model_state(model, state["model"])
-        try:
-            history = History.from_json(state["history"])
-            optimizer.load_state_dict(state["optimizer"])  # checks its groups before it takes anything over
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"the checkpoint does not fit this run: {error}; start without --resume") from error
-        model.load_state_dict(state["model"])
-        return history
+        return self.restore(model, optimizer, config, device, data_digest).history
 
     def _set_aside(self) -> None:
-        results = {CHECKPOINT, HISTORY, SUMMARY}
-        files = [e for e in self.path.iterdir() if e.name in results or e.suffix in (".png", ".cdq", ".onnx")]
+        results = {CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_DAMAGED, HISTORY, SUMMARY}
+        files = [e for e in self.path.iterdir() if e.name in results or e.suffix in (".png", ".cdq", ".onnx", ".npz")]
         if not files:
             return
         previous = self.path / PREVIOUS
@@ -137,128 +195,3 @@ class RunFolder:
         target.mkdir(parents=True)
         for entry in files:
             entry.replace(target / entry.name)
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise RunError where `path` is a file, or where no file could be put into it. Creates nothing."""
-    folder = Path(path)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"output folder {str(path)!r} is a file; name a folder, or a path that does not exist yet")
-        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.NamedTemporaryFile(dir=present, prefix=".writable-"):
-            pass
-    except OSError as error:
-        raise _not_writable(path, error) from error
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The contents of a checkpoint, read without running any code from it (`weights_only`). Raises RunError."""
-    if not Path(path).exists():
-        raise RunError(f"there is no checkpoint at {str(path)!r} to resume from; run without --resume first")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them when it loads
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file makes the reader fail in many ways; all mean the same here
-        raise RunError(
-            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; "
-            "start without --resume"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise RunError(
-            f"checkpoint {str(path)!r} has format {found!r}, this version reads {CHECKPOINT_FORMAT}; start without "
-            "--resume"
-        )
-    absent = [name for name in CHECKPOINT_PARTS if not isinstance(state.get(name), dict)]
-    if absent:
-        raise RunError(f"checkpoint {str(path)!r} is incomplete: no {', '.join(absent)} in it; start without --resume")
-    return state
-
-
-def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load parameters and buffers. Raises RunError, before changing anything, where names or shapes differ."""
-    check_model_state(model, state)
-    model.load_state_dict(state)
-
-
-def check_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise RunError where `state` has other names or shapes than `model`."""
-    own = model.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
-    if missing or unknown or reshaped:
-        first = (missing or unknown or reshaped)[0]
-        raise RunError(
-            f"the checkpoint is of another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape, the first {first!r}; build the same network and attach the same "
-            "quantizers"
-        )
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all: a temporary file beside it, fsync, rename, fsync of the folder."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # not every file system lets a folder be opened
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that shape a result, by name."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found
-
-
-def machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """What a result's last digits depend on: device, arithmetic, threads and system."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "precision": str(precision).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-    }
-
-
-def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    plain = json.loads(json.dumps(dict(wanted)))  # tuples become lists, as in a file
-    before = json.loads(json.dumps(dict(saved)))
-    names = sorted((before.keys() | plain.keys()) - MAY_DIFFER)
-    differing = [
-        f"{name}: {before.get(name)!r} then, {plain.get(name)!r} now"
-        for name in names
-        if before.get(name) != plain.get(name)
-    ]
-    if differing:
-        raise RunError(
-            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); repeat the settings of that "
-            "run, or start without --resume"
-        )
-
-
-def _not_writable(path: str | Path, error: OSError) -> RunError:
-    reason = error.strerror or str(error)
-    return RunError(f"output folder {str(path)!r} cannot be written ({reason}); name another folder")

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from src.data import ImageData, epoch_batches, steps_per_epoch
 from src.devices import DEVICES, PRECISIONS, TrainingError, autocast, pick_device, pick_precision
+from src.epoch_means import EpochMeans, Step, StepLosses
 from src.evaluation import evaluate, layer_records, predict, summary
+from src.finiteness import first_not_finite, not_finite, watched_update
+from src.interrupts import raise_pending
 from src.records import EpochRecord
 from utils_quantization import quantized_layers, shared_quantized_weights
 
@@ -27,6 +30,7 @@ __all__ = [
     "EpochMeans",
     "Objective",
     "Step",
+    "StepFunction",
     "StepLosses",
     "TrainingError",
     "autocast",
@@ -49,32 +53,9 @@ __all__ = [
 
 Penalty = Callable[[nn.Module], Tensor]
 Factor = Callable[[float], float]
+StepFunction = Callable[..., StepLosses]  # with the arguments of `train_step`
 CALM = "lower the learning rate or the peak of the penalty"
-STEPS_BETWEEN_CHECKS = 16  # reading the loss waits for a GPU; NaN is still found within seconds
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """The parts of one step's loss, as scalars on the training device, and how many images were right."""
-
-    total: Tensor
-    task: Tensor
-    logits: Tensor
-    groups: Tensor
-    correct: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where an epoch stands: `index` of `steps` (from 0), with a batch of `images`. `loss()` waits for the device."""
-
-    index: int
-    steps: int
-    images: int
-    losses: StepLosses
-
-    def loss(self) -> float:
-        return float(self.losses.total)
+STEPS_BETWEEN_CHECKS = 16  # reading the loss makes a GPU wait; on a CPU it costs nothing and every step is checked
 
 
 @dataclass(frozen=True)
@@ -184,49 +165,37 @@ def train_epoch(
     seed: int = 0,
     crop_padding: int = 4,
     flip: bool = True,
+    start: int = 0,
+    step: StepFunction | None = None,
 ) -> Iterator[Step]:
     """Train epoch `epoch` (from 0) of `epochs`, yielding after each step.
 
     weights_factor: share of the run done (0 to 1) -> factor on the learning rate of the group "weights"; the logits'
         rates stay as they are.
-    The order of the images, the crops and the flips depend on `seed` and `epoch` alone, so an epoch can be repeated.
-    Raises TrainingError once the loss is not finite.
+    start: steps of this epoch that were taken before; they are left out. step: what a step does, `train_step` by
+        default; it gets the same arguments.
+    The order of the images, the crops and the flips depend on `seed` and `epoch` alone, so an epoch can be repeated, or
+    taken up at any step. Raises TrainingError once a loss or gradient is not finite, and between two steps what
+    `interrupts.between_steps` holds back.
     """
     model.train()
+    take = step or train_step
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     steps = steps_per_epoch(data, batch_size)
-    batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip)
-    for index, (images, labels) in enumerate(batches):
+    batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip, start=start)
+    parameters = list(model.named_parameters())
+    every = 1 if data.train_images.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+    raise_pending()
+    for index, (images, labels) in enumerate(batches, start):
+        look = index % every == 0 or index == steps - 1
         _scale_learning_rate(optimizer, weights_factor((epoch + index / steps) / epochs))
-        losses = train_step(model, optimizer, images, labels, objective, coefficient, precision)
-        if index % STEPS_BETWEEN_CHECKS == 0 or index == steps - 1:
-            _check_finite(losses, epoch, index, model)
+        with watched_update(optimizer, parameters, images, look) as found:
+            losses = take(model, optimizer, images, labels, objective, coefficient, precision)
+        if look and (found.text or not torch.isfinite(losses.total)):
+            first = found.text or first_not_finite(images, parameters)
+            raise TrainingError(_not_finite(losses, epoch, index, first))
         yield Step(index, steps, len(labels), losses)
-
-
-class EpochMeans:
-    """Sums of step losses on the device; their means are read once, when the epoch is over."""
-
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._steps = 0
-        self._images = 0
-
-    def add(self, step: Step) -> None:
-        parts = step.losses
-        row = torch.stack([parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)])
-        self._sums = row if self._sums is None else self._sums + row
-        self._steps += 1
-        self._images += step.images
-
-    def read(self) -> dict[str, float]:
-        """Means over the steps: loss, task_loss, logit_penalty, group_penalty; train_accuracy over the images."""
-        if self._sums is None:
-            raise TrainingError("no step was taken in this epoch: the training set is empty")
-        total, task, logits, groups, correct = self._sums.tolist()
-        means = [value / self._steps for value in (total, task, logits, groups)]
-        names = ("loss", "task_loss", "logit_penalty", "group_penalty")
-        return {**dict(zip(names, means, strict=True)), "train_accuracy": correct / self._images}
+        raise_pending()
 
 
 def measure_epoch(
@@ -246,7 +215,10 @@ def measure_epoch(
     """
     test_loss, accuracy = evaluate(model, data, precision=precision)
     if not math.isfinite(test_loss):
-        raise TrainingError(f"the test loss is {test_loss} after epoch {epoch + 1}; {_first_broken(model)}; {CALM}")
+        broken = [*not_finite(model.state_dict().items()), "none of the weights"][0]
+        raise TrainingError(
+            f"the test loss is {test_loss} after epoch {epoch + 1}; first weight that is not finite: {broken}; {CALM}"
+        )
     layers = layer_records(model)
     sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in quantized_layers(model).items()}
     return EpochRecord(
@@ -283,15 +255,11 @@ def _scale_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> Non
             group["lr"] = group["base_lr"] * factor
 
 
-def _check_finite(losses: StepLosses, epoch: int, index: int, model: nn.Module) -> None:
-    if torch.isfinite(losses.total):
-        return
-    raise TrainingError(
-        f"the loss is {losses.total.item()} at epoch {epoch + 1}, step {index + 1} (task {losses.task.item():.4g}, "
-        f"logits {losses.logits.item():.4g}, groups {losses.groups.item():.4g}); {_first_broken(model)}; {CALM}"
+def _not_finite(losses: StepLosses, epoch: int, index: int, first: str) -> str:
+    total = losses.total.item()
+    what = "a gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
+    return (
+        f"{what} at epoch {epoch + 1}, step {index + 1} (loss {total:.4g}: task {losses.task.item():.4g}, "
+        f"logits {losses.logits.item():.4g}, groups {losses.groups.item():.4g}); first tensor that is not finite: "
+        f"{first or 'none of inputs, weights and gradients'}; {CALM}"
     )
-
-
-def _first_broken(model: nn.Module) -> str:
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    return f"first parameter that is not finite: {bad[0] if bad else 'none yet'}"

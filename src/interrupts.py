@@ -1,0 +1,78 @@
+"""An interruption between two training steps instead of in the middle of one.
+
+Ctrl-C, the stop button of a notebook (both SIGINT), a scheduler's SIGTERM and a closed terminal's SIGHUP come at any
+moment. Amid an update they would leave half of the weights changed. Inside `between_steps` they are noted, and the
+training loop raises them where nothing is half done, by calling `raise_pending`. A second Ctrl-C interrupts at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption that came between two steps: nothing is half done."""
+
+
+class Terminated(Interrupted):
+    """The process was asked to end (SIGTERM, SIGHUP); `signal` is the number. An exit status is 128 + signal."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(f"signal {number}")
+        self.signal = number
+
+
+class _Watch:
+    """The signal that came, if any. One watch a process: only its main thread receives signals."""
+
+    active = False
+    pending: int | None = None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.pending == signal.SIGINT:
+            self.pending = None
+            raise KeyboardInterrupt
+        if self.pending is None or number != signal.SIGINT:
+            self.pending = number
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def between_steps() -> Iterator[None]:
+    """Inside, the first interruption waits for `raise_pending`, or for the end of the block.
+
+    The handlers that were there come back in any case. A signal that was ignored stays ignored (nohup). In another
+    thread than the main one, and inside another such block, this does nothing.
+    """
+    if _watch.active or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    _watch.active, _watch.pending = True, None
+    try:
+        for number in ours:
+            signal.signal(number, _watch.note)
+        yield
+        raise_pending()
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        _watch.active, _watch.pending = False, None
+
+
+def raise_pending() -> None:
+    """Raise the interruption that came since: Interrupted for SIGINT, Terminated for the others. Else do nothing."""
+    number, _watch.pending = _watch.pending, None
+    if number == signal.SIGINT:
+        raise Interrupted("between two steps; run it again to go on")
+    if number is not None:
+        raise Terminated(number)

@@ -1,0 +1,77 @@
+"""What torch.save wrote is read as it was; what asks for more than tensors, numbers and text is not."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from src.checked_load import load_checked
+from tests.torture.harmful import rezipped, torch_file
+
+CONTENT: dict[str, Any] = {
+    "model": OrderedDict(w=torch.randn(3, 4).t(), half=torch.ones(2, dtype=torch.bfloat16), none=torch.zeros(0)),
+    "numbers": [1, 2.5, None, True, 2**40, "text\nclines\nand more", (1, (2, 3))],
+    "empty": {},
+}
+
+
+def test_it_reads_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(torch_file(CONTENT))
+    found = load_checked(tmp_path / "file")
+    assert list(found) == list(CONTENT)
+    assert all(torch.equal(found["model"][name], tensor) for name, tensor in CONTENT["model"].items())
+    assert found["numbers"] == CONTENT["numbers"]
+
+
+def test_a_state_that_was_trained_can_be_read(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    (tmp_path / "file").write_bytes(torch_file([network.state_dict(), optimizer.state_dict()]))
+    state, updates = load_checked(tmp_path / "file")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    assert torch.equal(updates["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def _named(name: bytes) -> Callable[[str, bytes], bytes]:
+    """The pickle replaced by one that builds `name` from nothing."""
+    return lambda entry, old: b"\x80\x02c" + name + b"\n)R." if entry.endswith("data.pkl") else old
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (rezipped(torch_file(CONTENT), lambda name, old: old, zipfile.ZIP_DEFLATED), "claim more bytes"),
+        (torch_file({"t": torch.zeros(1).expand(10**6)}), r"shape \(1000000,\) is larger"),
+        (torch_file([[torch.zeros(2).expand(3, 2)]]), r"shape \(3, 2\) is larger"),
+        (torch_file(Counter("abc")), "collections.Counter, which no checkpoint needs"),
+        (torch_file(bytearray(10)), "bytearray, which no checkpoint needs"),
+        (torch_file(nn.Parameter(torch.zeros(2))), "_rebuild_parameter, which"),
+        (rezipped(torch_file(CONTENT), _named(b"builtins\nset")), "builtins.set, which"),
+        (rezipped(torch_file(CONTENT), _named(b"os\nsystem")), "os.system, which"),
+        (torch_file(CONTENT)[:-30], "not a zip file"),
+        (b"", "not a zip file"),
+    ],
+)
+def test_it_refuses(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(zipfile.BadZipFile, match=words):
+        load_checked(tmp_path / "file")
+
+
+def test_a_changed_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
+    data = bytearray(torch_file({"t": torch.arange(1000.0)}))
+    place = data.index(torch.arange(1000.0).numpy().tobytes()[400:500])
+    data[place] ^= 1
+    (tmp_path / "file").write_bytes(data)
+    assert torch.load(tmp_path / "file", weights_only=True)["t"].shape == (1000,)  # torch alone does not notice
+    with pytest.raises(zipfile.BadZipFile, match="Bad CRC-32"):
+        load_checked(tmp_path / "file")
