@@ -1,0 +1,164 @@
+"""What a check says, and the report that is made of it.
+
+A check is a small object: what it proves, what was expected, what was measured, whether that passed, and where it
+failed the likely causes, most likely first. Causes are known by a stable key; experiments/diagnosis/causes.py has the
+sentence and the remedy of each.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PASSED, FAILED, NOT_APPLICABLE = "passed", "FAILED", "not applicable"
+BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS = "before training", "first steps", "while training", "afterwards"
+STAGES = (BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS)
+LINE = 118
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One thing that may be wrong with a pipeline. key: stable name; text: a sentence; remedy: what to do about it."""
+
+    key: str
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check and its outcome.
+
+    stage: one of STAGES. status: PASSED, FAILED or NOT_APPLICABLE, where `measured` says why. causes: what most likely
+    broke it, in order of the evidence; empty unless it failed. error: how far the measurement is from what was
+    expected, as a multiple of what is tolerated (above 1 fails); 0 where there is no such number.
+    """
+
+    name: str
+    proves: str
+    stage: str
+    expected: str
+    measured: str
+    status: str
+    causes: tuple[Cause, ...] = ()
+    error: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.status == FAILED
+
+    @property
+    def remedy(self) -> str:
+        """What to do: the remedy of the most likely cause."""
+        return self.causes[0].remedy if self.causes else ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "proves": self.proves,
+            "stage": self.stage,
+            "expected": self.expected,
+            "measured": self.measured,
+            "status": self.status,
+            "causes": [{"key": cause.key, "text": cause.text} for cause in self.causes],
+            "what_to_do": self.remedy,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Findings of any stages, in the order in which they were made. Reports are joined with `+`."""
+
+    findings: tuple[Finding, ...] = ()
+
+    def __add__(self, other: Report | Iterable[Finding]) -> Report:
+        more = other.findings if isinstance(other, Report) else tuple(other)
+        return Report(self.findings + more)
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """What failed, worst first: see `worst_first`."""
+        return tuple(finding for finding in self.worst_first if finding.failed)
+
+    @property
+    def faulty(self) -> bool:
+        return any(finding.failed for finding in self.findings)
+
+    @property
+    def worst_first(self) -> tuple[Finding, ...]:
+        """Failed, then passed, then not applicable; within each the earlier stage first, because a fault that shows
+        before training explains what shows after it."""
+        order = {FAILED: 0, PASSED: 1, NOT_APPLICABLE: 2}
+        return tuple(sorted(self.findings, key=lambda f: (order[f.status], STAGES.index(f.stage))))
+
+    @property
+    def diagnosis(self) -> tuple[Cause, ...]:
+        """The likely causes over all failed findings, most likely first.
+
+        A finding speaks for its first cause with weight 1, for its second with 1/2, and so on. An earlier stage sees
+        more directly, so its voice counts for more: 1, 1/2, 1/4, 1/4.
+        """
+        votes: dict[str, float] = {}
+        known: dict[str, Cause] = {}
+        for finding in self.failed:
+            voice = (1.0, 0.5, 0.25, 0.25)[STAGES.index(finding.stage)]
+            for place, cause in enumerate(finding.causes):
+                votes[cause.key] = votes.get(cause.key, 0.0) + voice / (place + 1)
+                known.setdefault(cause.key, cause)
+        return tuple(known[key] for key in sorted(votes, key=lambda key: -votes[key]))
+
+    @property
+    def headline(self) -> str:
+        passed = sum(finding.status == PASSED for finding in self.findings)
+        skipped = sum(finding.status == NOT_APPLICABLE for finding in self.findings)
+        if not self.findings:
+            return "DOCTOR: nothing was examined"
+        if self.failed:
+            likely = self.diagnosis[0].text if self.diagnosis else self.failed[0].measured
+            return f"DOCTOR: {len(self.failed)} of {len(self.findings)} checks failed. Most likely: {likely}"
+        rest = f", {skipped} not applicable" if skipped else ""
+        return f"DOCTOR: no fault found; {passed} checks passed{rest}"
+
+    def text(self, passed: bool = True) -> str:
+        """The findings as a table for a terminal, worst first; `passed=False` shows only what failed."""
+        shown = [finding for finding in self.worst_first if passed or finding.failed]
+        lines = [self.headline]
+        width = max((len(finding.name) for finding in shown), default=0)
+        for finding in shown:
+            head = f"  {finding.status:<14}  {finding.stage:<15}  {finding.name:<{width}}  "
+            if not finding.failed:
+                lines.append(_cut(head + finding.measured))
+                continue
+            lines.append(head.rstrip())
+            lines += _block("proves", finding.proves) + _block("expected", finding.expected)
+            lines += _block("measured", finding.measured)
+            for number, cause in enumerate(finding.causes, 1):
+                lines += _block(f"cause {number}", f"{cause.text} [{cause.key}]")
+            lines += _block("do", finding.remedy)
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json: state, headline, likely causes and every finding."""
+        return {
+            "state": "faulty" if self.faulty else "healthy",
+            "headline": self.headline,
+            "likely_causes": [{"key": c.key, "text": c.text, "what_to_do": c.remedy} for c in self.diagnosis],
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """One report of many."""
+    return sum(reports, Report())
+
+
+def _block(label: str, text: str) -> list[str]:
+    if not text:
+        return []
+    return textwrap.wrap(text, LINE, initial_indent=f"      {label:<9} ", subsequent_indent=" " * 16)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LINE else line[: LINE - 3].rstrip() + "..."

@@ -1,0 +1,414 @@
+"""While training: a watcher that is told of every step and every epoch's record, and looks at the network in between.
+
+It changes nothing. What it can know for certain (the learning rate, the coefficient that a step really applied, the
+record against the network) it compares exactly; what depends on luck (accuracy, collapse) it judges late and loosely.
+Axis letters: O output channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from experiments.diagnosis.by_hand import ACCURACY_CLOSE, accuracy_by_hand
+from experiments.diagnosis.continuity import Continuity
+from experiments.diagnosis.findings import TRAINING, Report
+from experiments.diagnosis.penalty_checks import coefficient_outcome
+from experiments.diagnosis.promise import LOGITS, factor_of
+from experiments.diagnosis.quantizer_checks import bits_in_use, expected_weight
+from experiments.diagnosis.subject import Subject
+from experiments.diagnosis.ward import NotApplicable, Outcome, Ward, names
+from src.records import EpochRecord, LayerRecord
+from src.training import Step
+from utils_quantization import latent_weight, quantized_layers, quantizer_of
+
+FEW_TEST_IMAGES = 1000
+FEWEST_STEPS = 60  # updates below which accuracy is not judged
+CLOSE = 1e-6
+
+
+@dataclass(frozen=True)
+class Look:
+    """The network at the end of an epoch: its record, and the quantized layers counted a second time."""
+
+    record: EpochRecord
+    loss: float  # mean over the steps that were seen
+    right: tuple[int, int] | None  # right answers and test images, where there are few
+    layers: tuple[LayerRecord, ...]
+    latent_zeros: float
+    dead_inputs: tuple[int, ...]
+
+
+class Watcher:
+    """Tell it `step(epoch, step)` after each update and `epoch(record)` after each epoch; then ask for `report()`."""
+
+    def __init__(self, subject: Subject, coefficients: bool = True) -> None:
+        self.subject = subject
+        self.looks: list[Look] = []
+        self.losses: list[float] = []
+        self.rates: list[tuple[int, float, float]] = []  # epoch, share of the run done, rate of the weights
+        self.logit_rates: dict[str, set[float]] = {}  # every rate that a group of logits had
+        self.applied: dict[int, list[float]] = {}
+        self.logits: list[dict[str, float]] = [_logits(subject)]
+        self.steps = 0
+        self._epoch_losses: list[float] = []
+        self.raised: tuple[str, str] | None = None
+        self.norms_in_eval = 0
+        self._continuity = Continuity()
+        self._norms = [m for m in subject.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self._tracked = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
+
+    def step(self, epoch: int, step: Step) -> None:
+        """After an update; `epoch` from 0. Waits for the device, so on a GPU call it now and then only."""
+        self.steps += 1
+        parts = step.losses
+        total, task, logits, groups = (
+            torch.stack([parts.total, parts.task, parts.logits, parts.groups]).float().tolist()
+        )
+        self.losses.append(total)
+        self._epoch_losses.append(total)
+        if groups > 0:
+            self.applied.setdefault(epoch, []).append((total - task - logits) / groups)
+        epochs = self.subject.promise.epochs or 1
+        groups_now = {g.get("name"): float(g["lr"]) for g in getattr(self.subject.optimizer, "param_groups", [])}
+        for leaf in LOGITS:
+            if leaf in groups_now:
+                self.logit_rates.setdefault(leaf, set()).add(groups_now[leaf])
+        rate = groups_now.get("weights")
+        if rate is not None:
+            self.rates.append((epoch, (epoch + step.index / max(step.steps, 1)) / epochs, rate))
+        self.norms_in_eval += any(not m.training for m in self._norms)
+        self._continuity.step(self.subject.model, step.index)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """After an epoch was measured and before the next one starts."""
+        mean = sum(self._epoch_losses) / len(self._epoch_losses) if self._epoch_losses else math.nan
+        self.looks.append(Look(record, mean, _few_right(self.subject), *counted(self.subject)))
+        self._epoch_losses = []
+        self._continuity.epoch_done(self.subject.model)
+        self.logits.append(_logits(self.subject))
+
+    def failed(self, error: BaseException, cause: str) -> None:
+        """Training stopped with an error."""
+        self.raised = (f"{type(error).__name__}: {error}", cause)
+
+    def report(self) -> Report:
+        """What was seen so far."""
+        ward = Ward(TRAINING)
+        ward.check("training runs", "no error, and every loss is finite", self._finite)
+        ward.check("records follow the epochs", "each record describes the network as its epoch left it", self._records)
+        ward.check("epochs go on", "an epoch starts where the one before it ended", self._continuity.outcome)
+        ward.check("coefficient applied", "the penalty's weight follows its schedule", self._coefficient)
+        ward.check("learning rate applied", "the weights' learning rate follows its schedule", self._rate)
+        ward.check("BatchNorm learns", "its statistics are updated in every step", self._norm_statistics)
+        ward.check(
+            "logits move", "dead zones open and bits fall, no faster than the optimizer can", self._logit_movement
+        )
+        ward.check("the loss falls", "the network learns its training set", self._falls)
+        ward.check("above chance", "the test accuracy leaves chance", self._chance)
+        ward.check("no collapse", "accuracy does not break down", self._collapse)
+        ward.check("no layer dies", "every layer keeps a live filter", self._alive)
+        return ward.report()
+
+    def _finite(self) -> Outcome:
+        if self.raised is not None:
+            text, cause = self.raised
+            large = "learning-rate-too-large" if cause == "loss-not-finite" else None
+            return Outcome("no error", text, False, [cause, large])
+        if not self.losses and not self.looks:
+            raise NotApplicable("nothing was trained")
+        bad = [number for number, loss in enumerate(self.losses) if not math.isfinite(loss)]
+        measured = f"{self.steps} steps" + (f"; the loss of step {bad[0] + 1} is not finite" if bad else "")
+        return Outcome("finite losses", measured, not bad, ["loss-not-finite", "learning-rate-too-large"])
+
+    def _seen(self, count: int = 1) -> list[Look]:
+        if len(self.looks) < count:
+            raise NotApplicable(f"{len(self.looks)} epochs were recorded; this needs {count}")
+        return self.looks
+
+    def _records(self) -> Outcome:
+        looks = self._seen()
+        if _accuracy_is_off(looks[-1], self.subject):  # the last stage sees how it was measured, and names why
+            looks = [replace(look, right=None) for look in looks]
+        likely: list[str | None] = []
+        wrong: list[str] = []
+        stale = 0
+        for place, look in enumerate(looks):
+            record = look.record
+            if record.epoch != place + 1:
+                wrong.append(f"record {place + 1} is of epoch {record.epoch}")
+                likely.append("history-shifted")
+                continue
+            fault, keys = _record_fault(look, self.subject)
+            if fault:
+                wrong.append(f"epoch {place + 1}: {fault}")
+                before = looks[place - 1].layers if place else None
+                shifted = before is not None and before != look.layers and _same_layers(record.layers, before)
+                stale += shifted
+                likely += ["history-shifted", "history-stale"] if shifted else keys
+        if stale:
+            likely = ["history-shifted", "history-stale", *likely]
+        measured = "; ".join(wrong[:2]) or f"{len(looks)} records agree with the network"
+        return Outcome("epochs 1, 2, ..., each as the network then was", measured, not wrong, [*likely, "report-wrong"])
+
+    def _coefficient(self) -> Outcome:
+        promised = self.subject.promise.coefficients
+        if promised is None:
+            raise NotApplicable("no schedule is promised")
+        looks = self._seen()
+        wanted = list(promised[: len(looks)])
+        recorded = [look.record.coefficient for look in looks]
+        told = coefficient_outcome(recorded, wanted, "the records say")
+        if not told.ok or self.subject.objective.penalty is None or not self.applied:
+            missing = (
+                self.subject.objective.penalty is not None and not self.applied and any(wanted) and bool(self.losses)
+            )
+            if told.ok and missing:
+                text = "no step's loss holds a penalty"
+                return Outcome(told.expected, text, False, ["penalty-not-in-loss", "coefficient-never-ramps"])
+            return told
+        used = [_median(self.applied[e]) if e in self.applied else 0.0 for e in range(len(looks))]
+        off = [e for e, (a, b) in enumerate(zip(used, wanted, strict=True)) if abs(a - b) > 0.02 * max(b, 1e-4)]
+        if not off:
+            return told
+        rounded = [b if abs(a - b) <= 0.02 * max(b, 1e-4) else a for a, b in zip(used, wanted, strict=True)]
+        return coefficient_outcome(rounded, wanted, "the steps' losses hold")
+
+    def _rate(self) -> Outcome:
+        config, promised = self.subject.promise.config, self.subject.promise.groups
+        if config is None or promised is None or not self.rates:
+            raise NotApplicable("no learning rate is promised or none was seen")
+        factor, base = factor_of(config), promised["weights"].learning_rate
+        off = [
+            (e, rate, base * factor(done))
+            for e, done, rate in self.rates
+            if abs(rate - base * factor(done)) > 1e-3 * base
+        ]
+        measured = f"as promised in {len(self.rates) - len(off)} of {len(self.rates)} steps"
+        likely: list[str | None] = []
+        if off:
+            epoch, rate, meant = off[0]
+            measured += f"; epoch {epoch + 1}: {rate:.3g} instead of {meant:.3g}"
+            likely = [
+                "learning-rate-zero" if rate == 0 else None,
+                "learning-rate-too-large" if rate > 9 * base else None,
+            ]
+        changing = [leaf for leaf, seen in self.logit_rates.items() if len(seen) > 1]
+        if changing:
+            measured += f"; the rate of {names(changing)} changes, and should not"
+        expected = "base rate x the configured factor, for the weights alone"
+        return Outcome(expected, measured, not off and not changing, [*likely, "learning-rate-schedule"])
+
+    def _norm_statistics(self) -> Outcome:
+        if not self._tracked or not self.steps:
+            raise NotApplicable("there is no BatchNorm, or no step was seen")
+        now = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
+        counts = [b - a for a, b in zip(self._tracked, now, strict=True)]
+        ok = min(counts) == max(counts) == self.steps
+        measured = f"{min(counts)} to {max(counts)} updates of the statistics"
+        likely = [
+            "batchnorm-in-eval" if min(counts) < self.steps else "evaluation-in-training-mode",
+            "evaluation-changes-model",
+        ]
+        return Outcome(f"{self.steps}, one a step", measured, ok, likely)
+
+    def _logit_movement(self) -> Outcome:
+        """Adam moves a parameter by at most a few learning rates a step; squares in the loss draw it to 0 steadily."""
+        promised = self.subject.promise
+        if promised.groups is None or promised.optimizer != "AdamW" or not self.logits[0] or self.steps < 20:
+            raise NotApplicable("no logits are promised to move, or too few steps were seen")
+        parts, ok = list[str](), True
+        likely: list[str | None] = []
+        for leaf, weight in (("logit_dz", promised.lambda_dz), ("logit_bit", promised.lambda_bit)):
+            members = [n for n in self.logits[0] if n.endswith(leaf)]
+            rate, decay = promised.groups[leaf].learning_rate, promised.groups[leaf].decay
+            if not members or not rate:
+                continue
+            starts, ends = ([abs(logits[n]) for n in members] for logits in (self.logits[0], self.logits[-1]))
+            fell = [(a - b) / (rate * self.steps) for a, b in zip(starts, ends, strict=True)]
+            parts.append(f"{leaf} fell by {_median(fell):.2f} rates a step")
+            if all(a == b for a, b in zip(starts, ends, strict=True)):
+                ok, likely = False, [*likely, "logits-not-in-optimizer", "logits-stuck"]
+            elif max(abs(f) for f in fell) > 1.3 + decay * max(starts):
+                ok, likely = False, [*likely, "wrong-learning-rate", "logits-rate", "wrong-decay"]
+            elif (weight or 0) >= 0.005 and min(starts) > 1 and rate * self.steps < 0.5 and _median(fell) < 0.2:
+                ok, likely = False, [*likely, "logit-squares-missing", "logits-rate", "logits-direction"]
+        if not parts:
+            raise NotApplicable("no logit is learned")
+        return Outcome("towards 0, at most 1.3 learning rates a step", "; ".join(parts), ok, likely)
+
+    def _falls(self) -> Outcome:
+        looks = self._seen(2)
+        first, last = looks[0].record.task_loss, min(look.record.task_loss for look in looks[1:])
+        if self.steps < FEWEST_STEPS:
+            raise NotApplicable(f"{first:.2f} -> {last:.2f} in {self.steps} steps, too few to tell")
+        chance = math.log(self.subject.promise.num_classes or 10)
+        ok = last < first and last < chance
+        likely = ["labels-shuffled", "learning-rate-too-large", "learning-rate-zero", "stuck-at-chance"]
+        return Outcome(f"below {min(first, chance):.2f}", f"{first:.2f} -> {last:.2f}", ok, likely)
+
+    def _chance(self) -> Outcome:
+        looks, classes = self._seen(2), self.subject.promise.num_classes
+        best = max(look.record.accuracy for look in looks)
+        if classes is None or self.steps < FEWEST_STEPS:
+            raise NotApplicable(f"{100 * best:.1f}% after {self.steps} steps, too few to tell")
+        floor = min(1.5 / classes, (1 + 1 / classes) / 2)
+        likely = [
+            "labels-shuffled",
+            "stuck-at-chance",
+            "learning-rate-too-large",
+            "test-labels-wrong",
+            "batchnorm-in-eval",
+        ]
+        return Outcome(f"above {100 * floor:.0f}%", f"{100 * best:.1f}% at best", best > floor, likely)
+
+    def _collapse(self) -> Outcome:
+        looks, classes = self._seen(4), self.subject.promise.num_classes or 10
+        accuracies = [look.record.accuracy for look in looks]
+        best, last = max(accuracies), max(accuracies[-2:])
+        if best < 3 / classes:
+            raise NotApplicable(f"the best epoch reached {100 * best:.1f}%, which is no height to fall from")
+        likely = ["accuracy-collapsed", "coefficient-too-large", "penalty-dominates", "learning-rate-too-large"]
+        fell = accuracies.index(best)
+        if any(look.record.coefficient > 0 for look in looks[fell:]):
+            likely = ["coefficient-too-large", "accuracy-collapsed", "penalty-dominates", "learning-rate-too-large"]
+        measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
+        return Outcome(f"above {50 * best:.0f}%, half of the best", measured, last > best / 2, likely)
+
+    def _alive(self) -> Outcome:
+        last = self._seen()[-1]
+        if not last.layers:
+            raise NotApplicable("no layer is quantized")
+        dead = [layer.name for layer in last.layers if all(layer.dead)]
+        return Outcome(
+            "a live filter in every layer", names(dead) or "all live", not dead, ["layer-died", "coefficient-too-large"]
+        )
+
+
+def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int, ...]]:
+    """The quantized layers by the equations: records, share of latent weights that are zero, dead inputs a layer."""
+    settings = subject.promise.quantizer
+    layers, latent, total, inputs = [], 0, 0, []
+    with torch.no_grad():
+        for name, layer in quantized_layers(subject.model).items():
+            raw = latent_weight(layer)
+            quantizer = cast(Any, quantizer_of(layer))
+            theta = [float(getattr(quantizer, leaf, torch.tensor(math.nan))) for leaf in ("logit_dz", "logit_bit")]
+            if settings is not None and not math.isnan(theta[0]):
+                values = torch.from_numpy(expected_weight(settings, layer)[0]).view(raw.shape)
+                bits = bits_in_use(settings, theta[1])
+            else:
+                values = cast(Tensor, layer.weight).detach().cpu()
+                bits = float(quantizer.get_bitwidth()) if hasattr(quantizer, "get_bitwidth") else math.nan
+            zero = values == 0
+            dead = tuple(zero.flatten(1).all(1).tolist())
+            share = 1 - abs(math.tanh(theta[0])) if not math.isnan(theta[0]) else math.nan
+            layers.append(LayerRecord(name, bits, share, float(zero.double().mean()), dead))
+            inputs.append(int(zero.transpose(0, 1).flatten(1).all(1).sum()))
+            latent += int((raw == 0).sum())
+            total += raw.numel()
+    return tuple(layers), latent / max(total, 1), tuple(inputs)
+
+
+def _few_right(subject: Subject) -> tuple[int, int] | None:
+    """Right answers by hand, where the test set is small enough to be read after every epoch."""
+    data = subject.data
+    if data is None or subject.test_batches is None or len(data.test_labels) > FEW_TEST_IMAGES:
+        return None
+    try:
+        return accuracy_by_hand(subject, subject.precision)[:2]
+    except Exception:  # the pipeline's own evaluation will say so
+        return None
+
+
+def _logits(subject: Subject) -> dict[str, float]:
+    with torch.no_grad():
+        return {
+            name: float(p)
+            for name, p in subject.model.named_parameters()
+            if name.rpartition(".")[2] in ("logit_dz", "logit_bit") and p.numel() == 1 and p.requires_grad
+        }
+
+
+def _same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) -> bool:
+    if [layer.name for layer in found] != [layer.name for layer in meant]:
+        return False
+    return all(
+        abs(a.sparsity - b.sparsity) < 1e-3 and a.bits == b.bits and abs(a.dead_zone - b.dead_zone) < 1e-5
+        for a, b in zip(found, meant, strict=True)
+    )
+
+
+def _accuracy_is_off(look: Look, subject: Subject) -> bool:
+    if look.right is None:
+        return False
+    right, count = look.right
+    return abs(look.record.accuracy - right / count) > ACCURACY_CLOSE[subject.precision] + 0.5 / count
+
+
+def record_fault(subject: Subject, record: EpochRecord) -> tuple[str, list[str]]:
+    """What of a record is not what the network shows now, and the likely causes; "" where all is."""
+    return _record_fault(Look(record, math.nan, None, *counted(subject)), subject)
+
+
+def _record_fault(look: Look, subject: Subject) -> tuple[str, list[str]]:
+    record, layers = look.record, look.layers
+    if look.right is not None and _accuracy_is_off(look, subject):
+        counted_share = look.right[0] / look.right[1]
+        text = f"accuracy {100 * record.accuracy:.2f}% recorded, {100 * counted_share:.2f}% counted"
+        return text, ["accuracy-wrong", "quantizers-off-in-evaluation"]
+    if math.isfinite(look.loss) and abs(record.loss - look.loss) > 0.01 * abs(look.loss) + 1e-4:
+        text = f"loss {record.loss:.4f} recorded, {look.loss:.4f} is the steps' mean"
+        return text, ["loss-misreported", "report-wrong"]
+    if not layers:
+        return "", []
+    sizes = {n: latent_weight(layer).numel() for n, layer in quantized_layers(subject.model).items()}
+    total = sum(sizes.values())
+    filters = sum(layer.channels for layer in layers)
+    zeros = sum(layer.sparsity * sizes[layer.name] for layer in layers) / total
+    dead = sum(layer.dead_channels for layer in layers)
+    bits = sum(layer.bits for layer in layers) / len(layers)
+    close = max(3 / total, 1e-4)  # float32 may count a weight on a threshold otherwise
+    if abs(record.unstructured_sparsity - zeros) > close:
+        latent = abs(record.unstructured_sparsity - look.latent_zeros) < close
+        keys = ["sparsity-on-latent"] if latent else ["sparsity-wrong", "history-stale"]
+        text = f"sparsity {100 * record.unstructured_sparsity:.2f}% recorded, {100 * zeros:.2f}% counted"
+        return text, [*keys, "sparsity-on-latent", "quantizers-off-in-evaluation"]
+    if abs(record.structured_sparsity * filters - dead) > 0.5:
+        claimed = [layer.dead_channels for layer in record.layers]
+        by_input = claimed == list(look.dead_inputs) or abs(sum(claimed) - sum(look.dead_inputs)) < 1
+        keys = ["dead-per-input", "dead-wrong"] if by_input else ["dead-wrong", "dead-per-input"]
+        return f"{100 * record.structured_sparsity:.2f}% dead recorded, {100 * dead / filters:.2f}% counted", keys
+    if abs(record.mean_bits - bits) > CLOSE:
+        return f"{record.mean_bits:.3f} bits recorded, {bits:.3f} counted", ["bits-misreported", "history-stale"]
+    return _layer_fault(look)
+
+
+def _layer_fault(look: Look) -> tuple[str, list[str]]:
+    record, layers = look.record, look.layers
+    for found, meant, dead_inputs in zip(record.layers, layers, look.dead_inputs, strict=False):
+        if found.name != meant.name or len(record.layers) != len(layers):
+            return f"layer {found.name} recorded, {meant.name} is there", ["report-wrong", "history-stale"]
+        if abs(found.sparsity - meant.sparsity) > 2e-3:
+            text = f"{found.name}: {100 * found.sparsity:.2f}% zeros recorded, {100 * meant.sparsity:.2f}% counted"
+            return text, ["sparsity-on-latent" if found.sparsity < 1e-6 else "sparsity-wrong", "history-stale"]
+        if found.dead != meant.dead:
+            keys = ["dead-per-input", "dead-wrong"]
+            likely = keys if found.dead_channels == dead_inputs else keys[::-1]
+            return f"{found.name}: {found.dead_channels} dead recorded, {meant.dead_channels} counted", likely
+        if abs(found.bits - meant.bits) > CLOSE:
+            return f"{found.name}: {found.bits:g} bits recorded, {meant.bits:g} in use", [
+                "bits-misreported",
+                "history-stale",
+            ]
+        if abs(found.dead_zone - meant.dead_zone) > 1e-4:
+            return f"{found.name}: dead zone {found.dead_zone:.4f}, {meant.dead_zone:.4f} in use", ["history-stale"]
+    return "", []
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,38 @@
+"""A library of faults: each breaks one thing of the real pipeline, and the doctor has to find it.
+
+subject = break_it("half of the layers")
+report = examine(subject)
+"""
+
+from __future__ import annotations
+
+from experiments.diagnosis.subject import Subject
+from experiments.presets import RunConfig
+from tests.faults import (
+    attachment_faults,
+    data_faults,
+    measure_faults,
+    optimizer_faults,
+    penalty_faults,
+    quantizer_faults,
+    step_faults,
+)
+from tests.faults.fault import Fault, broken, healthy, small_config
+
+__all__ = ["FAULTS", "THEMES", "Fault", "break_it", "healthy", "small_config"]
+
+THEMES: dict[str, tuple[Fault, ...]] = {
+    "quantizer": quantizer_faults.FAULTS,
+    "attachment": attachment_faults.FAULTS,
+    "optimizer": optimizer_faults.FAULTS,
+    "penalty and schedule": penalty_faults.FAULTS,
+    "data": data_faults.FAULTS,
+    "network and training step": step_faults.FAULTS,
+    "measuring and saving": measure_faults.FAULTS,
+}
+FAULTS: dict[str, Fault] = {fault.name: fault for faults in THEMES.values() for fault in faults}
+
+
+def break_it(name: str, config: RunConfig | None = None) -> Subject:
+    """The small pipeline with the fault called `name` in it. Raises KeyError for an unknown name."""
+    return broken(FAULTS[name], config)

@@ -1,0 +1,207 @@
+"""Faults in what is attached where, and in switching it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from experiments.diagnosis import subject as parts_of
+from experiments.diagnosis.subject import Parts, Subject
+from experiments.presets import RunConfig
+from src import training
+from src.quantizer import DeadZoneLDZCompander
+from tests.faults.broken_quantizers import OneForAll
+from tests.faults.fault import Fault
+from utils_quantization import (
+    FakeQuantParametrization,
+    attach_weight_quantizers,
+    quantization,
+    quantized_layers,
+    toggle_quantization,
+)
+
+
+def excluding(*patterns: str) -> Any:
+    """Attach with another list of exclusions than the configuration's."""
+
+    def attach(config: RunConfig, model: nn.Module) -> list[str]:
+        return attach_weight_quantizers(model, patterns, DeadZoneLDZCompander, config.quantizer_kwargs)
+
+    return lambda parts: replace(parts, attach=attach)
+
+
+def with_settings(**settings: Any) -> Any:
+    """Attach with other arguments of the quantizer than the configuration's."""
+
+    def attach(config: RunConfig, model: nn.Module) -> list[str]:
+        given = {**config.quantizer_kwargs, **settings}
+        return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, given)
+
+    return lambda parts: replace(parts, attach=attach)
+
+
+def after_attaching(change: Any) -> Any:
+    """Attach as usual, then do something to the network."""
+
+    def apply(parts: Parts) -> Parts:
+        def attach(config: RunConfig, model: nn.Module) -> list[str]:
+            names = parts.attach(config, model)
+            change(model)
+            return names
+
+        return replace(parts, attach=attach)
+
+    return apply
+
+
+def one_for_all(parts: Parts) -> Parts:
+    def attach(config: RunConfig, model: nn.Module) -> list[str]:
+        return attach_weight_quantizers(model, config.exclude_layers, OneForAll(), config.quantizer_kwargs)
+
+    return replace(parts, attach=attach)
+
+
+def off_in_training(subject: Subject) -> Subject:
+    def step(model: nn.Module, *rest: Any) -> training.StepLosses:
+        with quantization(model, enabled=False):
+            return training.train_step(model, *rest)
+
+    return replace(subject, step=step)
+
+
+def off_in_evaluation(subject: Subject) -> Subject:
+    def measure(s: Subject, *rest: Any) -> Any:
+        record = parts_of.run_measure(s, *rest)
+        with quantization(s.model, enabled=False):
+            loss, accuracy = training.evaluate(s.model, parts_of._image_data(s), precision=s.precision)
+        return replace(record, test_loss=loss, accuracy=accuracy)
+
+    return replace(subject, measure=measure)
+
+
+class StaysOff(FakeQuantParametrization):
+    """Once switched off, it does not come on again."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.__dict__.get("_on", True)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.__dict__["_on"] = value and self.__dict__.get("_on", True)
+
+
+class StaysOn(FakeQuantParametrization):
+    """The switch has no effect."""
+
+    @property
+    def enabled(self) -> bool:
+        return True
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        pass
+
+
+def switch(kind: type[FakeQuantParametrization], layers: slice = slice(None)) -> Any:
+    """Exchange the switch of some layers."""
+
+    def change(model: nn.Module) -> None:
+        chosen: Sequence[Any] = list(quantized_layers(model).values())[layers]
+        for layer in chosen:
+            layer.parametrizations.weight[0].__dict__.pop("enabled", None)
+            layer.parametrizations.weight[0].__class__ = kind
+
+    return after_attaching(change)
+
+
+FAULTS = (
+    Fault(
+        "half of the layers",
+        "The exclusion of conv1 is matched anywhere in a name, so every block's first convolution stays in float.",
+        ("quantizers-missing",),
+        parts=excluding("conv1", "*.conv1", "bn", "linear"),
+    ),
+    Fault(
+        "one layer left out",
+        "A quantizer is missing on the last convolution alone.",
+        ("quantizers-missing",),
+        parts=excluding("conv1", "layer3.0.conv2", "bn", "linear"),
+    ),
+    Fault(
+        "linear layer quantized",
+        "The classifier gets a quantizer although it is excluded.",
+        ("quantizers-extra",),
+        parts=excluding("conv1", "bn"),
+    ),
+    Fault(
+        "stem quantized",
+        "The first convolution gets a quantizer although it is excluded.",
+        ("quantizers-extra",),
+        parts=excluding("bn", "linear"),
+    ),
+    Fault(
+        "nothing attached",
+        "No quantizer is attached at all; the network trains in float.",
+        ("no-quantizers",),
+        parts=lambda parts: replace(parts, attach=lambda config, model: []),
+    ),
+    Fault(
+        "one quantizer for all layers",
+        "Every layer holds the same quantizer, so all share one dead zone and one bit width.",
+        ("quantizer-shared",),
+        parts=one_for_all,
+    ),
+    Fault(
+        "attached switched off",
+        "The quantizers are attached, and off from the start.",
+        ("quantizers-off",),
+        parts=after_attaching(lambda model: toggle_quantization(model, enabled=False)),
+    ),
+    Fault(
+        "other bit range",
+        "The quantizers are built with at most 4 bits; the configuration says 8.",
+        ("quantizer-settings", "bits-wrong"),
+        parts=with_settings(max_bits=4),
+    ),
+    Fault(
+        "fixed bits forgotten",
+        "The configuration asks for 4 fixed bits; the quantizers learn theirs.",
+        ("quantizer-settings", "bits-wrong"),
+        parts=with_settings(learnable_bit=True),
+        settings={"learnable_bit": False},
+    ),
+    Fault(
+        "logits start at 0.3",
+        "The dead zone starts over most of the range instead of at half a per cent of it.",
+        ("quantizer-settings",),
+        parts=with_settings(init_deadzone_logit=0.3),
+    ),
+    Fault(
+        "off in training",
+        "The quantizers are switched off in every training step and on afterwards.",
+        ("quantizers-off-in-training",),
+        subject=off_in_training,
+    ),
+    Fault(
+        "off in evaluation",
+        "Test loss and accuracy are those of the float weights.",
+        ("quantizers-off-in-evaluation",),
+        subject=off_in_evaluation,
+    ),
+    Fault(
+        "switch does not restore",
+        "A quantizer that was switched off once stays off.",
+        ("toggle-broken",),
+        parts=switch(StaysOff),
+    ),
+    Fault(
+        "switch without effect in one layer",
+        "One quantizer stays on when all are switched off.",
+        ("toggle-broken",),
+        parts=switch(StaysOn, slice(0, 1)),
+    ),
+)

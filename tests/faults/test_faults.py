@@ -1,0 +1,86 @@
+"""Every fault once, and healthy runs: what is broken is caught and named, what is whole is left alone.
+
+The examination stops at the first stage that finds something. Faults in measuring and saving are whole until training
+starts, so the two stages before it are left out there; `python -m tests.faults.power` runs all stages on all faults.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.diagnosis.causes import CAUSES
+from experiments.diagnosis.findings import Report
+from experiments.doctor import afterwards, examine, while_training
+from tests.faults import FAULTS, THEMES, break_it, healthy, small_config
+from tests.faults.demonstration import EPOCHS, MENU, diagnose, what_breaks
+
+REPORTING = {fault.name for fault in THEMES["measuring and saving"]}
+SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"learnable_bit": False, "seed": 1},
+    {"regularization": "decoupled", "seed": 2},
+    {"learnable_bit": False, "regularization": "decoupled", "precision": "bf16", "seed": 3},
+    {"peak": 0.0, "learnable_deadzone": False, "seed": 4},
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors are computed faster by one thread, and figures do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught_and_named(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch itself warns of some of what is broken on purpose
+        report = _reporting(name, tmp_path) if name in REPORTING else _up_to_the_first_finding(name, tmp_path)
+    named = [cause.key for cause in report.diagnosis[:2]]
+    assert report.faulty, f"{FAULTS[name].breaks} Nothing was found."
+    assert set(named) & set(FAULTS[name].causes), f"{named} were named:\n{report.text(passed=False)}"
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_healthy_run_has_no_finding(settings: Mapping[str, Any], tmp_path: Path) -> None:
+    report = examine(healthy(small_config(**settings)), tmp_path)
+    assert not report.failed, report.text(passed=False)
+    assert len(report.findings) > 40
+
+
+def test_causes_of_faults_are_known_to_the_doctor() -> None:
+    unknown = {(fault.name, key) for fault in FAULTS.values() for key in fault.causes if key not in CAUSES}
+    assert not unknown
+
+
+def test_every_fault_breaks_something_of_its_own() -> None:
+    sentences = [fault.breaks for fault in FAULTS.values()]
+    assert len(FAULTS) == sum(len(faults) for faults in THEMES.values()), "two faults share a name"
+    assert len(set(sentences)) == len(sentences)
+    assert all(sentence.endswith(".") for sentence in sentences)
+
+
+def test_a_menu_for_the_notebook() -> None:
+    assert all(what_breaks(name) for name in MENU)
+    heard: list[str] = []
+    report = diagnose("half of the layers", lambda stage, found: heard.append(stage))
+    assert heard == ["before training"], "the doctor stops where it finds something"
+    assert [cause.key for cause in report.diagnosis[:1]] == ["quantizers-missing"]
+
+
+def _up_to_the_first_finding(name: str, folder: Path) -> Report:
+    return examine(break_it(name), folder, stop_when_faulty=True)
+
+
+def _reporting(name: str, folder: Path) -> Report:
+    subject = break_it(name, small_config(epochs=EPOCHS))
+    seen, reported = while_training(subject, folder)
+    return seen if seen.faulty else afterwards(subject, reported)
