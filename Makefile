@@ -28,14 +28,17 @@ FLAG_OUTPUT_DIR := --output
 SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
 FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
 
-.PHONY: help walkthrough test lab html lint debug bench venv clean
+.PHONY: help walkthrough test lab html lint debug doctor doctor-power torture bench venv clean
 
 help:
 	@echo 'make walkthrough   run the notebook, write build/codeq_walkthrough.html'
 	@echo 'make test          run the tests'
-	@echo 'make lab           open the notebook in JupyterLab'
+	@echo 'make lab           open the notebook in JupyterLab with a trained run (OUTPUT_DIR=... names another)'
 	@echo 'make html          write the page again from the notebook that was run last'
 	@echo 'make debug         the same pipeline as a script, one line an epoch'
+	@echo 'make doctor        examine a short run of the pipeline, check by check'
+	@echo 'make doctor-power  break the pipeline in every known way, write docs/doctor.md (within an hour)'
+	@echo 'make torture       kill, damage and starve runs, write docs/reliability.md (about 20 minutes)'
 	@echo 'make bench         time a training step'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make clean         remove build/ and caches (.venv, data and runs stay)'
@@ -50,7 +53,7 @@ test: venv
 	@$(PYTHON_IN_VENV) -m pytest
 
 lab: venv
-	@$(PYTHON_IN_VENV) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/codeq_walkthrough.ipynb
+	@$(PYTHON_IN_VENV) -m experiments.lab $(if $(filter OUTPUT_DIR,$(GIVEN)),--output="$$OUTPUT_DIR")
 
 html: venv
 	@$(PYTHON_IN_VENV) -m experiments.run_notebook --render-only
@@ -62,6 +65,15 @@ lint: venv
 
 debug: venv
 	@$(PYTHON_IN_VENV) -m experiments.debug_run $(FLAGS)
+
+doctor: venv
+	@$(PYTHON_IN_VENV) -m experiments.doctor
+
+doctor-power: venv
+	@$(PYTHON_IN_VENV) -m tests.faults.power
+
+torture: venv
+	@$(PYTHON_IN_VENV) -m tests.torture
 
 bench: venv
 	@$(PYTHON_IN_VENV) -m experiments.bench

@@ -26,7 +26,7 @@ from experiments.evaluator import EvalResult
 from experiments.pipeline import Run
 from experiments.timing import time_in_turns
 from metrics import QuantizationComparison
-from src.channels import account
+from src.account import account
 from src.compact_network import CompactNetwork
 from src.compaction import compact
 from src.data import test_batches

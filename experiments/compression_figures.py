@@ -35,7 +35,8 @@ def removal_map(names: Sequence[str], fates: Sequence[NDArray[np.str_]], *, subt
     counts = {kind: int((grid == number).sum()) for number, kind in enumerate(kinds) if kind != "absent"}
     before, after = sum(counts.values()), counts["kept"]
     title = f"{before - after} of {before} output channels are gone, {after} are left"
-    figure = style.canvas(title, subtitle, height=1.35 + 0.215 * max(len(names), 3))
+    height = style.rows_height(len(names))
+    figure = style.canvas(title, subtitle, height=height + 1.2)
     axes = figure.subplots()
     colors = ListedColormap([color for color, _ in FATES.values()])
     axes.imshow(grid, cmap=colors, vmin=-0.5, vmax=len(kinds) - 0.5, aspect="auto", interpolation="nearest")
@@ -44,11 +45,13 @@ def removal_map(names: Sequence[str], fates: Sequence[NDArray[np.str_]], *, subt
     axes.grid(which="minor", color=style.PAPER, linewidth=0.8)
     axes.tick_params(which="both", length=0)
     left = [int((fate == "kept").sum()) for fate in fates]
-    axes.set_yticks(range(len(names)), [f"{name}  {k}/{len(f)}" for name, k, f in zip(names, left, fates, strict=True)])
+    counted = [f"{kept}/{len(fate)}" for kept, fate in zip(left, fates, strict=True)]
+    wide = max(map(len, counted))
+    space = "\N{FIGURE SPACE}"  # as wide as a digit: the counts stand in columns
+    style.row_axis(axes, [f"{name}  {n.rjust(wide, space)}" for name, n in zip(names, counted, strict=True)], height)
     axes.set_xticks(range(0, widest, 8))
-    axes.set_xlabel("output channel")
-    axes.text(-0.008, 1.012, "layer   left/before", transform=axes.transAxes, ha="right", fontsize=9, color=style.MUTED)
+    axes.set_xlabel("output channel; beside each layer: left/before")
     shown = [kind for kind in kinds if kind in ("kept", "absent") or counts.get(kind)]
-    style.legend_above(axes, columns=3, handles=[Patch(facecolor=FATES[k][0], label=FATES[k][1]) for k in shown])
+    style.legend_above(axes, columns=2, handles=[Patch(facecolor=FATES[k][0], label=FATES[k][1]) for k in shown])
     parts = ", ".join(f"{counts[kind]} {FATES[kind][1]}" for kind in counts)
     return style.finish(figure, f"Map of output channels, one row a layer: {parts}.")

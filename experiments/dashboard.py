@@ -7,21 +7,20 @@ shown, saved or closed here. Shares (0 to 1) are drawn in per cent. Axis letters
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from experiments import style
+from experiments.palettes import LIVENESS
 from experiments.style import percent
 from src.records import History, LayerRecord
-
-LIVENESS = ListedColormap([style.BLACK, style.WHITE], name="liveness").with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
-"""0 dead is black, 1 alive is white, absent (masked) is transparent: the hatched ground shows through."""
 
 
 @style.styled
@@ -36,32 +35,38 @@ def dashboard(history: History, *, coefficient_plan: Sequence[float] | None = No
     title = (
         f"Epoch {len(history)} of {history.epochs}" if record else f"Waiting for the first of {history.epochs} epochs"
     )
-    height = 7.3
-    figure = Figure(figsize=(style.WIDTH, height))
+    header = style.header_height(title, subtitle)
+    body = 5.8  # inches
+    figure = Figure(figsize=(style.WIDTH, body + header))
     style.headline(figure, title, subtitle)
-    top = 1 - (style.header_height(subtitle) + 0.72) / height
-    cells = figure.add_gridspec(2, 2, left=0.075, right=0.915, bottom=0.075, top=top, wspace=0.5, hspace=0.5)
+    top, bottom = 1 - (header + 0.5) / (body + header), 0.5 / (body + header)
+    cells = figure.add_gridspec(2, 2, left=0.085, right=0.905, bottom=bottom, top=top, wspace=0.62, hspace=0.55)
     panels = [figure.add_subplot(cells[i, j]) for i in (0, 1) for j in (0, 1)]
-    style.legend_above(panels[0], _draw_loss(panels[0], history), columns=2)
-    style.legend_above(panels[1], draw_sparsity(panels[1], history, plan=coefficient_plan), columns=2)
+    _draw_loss(panels[0], history)
+    draw_sparsity(panels[1], history, plan=coefficient_plan)
     _draw_bits(panels[2], history)
+    _legends(panels)
+    for axes in figure.axes:
+        axes.set_ylabel("")  # the headings and the legends say it, the colours which side is meant
+    figure.axes[-1].yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     draw_liveness(panels[3], layers)
     panels[3].set_yticks(*_row_groups(layers))
     panels[3].tick_params(axis="y", length=0)
     panels[3].set_xlabel("output channel")
     dead, total = dead_total(layers)
-    headings = ["Loss and accuracy", "Zeros and coefficient", "Bits of every layer", "Channels: black is dead"]
+    headings = ["Loss and accuracy", "Zeros and dead", "Bits of every layer", "Channels: black is dead"]
     alt = f"Four charts of the run. {title}."
     if record:
         zeros, share = percent(record.unstructured_sparsity), percent(record.structured_sparsity)
-        headings[0] = f"Loss {record.loss:.2f}, test accuracy {percent(record.accuracy)}"
-        headings[1] = f"Zeros {zeros}, dead channels {share}"
+        headings[0] = f"Loss {record.loss:.2f}, accuracy {percent(record.accuracy)}"
+        headings[1] = f"Zeros {zeros}, dead {share}"
         headings[2] = f"Bits: {record.mean_bits:.1f} on average"
-        headings[3] = f"Dead (black): {dead} of {total} channels"
-        alt += f" {headings[0]}. Zero weights {zeros}, dead channels {share}, {dead} of {total}, at coefficient "
+        headings[3] = f"Dead (black): {dead} of {total}"
+        alt += f" Loss {record.loss:.2f}, test accuracy {percent(record.accuracy)}. Zero weights {zeros}, dead "
+        alt += f"channels {share}, {dead} of {total}, at coefficient "
         alt += f"{record.coefficient:.3g}. Bit widths {span([layer.bits for layer in layers])}, mean "
         alt += f"{record.mean_bits:.1f}."
-    for panel, heading, pad in zip(panels, headings, (36, 36, 22, 22), strict=True):
+    for panel, heading, pad in zip(panels, headings, (24, 24, 24, 24), strict=True):
         panel.set_title(heading, pad=pad)
     return style.finish(figure, alt)
 
@@ -71,19 +76,21 @@ def draw_sparsity(axes: Axes, history: History, *, plan: Sequence[float] | None)
     x = np.arange(1, len(history) + 1)
     coefficient = history.column("coefficient")
     planned = np.asarray(plan if plan is not None else [], dtype=float)
+    dot = style.marker(len(x))
     style.grid(axes)
     right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)
     if len(planned):
         ahead = np.arange(1, len(planned) + 1)
-        right.plot(ahead, planned, color=style.COEFFICIENT, lw=1, ls=":", label="coefficient, planned")
+        right.plot(ahead, planned, color=style.COEFFICIENT, lw=1.2, ls=":", label="coefficient, planned")
     right.plot(x, coefficient, color=style.COEFFICIENT, lw=1.8, ls=(0, (4, 2)), label="coefficient (right)")
     for column, color, label in (
         ("unstructured_sparsity", style.ZEROS, "zero weights"),
         ("structured_sparsity", style.CHANNELS, "dead channels"),
     ):
-        axes.plot(x, 100 * history.column(column), color=color, lw=2.2, marker=".", label=label, clip_on=False)
+        axes.plot(x, 100 * history.column(column), color=color, lw=2.2 if dot else 1.4, marker=dot, label=label)
     peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
     right.set_ylim(0, 1.15 * peak if peak > 0 else 1.0)
+    right.yaxis.set_major_formatter("{x:g}")
     axes.set(ylim=(0, 100), ylabel="share")
     style.percent_axis(axes.yaxis)
     style.epoch_axis(axes, history.epochs)
@@ -103,7 +110,7 @@ def draw_liveness(axes: Axes, layers: Sequence[LayerRecord]) -> None:
     for i, layer in enumerate(layers):
         end = layer.channels - 0.5
         lines.append([(-0.5, i - 0.5), (end, i - 0.5), (end, i + 0.5), (-0.5, i + 0.5)])
-        if columns <= 128:
+        if columns <= 128 and rows <= 40:
             lines += [[(j - 0.5, i - 0.5), (j - 0.5, i + 0.5)] for j in range(1, layer.channels)]
     axes.add_collection(LineCollection(lines, colors=style.PALE, linewidths=0.5), autolim=False)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
@@ -129,17 +136,16 @@ def span(bits: Sequence[float]) -> str:
 
 def _draw_loss(axes: Axes, history: History) -> Axes:
     """Draw loss (left) and accuracy (right); gives back the right axes."""
-    x = np.arange(1, len(history) + 1)
+    x, dot = np.arange(1, len(history) + 1), style.marker(len(history))
     style.grid(axes)
-    axes.plot(x, history.column("loss"), color=style.LOSS, lw=2.2, marker=".", label="loss, total")
-    axes.plot(x, history.column("task_loss"), color=style.TASK, lw=1.6, marker=".", ms=4, label="task loss")
+    axes.plot(x, history.column("loss"), color=style.LOSS, lw=2.2 if dot else 1.4, marker=dot, label="loss")
+    axes.plot(x, history.column("task_loss"), color=style.TASK, lw=1.6, marker=dot, ms=4, label="task loss")
     axes.set_ylim(0, 1.08 * max(history.column("loss").max(initial=0.0), 1e-3) if len(history) else 1.0)
     axes.set_ylabel("loss, mean of the batches")
     style.epoch_axis(axes, history.epochs)
     right = style.right_axis(axes, "test accuracy", style.ACCURACY)
-    right.plot(
-        x, 100 * history.column("accuracy"), color=style.ACCURACY, lw=2.2, marker=".", label="test accuracy (right)"
-    )
+    accuracy = 100 * history.column("accuracy")
+    right.plot(x, accuracy, color=style.ACCURACY, lw=2.2 if dot else 1.4, ls="-", marker=dot, label="accuracy (right)")
     right.set_ylim(0, 100)
     style.percent_axis(right.yaxis)
     return right
@@ -156,22 +162,48 @@ def _draw_bits(axes: Axes, history: History) -> None:
         axes.plot(x, bits[:, i], color=style.DEPTH(depth), lw=6.0 - 4.6 * depth, marker="." if len(x) == 1 else "")
     axes.plot(x, history.column("mean_bits"), color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean")
     low, high = min(2.0, bits.min(initial=2.0)), max(8.0, bits.max(initial=8.0))
-    axes.set(ylim=(low - 0.35, high + 0.35), ylabel="bits of a weight")
+    axes.set(ylim=(low - 0.35, high + 0.95), ylabel="bits of a weight")
     axes.set_yticks(np.arange(np.floor(low), np.ceil(high) + 1))
     style.epoch_axis(axes, history.epochs)
     if count:
-        values, layers = np.unique(np.round(bits[-1] * 4) / 4, return_counts=True)
-        for value, number in zip(values, layers, strict=True):
-            text = f"{number} layers" if number > 1 else "1 layer"
-            axes.annotate(
-                text, (x[-1], value), (7, 0), textcoords="offset points", va="center", fontsize=9, annotation_clip=False
-            )
-    keys = [
+        _name_ends(axes, history)
+
+
+def _name_ends(axes: Axes, history: History) -> None:
+    """At the end of the lines: how many layers are there, or which one."""
+    ends = np.round(history.layer_column("bits")[-1] * 4) / 4
+    late = len(history) > history.epochs / 2
+    for value in np.unique(ends):
+        members = [name for name, end in zip(history.layer_names, ends, strict=True) if end == value]
+        text = members[0] if len(members) == 1 else f"{len(members)} layers"
+        note = axes.annotate(
+            text, (len(history), value), (0, 4), textcoords="offset points", va="bottom", fontsize=style.SMALL,
+            ha="right" if late else "left", annotation_clip=False,
+        )  # fmt: skip
+        note.set_path_effects([withStroke(linewidth=3, foreground=style.WHITE)])
+
+
+def _legends(panels: Sequence[Axes]) -> None:
+    """Above the first three panels, a short name for each line in one row; the planned coefficient needs none."""
+    loss: list[tuple[str, str, Any]] = [
+        ("loss", style.LOSS, "-"),
+        ("task", style.TASK, "-"),
+        ("accuracy", style.ACCURACY, "-"),
+    ]
+    shares: list[tuple[str, str, Any]] = [
+        ("zeros", style.ZEROS, "-"),
+        ("dead", style.CHANNELS, "-"),
+        ("coefficient", style.COEFFICIENT, (0, (4, 2))),
+    ]
+    for axes, lines in zip(panels, (loss, shares), strict=False):
+        keys = [Line2D([], [], color=color, lw=2.2, ls=dash, label=label) for label, color, dash in lines]
+        style.legend_above(axes, columns=3, handles=keys, tight=True)
+    depths = [
         Line2D([], [], color=style.DEPTH(0.0), lw=5, label="first layer"),
-        Line2D([], [], color=style.DEPTH(1.0), lw=2, label="last layer"),
+        Line2D([], [], color=style.DEPTH(1.0), lw=2, label="last"),
         Line2D([], [], color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean"),
     ]
-    style.legend_above(axes, handles=keys)
+    style.legend_above(panels[2], columns=3, handles=depths, tight=True)
 
 
 def _row_groups(layers: Sequence[LayerRecord]) -> tuple[list[float], list[str]]:

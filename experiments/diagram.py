@@ -7,6 +7,7 @@ one column an input channel; a cell is a k x k kernel. One colour is one group: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from experiments import style
 
+WIDE, HIGH = 64.0, 96.0
 INNER, STREAM, IDLE = style.ORANGE, style.BLUE, "#E4E4E0"
 
 
@@ -26,13 +28,14 @@ def channel_group_diagram() -> Figure:
     """
     key = "weights: a row is a filter, a column an input channel, a cell a k × k kernel; in colour: one channel's group"
     figure = style.canvas(
-        "A channel is removed as one group: all that writes it and all that reads it", key, height=7.0
+        "A channel is removed as one group: all that writes it and all that reads it", key, height=HIGH / 10
     )
     axes = figure.subplots()
-    axes.set(xlim=(0, 90), ylim=(0, 64), aspect="equal")
+    axes.set(xlim=(0, WIDE), ylim=(0, HIGH), aspect="equal")
     axes.axis("off")
     _inner_group(axes)
-    _stream_group(axes)
+    _stream_in_stage_1(axes)
+    _stream_into_stage_2(axes)
     alt = (
         "Diagram of two channel groups in a residual network; weights are matrices with a row for each filter and a "
         "column for each input channel. 1: an inner channel of a block is row c of conv1, scale and shift c of its "
@@ -44,73 +47,91 @@ def channel_group_diagram() -> Figure:
 
 
 def _inner_group(axes: Axes) -> None:
-    """Panel 1: conv1 row c, its BatchNorm, conv2 column c. Coordinates are tenths of an inch, y upwards."""
+    """Panel 1: conv1 row c, its BatchNorm, conv2 column c."""
     note = "conv1 writes it, conv2 alone reads it: in stage 1 of ResNet-20 the group is 144 + 2 + 144 = 290 numbers"
-    axes.text(0, 63, "1  A channel inside a block", fontsize=11, fontweight="bold", color=style.INK)
-    axes.text(0, 60.6, note, fontsize=9.5, color=style.MUTED)
-    cell, top = 2.5, 55.0
+    top = _heading(axes, HIGH - 0.5, "1  A channel inside a block", note) - 2.6
+    cell = 2.2
     row, bottom, middle = top - 1.5 * cell, top - 4 * cell, top - 2 * cell
-    _arrow(axes, (1, middle), (9.4, middle), style.GREY)
-    axes.text(1, middle + 0.7, "stream", fontsize=9, color=style.MUTED)
-    _matrix(axes, (10, top), 4, 4, cell, INNER, row=1, label="conv1")
-    _arrow(axes, (20.4, row), (25.4, row), INNER)
-    _batch_norm(axes, (26, top), 4, cell, INNER, 1, "bn1")
-    _arrow(axes, (32.2, row), (37.4, row), INNER)
-    _pill(axes, (40.6, row), "ReLU")
-    column = 56 + 1.5 * cell
-    _path(axes, [(43.5, row), (52, row), (52, bottom - 2.2), (column, bottom - 2.2), (column, bottom - 0.3)], INNER)
-    _matrix(axes, (56, top), 4, 4, cell, INNER, column=1, label="conv2")
-    _arrow(axes, (66.4, middle), (69.8, middle), style.GREY)
-    _batch_norm(axes, (70.4, top), 4, cell, IDLE, None, "bn2")
-    _arrow(axes, (76.6, middle), (80, middle), style.GREY)
-    _plus(axes, (81.6, middle), style.GREY)
-    _arrow(axes, (83.2, middle), (89, middle), style.GREY)
-    _path(axes, [(4.5, middle), (4.5, bottom - 5.4), (81.6, bottom - 5.4), (81.6, middle - 1.6)], style.GREY)
-    axes.text(80.6, bottom - 4.7, "identity shortcut", fontsize=9, color=style.MUTED, ha="right")
-    axes.text(10, bottom - 2.0, "row c: the filter\nthat writes channel c", fontsize=9, va="center")
-    axes.text(51.2, bottom + 0.2, "column c: the slices\nthat read channel c", fontsize=9, va="center", ha="right")
+    _arrow(axes, (0.5, middle), (6.4, middle), style.GREY)
+    _text(axes, (0.3, middle + 0.8), "stream", color=style.MUTED)
+    _matrix(axes, (7, top), 4, 4, cell, INNER, row=1, label="conv1")
+    _arrow(axes, (16.1, row), (19, row), INNER)
+    _batch_norm(axes, (19.4, top), 4, cell, INNER, 1, "bn1")
+    _arrow(axes, (24.8, row), (28, row), INNER)
+    _pill(axes, (31.3, row), "ReLU")
+    column = 40 + 1.5 * cell
+    _path(axes, [(34.3, row), (37.4, row), (37.4, bottom - 2), (column, bottom - 2), (column, bottom - 0.3)], INNER)
+    _matrix(axes, (40, top), 4, 4, cell, INNER, column=1, label="conv2")
+    _arrow(axes, (49.1, middle), (52, middle), style.GREY)
+    _batch_norm(axes, (52.3, top), 4, cell, IDLE, None, "bn2")
+    _arrow(axes, (57.6, middle), (59.6, middle), style.GREY, head=6)
+    _plus(axes, (60.9, middle), style.GREY)
+    _arrow(axes, (62.3, middle), (WIDE, middle), style.GREY, head=6)
+    low = bottom - 8.4
+    _path(axes, [(3.2, middle), (3.2, low), (60.9, low), (60.9, middle - 1.5)], style.GREY)
+    _text(axes, (32, low + 0.6), "identity shortcut", color=style.MUTED, ha="center")
+    _text(axes, (7, bottom - 4.1), "row c: the filter\nthat writes channel c", va="center")
+    _text(axes, (WIDE - 6, bottom - 4.6), "column c: the slices\nthat read channel c", va="center", ha="right")
 
 
-def _stream_group(axes: Axes) -> None:
-    """Panel 2: a channel of the residual stream, through one block of stage 1 and into stage 2."""
-    axes.text(0, 36.4, "2  A channel of the residual stream", fontsize=11, fontweight="bold", color=style.INK)
-    note = "the stem and every block write it, every block reads it, and the shortcut carries it on"
-    axes.text(0, 34.0, note, fontsize=9.5, color=style.MUTED)
-    cell, road, middle = 1.45, 8.0, 21.5
-    _frame(axes, (14.3, 13.6, 25.6, 16.6), "each block of stage 1")
-    _frame(axes, (43.4, 13.6, 36.2, 16.6), "first block of stage 2")
-    _matrix(axes, (1, road + 1.5 * cell), 4, 3, cell, STREAM, row=1, label="stem")
-    _arrow(axes, (5.6, road), (7.6, road), STREAM)
-    _batch_norm(axes, (8, road + 1.5 * cell), 4, cell, STREAM, 1, "bn1")
-    axes.plot([11.6, 52.5], [road, road], color=STREAM, lw=3.2, solid_capstyle="butt")
-    # a block of stage 1
-    top = middle + 2 * cell
-    _matrix(axes, (16, top), 4, 4, cell, STREAM, column=1, label="conv1")
-    _arrow(axes, (16 + 1.5 * cell, road), (16 + 1.5 * cell, top - 4 * cell - 0.2), STREAM)
-    _batch_norm(axes, (23.3, top), 4, cell, IDLE, None, "bn1")
-    _matrix(axes, (28, top), 4, 4, cell, STREAM, row=1, label="conv2")
-    _batch_norm(axes, (35.3, top), 4, cell, STREAM, 1, "bn2")
-    _between(axes, ((22, 23.1), (26.7, 27.8)), middle)
-    _arrow(axes, (33.9, top - 1.5 * cell), (35.1, top - 1.5 * cell), STREAM, head=5)
-    _path(axes, [(38.7, top - 1.5 * cell), (41.6, top - 1.5 * cell), (41.6, road + 1.5)], STREAM)
-    _plus(axes, (41.6, road), STREAM)
-    # the first block of stage 2: twice the channels
-    top = middle + 4 * cell
-    _matrix(axes, (45, top), 8, 4, cell, STREAM, column=1, label="conv1")
-    _arrow(axes, (45 + 1.5 * cell, road), (45 + 1.5 * cell, top - 8 * cell - 0.2), STREAM)
-    _batch_norm(axes, (52.3, top), 8, cell, IDLE, None, "bn1")
-    _matrix(axes, (57.4, top), 8, 8, cell, STREAM, row=3, label="conv2")
-    _batch_norm(axes, (70.6, top), 8, cell, STREAM, 3, "bn2")
-    _between(axes, ((51, 52.1), (55.8, 57.2)), middle)
-    _arrow(axes, (69.2, top - 3.5 * cell), (70.4, top - 3.5 * cell), STREAM, head=5)
-    _path(axes, [(74, top - 3.5 * cell), (81.4, top - 3.5 * cell), (81.4, road + 1.5)], STREAM)
-    _plus(axes, (81.4, road), STREAM)
-    _shortcut(axes, 53, road)
-    axes.plot([68, 79.9], [road, road], color=STREAM, lw=3.2, solid_capstyle="butt")
-    _arrow(axes, (82.9, road), (89, road), STREAM, width=3.2)
-    axes.text(27, road - 2.4, "stream channel c", fontsize=9.5, color=STREAM, fontweight="bold", ha="center")
-    axes.text(69.5, road - 2.4, "channel c + planes/4", fontsize=9.5, color=STREAM, fontweight="bold")
-    axes.text(69.5, road - 4.6, "on to stage 3 and linear", fontsize=9, color=style.MUTED)
+def _stream_in_stage_1(axes: Axes) -> None:
+    """Panel 2, above: a channel of the residual stream is written by the stem and through a block of stage 1."""
+    note = "the stem and every block write it, every block reads it, and the shortcut carries it on to the next stage"
+    y = _heading(axes, 67.5, "2  A channel of the residual stream", note)
+    cell, road = 1.7, 40.5
+    top = y - 5.8
+    _frame(axes, (21.5, top - 4 * cell - 2.6, 37, 4 * cell + 5.6), "each block of stage 1")
+    _matrix(axes, (0.5, road + 1.5 * cell), 4, 3, cell, STREAM, row=1, label="stem")
+    _arrow(axes, (5.8, road), (8.4, road), STREAM, head=6)
+    _batch_norm(axes, (8.8, road + 1.5 * cell), 4, cell, STREAM, 1, "bn1")
+    axes.plot([13, 58.4], [road, road], color=STREAM, lw=3.2, solid_capstyle="butt")
+    _matrix(axes, (23.5, top), 4, 4, cell, STREAM, column=1, label="conv1")
+    _arrow(axes, (23.5 + 1.5 * cell, road), (23.5 + 1.5 * cell, top - 4 * cell - 0.2), STREAM)
+    _batch_norm(axes, (33, top), 4, cell, IDLE, None, "bn1")
+    _matrix(axes, (40.5, top), 4, 4, cell, STREAM, row=1, label="conv2")
+    _batch_norm(axes, (50.5, top), 4, cell, STREAM, 1, "bn2")
+    _between(axes, ((30.6, 32.8), (37.3, 40.3)), top - 2 * cell)
+    row = top - 1.5 * cell
+    _arrow(axes, (47.6, row), (50.2, row), STREAM, head=6)
+    _path(axes, [(54.7, row), (59.8, row), (59.8, road + 1.4)], STREAM)
+    _plus(axes, (59.8, road), STREAM)
+    _arrow(axes, (61.2, road), (WIDE, road), STREAM, width=3.2, head=7)
+    _text(axes, (36, road - 2.6), "stream channel c", color=STREAM, weight="bold", ha="center")
+
+
+def _stream_into_stage_2(axes: Axes) -> None:
+    """Panel 2, below: through the first block of stage 2, with twice the channels, and the shortcut beside it."""
+    cell, road, top = 1.45, 8.0, 27.5
+    _frame(axes, (7.5, top - 8 * cell - 2.6, 44, 8 * cell + 5.6), "first block of stage 2")
+    axes.plot([0.5, 16.5], [road, road], color=STREAM, lw=3.2, solid_capstyle="butt")
+    _matrix(axes, (9.5, top), 8, 4, cell, STREAM, column=1, label="conv1")
+    _arrow(axes, (9.5 + 1.5 * cell, road), (9.5 + 1.5 * cell, top - 8 * cell - 0.2), STREAM)
+    _batch_norm(axes, (18.5, top), 8, cell, IDLE, None, "bn1")
+    _matrix(axes, (26.5, top), 8, 8, cell, STREAM, row=3, label="conv2")
+    _batch_norm(axes, (42.5, top), 8, cell, STREAM, 3, "bn2")
+    _between(axes, ((15.6, 18.2), (22.2, 26.2)), top - 4 * cell)
+    row = top - 3.5 * cell
+    _arrow(axes, (38.4, row), (42.2, row), STREAM)
+    _path(axes, [(46.2, row), (55.5, row), (55.5, road + 1.4)], STREAM)
+    _plus(axes, (55.5, road), STREAM)
+    _shortcut(axes, 17, road)
+    axes.plot([32.2, 54.1], [road, road], color=STREAM, lw=3.2, solid_capstyle="butt")
+    _arrow(axes, (56.9, road), (WIDE, road), STREAM, width=3.2, head=7)
+    _text(axes, (35, road - 2.7), "channel c + planes/4,", color=STREAM, weight="bold")
+    _text(axes, (35, road - 4.9), "on to stage 3 and linear", color=style.MUTED)
+
+
+def _heading(axes: Axes, y: float, title: str, note: str) -> float:
+    """A panel's title with the note below it; gives back where they end."""
+    _text(axes, (0, y), title, weight="bold", va="top")
+    for line in style.wrapped(note, style.WIDTH, style.SMALL):
+        y -= 2.2
+        _text(axes, (0, y), line, color=style.MUTED, va="top")
+    return y - 2.2
+
+
+def _text(axes: Axes, place: tuple[float, float], text: str, **look: Any) -> None:
+    axes.text(*place, text, **{"fontsize": style.SMALL, "color": style.INK, **look})
 
 
 def _shortcut(axes: Axes, x: float, y: float) -> None:
@@ -125,7 +146,7 @@ def _shortcut(axes: Axes, x: float, y: float) -> None:
         ends = [x + cell + 0.2, x + 13.6]
         color, width = (STREAM, 3.2) if i == 1 else (style.GREY, 1.0)
         axes.plot(ends, [y + (1 - i) * cell] * 2, color=color, lw=width, solid_capstyle="butt")
-    axes.text(x + 6.7, y - 4.7, "shortcut, option A:\nzeros on both sides", fontsize=9, ha="center", va="center")
+    _text(axes, (x - 3.5, y - 5.0), "shortcut, option A:\nzeros on both sides", ha="left", va="center")
 
 
 def _matrix(
@@ -137,7 +158,7 @@ def _matrix(
     for i in range(rows):
         for j in range(columns):
             _cell(axes, x + j * cell, y - i * cell, cell, color if i == row or j == column else IDLE)
-    axes.text(x + columns * cell / 2, y + 0.6, label, fontsize=9.5, ha="center", fontweight="bold")
+    axes.text(x + columns * cell / 2, y + 0.6, label, fontsize=style.SMALL, ha="center", fontweight="bold")
 
 
 def _batch_norm(
@@ -149,8 +170,16 @@ def _batch_norm(
         left = x + j * 1.3 * cell
         for i in range(rows):
             _cell(axes, left, y - i * cell, cell, color if i == row else IDLE)
-        axes.text(left + cell / 2, y - rows * cell - 0.35, sign, fontsize=9, ha="center", va="top", color=style.MUTED)
-    axes.text(x + 1.15 * cell, y + 0.6, label, fontsize=9.5, ha="center", fontweight="bold")
+        axes.text(
+            left + cell / 2,
+            y - rows * cell - 0.35,
+            sign,
+            fontsize=style.SMALL,
+            ha="center",
+            va="top",
+            color=style.MUTED,
+        )
+    axes.text(x + 1.15 * cell, y + 0.6, label, fontsize=style.SMALL, ha="center", fontweight="bold")
 
 
 def _cell(axes: Axes, x: float, y: float, size: float, color: str, edge: str | None = None) -> None:
@@ -160,9 +189,9 @@ def _cell(axes: Axes, x: float, y: float, size: float, color: str, edge: str | N
 
 def _pill(axes: Axes, center: tuple[float, float], text: str) -> None:
     x, y = center
-    box = FancyBboxPatch((x - 2.6, y - 1.1), 5.2, 2.2, boxstyle="round,pad=0.2,rounding_size=1", fc=IDLE, ec="none")
+    box = FancyBboxPatch((x - 2.8, y - 1.1), 5.6, 2.2, boxstyle="round,pad=0.2,rounding_size=1", fc=IDLE, ec="none")
     axes.add_patch(box)
-    axes.text(x, y, text, fontsize=9, ha="center", va="center")
+    axes.text(x, y, text, fontsize=style.SMALL, ha="center", va="center")
 
 
 def _frame(axes: Axes, box: tuple[float, float, float, float], label: str) -> None:
@@ -171,11 +200,11 @@ def _frame(axes: Axes, box: tuple[float, float, float, float], label: str) -> No
         (x, y), width, height, boxstyle="round,pad=0,rounding_size=1.2", fc=style.WHITE, ec=style.PALE
     )
     axes.add_patch(patch)
-    axes.text(x + 0.6, y + height + 0.5, label, fontsize=9, color=style.MUTED)
+    axes.text(x + 0.6, y + height + 0.5, label, fontsize=style.SMALL, color=style.MUTED)
 
 
 def _plus(axes: Axes, center: tuple[float, float], color: str) -> None:
-    axes.plot(*center, marker="o", ms=15, mfc=style.PAPER, mec=color, mew=2, zorder=3)
+    axes.plot(*center, marker="o", ms=14, mfc=style.PAPER, mec=color, mew=2, zorder=3)
     axes.plot(*center, marker="+", ms=8, color=color, mew=2, zorder=4)
 
 

@@ -31,7 +31,7 @@ from src.data import ImageData, load_data, normalize
 from src.onnx_export import check_onnx, export_onnx
 from src.output_file import OutputError, check_output
 from src.packing import pack, unpack
-from src.runs import CHECKPOINT, SUMMARY, RunError, load_checkpoint, load_model_state
+from src.runs import CHECKPOINT, SUMMARY, RunError, RunFolder, load_checkpoint, load_model_state
 from src.training import predict
 
 EQUAL, DIFFERENT = 0, 1
@@ -67,7 +67,7 @@ def load_run(run: str | Path, data_root: str | None = None) -> tuple[RunConfig, 
     Raises RunError where the folder holds no checkpoint, or one that does not fit its own configuration.
     """
     folder = Path(run)
-    if not (folder / CHECKPOINT).is_file():
+    if not RunFolder(folder).has_checkpoint():
         raise RunError(
             f"{str(run)!r} holds no {CHECKPOINT}: name the output folder of a run, which "
             "`python -m experiments.debug_run --output FOLDER` writes"

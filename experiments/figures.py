@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import Colormap, ListedColormap, Normalize
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 from experiments import style
 from experiments.dashboard import dashboard as dashboard
 from experiments.dashboard import dead_total, draw_liveness, draw_sparsity, span
+from experiments.palettes import SIGNED, AwayFromZero
 from experiments.style import percent
 from src.records import History, LayerRecord
+
+NUMBERED = 24
+"""Bars have room for a number above each up to so many layers."""
 
 
 @style.styled
@@ -30,25 +34,24 @@ def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None
     test, train = history.column("accuracy"), history.column("train_accuracy")
     title = alt = "No epoch has finished yet"
     if len(test):
-        first, last, best = percent(test[0]), percent(test[-1]), int(test.argmax())
-        verb = "climbs" if test[-1] > test[0] else "goes"
-        title = f"Test accuracy {verb} from {first} to {last} in {_epochs(len(test))}"
+        last, best = percent(test[-1]), int(test.argmax())
+        title = f"Test accuracy {_course(test, chance)}"
         if len(test) == 1:
             title = f"Test accuracy is {last} after the first epoch"
         alt = f"{title}; the best is {percent(test[best])} in epoch {best + 1}. Training accuracy ends at "
         alt += f"{percent(train[-1])}." + (f" Chance is {percent(chance)}." if chance is not None else "")
-    figure = style.canvas(title, subtitle, height=4.2)
+    figure = style.canvas(title, subtitle, height=3.5)
     axes = figure.subplots()
     style.grid(axes)
-    x = np.arange(1, len(test) + 1)
+    x, dot = np.arange(1, len(test) + 1), style.marker(len(test))
     axes.plot(x, 100 * train, color=style.TRAIN, lw=1.4, label="training images, augmented")
-    axes.plot(x, 100 * test, color=style.ACCURACY, lw=2.6, marker="o", ms=4.5, label="test images")
+    axes.plot(x, 100 * test, color=style.ACCURACY, lw=2.6 if dot else 1.4, marker=dot, ms=9, label="test images")
     if chance is not None:
         axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
     axes.set(ylim=(0, 100), ylabel="accuracy")
     style.percent_axis(axes.yaxis)
     style.epoch_axis(axes, history.epochs)
-    style.legend_above(axes)
+    style.legend_above(axes, columns=2)
     return style.finish(figure, f"Line chart by epoch. {alt}")
 
 
@@ -64,7 +67,7 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
             f"After {_epochs(len(zeros))} {title}. The coefficient peaks at {coefficient.max():.3g}, first reached in "
         )
         alt += f"epoch {int(coefficient.argmax()) + 1}; the first dead channel appears {_first_dead(dead)}."
-    figure = style.canvas(title, subtitle, height=4.2)
+    figure = style.canvas(title, subtitle, height=3.5)
     axes = figure.subplots()
     style.legend_above(axes, draw_sparsity(axes, history, plan=None))
     return style.finish(figure, f"Line chart by epoch, the penalty's coefficient on the right axis. {alt}")
@@ -79,17 +82,16 @@ def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Fi
     alt = f"Map of channels, one row a layer, black for dead: {title}"
     if worst is not None and dead:
         alt += f"; the largest share is in {worst.name}, {worst.dead_channels} of {worst.channels}"
-    figure = style.canvas(title, subtitle, height=1.35 + 0.205 * max(len(layers), 3))
+    height = style.rows_height(len(layers))
+    figure = style.canvas(title, subtitle, height=height + 0.95)
     axes = figure.subplots()
     draw_liveness(axes, layers)
     counts = [f"{layer.dead_channels}/{layer.channels}" for layer in layers]
     widest = max(map(len, counts), default=0)
     figure_space = "\N{FIGURE SPACE}"  # as wide as a digit: the counts stand in columns
     labels = [f"{layer.name}  {text.rjust(widest, figure_space)}" for layer, text in zip(layers, counts, strict=True)]
-    axes.set_yticks(range(len(layers)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("output channel")
-    axes.text(-0.008, 1.012, "layer   dead/total", transform=axes.transAxes, ha="right", fontsize=9, color=style.MUTED)
+    style.row_axis(axes, labels, height)
+    axes.set_xlabel("output channel; beside each layer: dead/all")
     keys = [
         Patch(facecolor=style.BLACK, edgecolor=style.GREY, label="dead"),
         Patch(facecolor=style.WHITE, edgecolor=style.GREY, label="alive"),
@@ -105,7 +107,7 @@ def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> 
     dead, total = dead_total(layers)
     bits = [layer.bits for layer in layers]
     title = f"{total - dead} of {total} channels are alive" + (f", stored with {span(bits)} bits" if bits else "")
-    figure = style.canvas(title, subtitle, height=4.4)
+    figure = style.canvas(title, subtitle, height=4.0)
     axes = figure.subplots()
     style.grid(axes)
     x = np.arange(len(layers))
@@ -113,13 +115,14 @@ def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> 
     size = np.array([layer.channels for layer in layers])
     axes.bar(x, size - gone, color=style.ALIVE, width=0.72, label="alive")
     axes.bar(x, gone, bottom=size - gone, color=style.DEAD, width=0.72, label="dead")
-    unit = " bit" if len(layers) <= 20 else ""
+    numbered = len(layers) <= NUMBERED
     for at, height, width in zip(x, size, bits, strict=True):
-        axes.annotate(f"{width:.3g}{unit}", (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        if numbered:
+            _note(axes, f"{width:.3g}", (at, height))
     axes.set(ylabel="output channels", ylim=(0, 1.12 * max(size, default=1)))
     style.layer_axis(axes, [layer.name for layer in layers])
     keys = [Patch(color=style.ALIVE, label="alive"), Patch(color=style.DEAD, label="dead")]
-    style.legend_above(axes, handles=[*keys, Line2D([], [], ls="", label="above each bar: learned bits of a weight")])
+    style.legend_above(axes, handles=[*keys, *_number_key("learned bits of a weight", numbered)])
     alt = f"Stacked bars, one a layer: {title}; {dead} are dead, most of them in {_most_dead(layers)}."
     return style.finish(figure, alt)
 
@@ -136,19 +139,21 @@ def layer_sparsity_bars(
         title = f"Zeros: from {zeros[low]:.1f} % in {names[low]} to {zeros[high]:.1f} % in {names[high]}"
         top = int(dead.argmax())
         alt = f"{title}. Dead channels: at most {dead[top]:.1f} %, in {names[top]}."
-    figure = style.canvas(title, subtitle, height=1.3 + 0.235 * max(len(names), 3))
+    height = style.rows_height(len(names), 0.235)
+    figure = style.canvas(title, subtitle, height=height + 0.9)
     axes = figure.subplots()
     style.grid(axes, "x")
     y = np.arange(len(names))
     axes.barh(y, zeros, height=0.74, color=style.ZEROS, alpha=0.45, label="zero weights")
     axes.barh(y, dead, height=0.3, color=style.CHANNELS, label="dead channels")
     for at, value, other in zip(y, zeros, dead, strict=True):
-        axes.annotate(
-            f"{value:.0f} %", (max(value, other), at), (4, 0), textcoords="offset points", va="center", size=9
-        )
-    axes.set_yticks(y, list(names))
-    axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, 108), ylim=(len(names) - 0.4, -0.6), xlabel="share of the layer")
+        if height > 0.18 * len(names):
+            place = (max(value, other), at)
+            axes.annotate(
+                f"{value:.0f} %", place, (4, 0), textcoords="offset points", va="center", fontsize=style.SMALL
+            )
+    style.row_axis(axes, names, height)
+    axes.set(xlim=(0, 112), ylim=(len(names) - 0.4, -0.6), xlabel="share of the layer")
     axes.set_xticks(range(0, 101, 20))
     style.percent_axis(axes.xaxis)
     style.legend_above(axes)
@@ -173,14 +178,13 @@ def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "")
     mosaic[:, :high, :, :wide] = values.transpose(0, 2, 1, 3)
     limit = float(np.abs(values).max()) or 1.0
     ratio = outputs * (high + 1) / (inputs * (wide + 1))
-    drawn = min(5.8 * ratio, 7.0)  # inches; the width follows, so that kernels stay square
-    size = {"height": drawn + 1.5, "width": max(drawn / ratio + 1.9, 6.0)}
-    figure = style.canvas(title, subtitle, **size)
+    drawn = min((style.WIDTH - 2.0) * ratio, 6.6)  # inches; kernels are square
+    figure = style.canvas(title, subtitle, height=max(drawn, 1.7) + 0.9)
     axes = figure.subplots()
     box = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
     flat = mosaic.reshape(outputs * (high + 1), inputs * (wide + 1))[:-1, :-1]
     image = axes.imshow(
-        flat, cmap=_SIGNED, norm=_AwayFromZero(limit), extent=box, interpolation="nearest", aspect="equal"
+        flat, cmap=SIGNED, norm=AwayFromZero(limit), extent=box, interpolation="nearest", aspect="equal"
     )
     axes.set(xlabel="input channel", ylabel="output channel (filter)", xlim=(-0.5 - 0.035 * inputs, inputs - 0.5))
     axes.set_facecolor(style.PAPER)
@@ -204,7 +208,7 @@ def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[boo
     cost, mask = np.asarray(macs, dtype=float), np.asarray(quantized, dtype=bool)
     total, share = float(cost.sum()), float(cost[mask].sum() / max(cost.sum(), 1.0))
     title = f"The {int(mask.sum())} quantized layers hold {percent(share)} of the {total / 1e6:.1f} million MACs"
-    figure = style.canvas(title, subtitle, height=4.2)
+    figure = style.canvas(title, subtitle, height=3.9)
     axes = figure.subplots()
     style.grid(axes)
     x = np.arange(len(names))
@@ -215,8 +219,8 @@ def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[boo
     for chosen, color, label in groups:
         axes.bar(x[chosen], cost[chosen] / 1e6, color=color, width=0.72, label=label)
     for at, value in zip(x, cost / 1e6, strict=True):
-        text = f"{value:.2g}" if value >= 0.01 else "<0.01"
-        axes.annotate(text, (at, value), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=style.MUTED)
+        if len(names) <= NUMBERED:
+            _note(axes, f"{value:.2g}" if value >= 0.1 else "0" if not value else "<.1", (at, value))
     axes.set(ylabel="million MACs an image", ylim=(0, 1.1 * max(cost.max(initial=0.0) / 1e6, 1e-3)))
     style.layer_axis(axes, names)
     style.legend_above(axes)
@@ -234,20 +238,38 @@ def before_after(
     left, right = f"{old.sum() / scale:.3g}", f"{new.sum() / scale:.3g}"
     ratio = f"{old.sum() / new.sum():.3g} times fewer" if new.sum() else "nothing is left"
     title = f"{label}: {left} {unit} before, {right} {unit} after, {ratio}"
-    figure = style.canvas(title, subtitle, height=4.4)
+    figure = style.canvas(title, subtitle, height=4.0)
     axes = figure.subplots()
     style.grid(axes)
     x = np.arange(len(names))
     axes.bar(x - 0.2, old / scale, width=0.4, color=style.PALE, edgecolor=style.GREY, lw=0.6, label="before")
-    axes.bar(x + 0.2, new / scale, width=0.4, color=style.BLUE, label="after (share left above the pair)")
+    axes.bar(x + 0.2, new / scale, width=0.4, color=style.BLUE, label="after")
     for at, value, kept in zip(x, old, new, strict=True):
-        text = f"{100 * kept / value:.0f}%" if value else ""
-        height = max(value, kept) / scale
-        axes.annotate(text, (at, height), (0, 3), textcoords="offset points", ha="center", fontsize=9, color=style.INK)
+        if len(names) <= NUMBERED and value:
+            _note(axes, f"{100 * kept / value:.0f}", (at, max(value, kept) / scale))
     axes.set(ylabel=f"{unit} {label} an image", ylim=(0, 1.12 * max(old.max(initial=0.0) / scale, 1e-9)))
     style.layer_axis(axes, names)
-    style.legend_above(axes)
+    keys = axes.get_legend_handles_labels()[0]
+    style.legend_above(axes, handles=[*keys, *_number_key("per cent that is left", len(names) <= NUMBERED)])
     return style.finish(figure, f"Paired bars, one pair a layer. {title}.")
+
+
+def _course(test: NDArray[np.float64], chance: float | None) -> str:
+    """From where to where accuracy went, in the words that fit."""
+    first, last, epochs = percent(test[0]), percent(test[-1]), _epochs(len(test))
+    if chance is not None and test[-1] < 1.5 * chance:
+        return f"is {last} after {epochs}, about chance ({percent(chance)})"
+    if first == last:
+        return f"is {last} in the first and the last of {epochs}"
+    return f"{'climbs' if test[-1] > test[0] else 'falls'} from {first} to {last} in {epochs}"
+
+
+def _note(axes: Axes, text: str, place: tuple[Any, Any]) -> None:
+    axes.annotate(text, place, (0, 3), textcoords="offset points", ha="center", fontsize=style.SMALL)
+
+
+def _number_key(meaning: str, shown: bool) -> list[Line2D]:
+    return [Line2D([], [], ls="", marker="$n$", ms=7, color=style.INK, label=meaning)] if shown else []
 
 
 def _epochs(number: int) -> str:
@@ -265,34 +287,3 @@ def _most_dead(layers: Sequence[LayerRecord]) -> str:
 
 def _largest(names: Sequence[str], cost: NDArray[np.float64]) -> str:
     return f"{names[int(cost.argmax())]} with {cost.max() / 1e6:.2f} million" if len(cost) else "none"
-
-
-class _AwayFromZero(Normalize):
-    """-limit..limit to 0..1 with a gap around 0.5: however small, a weight that is not 0 never looks like one."""
-
-    GAP = 0.004
-
-    def __init__(self, limit: float) -> None:
-        super().__init__(-limit, limit)
-        self.limit = limit
-
-    def __call__(self, value: Any, clip: bool | None = None) -> Any:
-        share = np.ma.masked_invalid(value) / self.limit
-        return 0.5 + np.ma.asarray(np.sign(share)) * (self.GAP + (0.5 - self.GAP) * np.ma.abs(share))
-
-    def inverse(self, value: Any) -> Any:
-        side = np.asarray(value) - 0.5
-        return np.sign(side) * np.maximum(np.abs(side) - self.GAP, 0) / (0.5 - self.GAP) * self.limit
-
-
-def _signed_colors(steps: int = 512) -> Colormap:
-    """Negative orange, positive blue, white for exactly 0 only: the smallest other weight is clearly coloured."""
-    strength = np.linspace(0.25, 1.0, steps)[:, None]
-    sides = [1 - strength * (1 - np.array(rgb)) for rgb in ((0.70, 0.27, 0.0), (0.0, 0.30, 0.58))]
-    middle = np.ones((1, 3))
-    return ListedColormap(np.concatenate([sides[0][::-1], middle, sides[1]]), name="signed").with_extremes(
-        bad=style.PALE
-    )
-
-
-_SIGNED = _signed_colors()

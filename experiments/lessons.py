@@ -21,7 +21,8 @@ from experiments.evaluator import EvalResult
 from experiments.lesson_figures import Curve
 from experiments.verdict import FAILED, PASSED, Verdict
 from metrics import QuantizationComparison
-from src.channels import ChannelGroups, account
+from src.account import account
+from src.channels import ChannelGroups
 from src.modes import eval_mode
 from src.quantizer import DeadZoneLDZCompander
 from src.training import Objective, make_optimizer, parameter_groups, squared_logits
@@ -44,11 +45,15 @@ def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
 
 
 @torch.no_grad()
-def staircase_curve(name: str, share: float, bits: int, reach: float = 1.15) -> Curve:
-    """Weights from -reach to reach and what the quantizer makes of them, for a layer whose range R is 1."""
-    w = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
+def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> Curve:
+    """Weights from -reach to reach and what the quantizer makes of them, for a layer whose range R is 1.
+
+    One weight in a hundred lies beyond R, as R asks for: there the quantizer cuts off.
+    """
+    inner, outer = torch.linspace(-1, 1, 3961, dtype=torch.float64), torch.linspace(1, reach, 21, dtype=torch.float64)
+    w = torch.cat([-outer.flip(0)[:-1], inner, outer[1:]])
     quantizer = fixed_quantizer(share, bits).double()
-    range_ = quantizer.grid(w).range  # the 0.99-quantile of these weights
+    range_ = quantizer.grid(w).range  # the 0.99-quantile of these weights: 1 but for the spacing of the grid
     return name, w.numpy() / range_.item(), quantizer(w).numpy() / range_.item()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments import display
+from experiments.controls import widgets
 from experiments.display import figure_bundle, png_bytes, show
 from experiments.progress import Clock, Progress, TerminalProgress, duration
 
@@ -26,6 +27,7 @@ __all__ = [
     "duration",
     "explorer",
     "figure_bundle",
+    "follow",
     "png_bytes",
     "show",
 ]
@@ -71,29 +73,41 @@ class LiveFigure:
 
 
 def explorer(build: Callable[..., Figure], **controls: Any) -> None:
-    """Sliders and a figure that follows them. `build` gets the value of each control under its name.
+    """Controls above a figure that follows them. `build` gets the value of each control under its name.
 
     controls: ipywidgets with a `value`; they act when let go. The figure is an ordinary display that starts with the
-    controls' present values, so a saved notebook or HTML holds it also where no kernel answers the controls.
+    controls' present values, so a saved notebook or HTML holds it also where no kernel answers the controls. It stands
+    below them so that they stay where they are when it changes its height.
     """
-    import ipywidgets
-
-    handle = display.put(*figure_bundle(build(**{name: control.value for name, control in controls.items()})))
-    note = ipywidgets.HTML()
-
-    def redraw(_: object = None) -> None:
-        try:
-            figure = build(**{name: control.value for name, control in controls.items()})
-            display.put(*figure_bundle(figure), handle=handle)
-            note.value = ""
-        except Exception as error:  # a callback's traceback would be lost in the kernel's log
-            note.value = html.escape(f"{type(error).__name__}: {error}")
+    ipywidgets = widgets()
 
     for control in controls.values():
         if control.has_trait("continuous_update"):
             control.continuous_update = False
-        control.observe(redraw, names="value")
+    note = ipywidgets.HTML()
     if display.in_notebook():
         import IPython.display
 
         IPython.display.display(ipywidgets.VBox([*controls.values(), note]))
+    follow(build, note, **controls)
+
+
+def follow(build: Callable[..., Figure], note: Any = None, **controls: Any) -> None:
+    """A further figure for controls that are shown already. note: an ipywidgets.HTML that tells what went wrong."""
+
+    def draw() -> Figure:
+        return build(**{name: control.value for name, control in controls.items()})
+
+    handle = display.put(*figure_bundle(draw()))
+
+    def redraw(_: object = None) -> None:
+        message = ""
+        try:
+            display.put(*figure_bundle(draw()), handle=handle)
+        except Exception as error:  # a callback's traceback would be lost in the kernel's log
+            message = html.escape(f"{type(error).__name__}: {error}")
+        if note is not None:
+            note.value = message
+
+    for control in controls.values():
+        control.observe(redraw, names="value")

@@ -1,12 +1,14 @@
 """One visual language for all figures: colours, sizes and the few helpers that apply them.
 
 Importing this changes nothing global. `styled` wraps a function that builds a figure: it runs under these settings and
-leaves matplotlib as it was. The colours are Okabe and Ito's colour-blind safe set (https://jfly.uni-koeln.de/color/),
-one colour for one meaning in every figure. Sizes are inches, for a notebook page about 9 inches wide.
+leaves matplotlib as it was. The colours are Okabe and Ito's colour-blind safe set (https://jfly.uni-koeln.de/color/)
+with a darker purple and a paler yellow, one colour for one meaning in every figure. Sizes are inches and points: a
+figure is 6.6 inches wide, 634 pixels on a page; shrunk to a phone's 390 its smallest text, 11 points, has 9 pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
@@ -17,26 +19,48 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter
 
 P = ParamSpec("P")
 
-WIDTH = 9.0
+WIDTH = 6.6
 
 BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
-VERMILLION, PURPLE, YELLOW = "#D55E00", "#A8437F", "#F0E442"
+VERMILLION, PURPLE, YELLOW = "#D55E00", "#7A1E5E", "#F9F3B0"
 INK, MUTED, GREY, PALE, FAINT = "#222222", "#5F5F5F", "#A3A3A3", "#DDDDDA", "#EDEDEA"
 PAPER, WHITE, BLACK = "#FBFBF8", "#FFFFFF", "#111111"
 
 ACCURACY, TRAIN, LOSS, TASK = BLUE, SKY, INK, GREY
-ZEROS, CHANNELS, COEFFICIENT = GREEN, PURPLE, VERMILLION
+ZEROS, CHANNELS, COEFFICIENT, BITS = GREEN, PURPLE, VERMILLION, INK
 ALIVE, DEAD = BLUE, GREY
+STAIRS, WEIGHTS, DEAD_ZONE, RANGE, MARK = BLUE, SKY, YELLOW, VERMILLION, ORANGE
+RUNS = (BLUE, ORANGE, PURPLE, SKY, INK, GREY)
+RUN_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1)), "-")
+"""Colour and line of the first six runs in a comparison; they repeat after that."""
 
-DEPTH = LinearSegmentedColormap.from_list("depth", ["#16325C", "#0072B2", "#56B4E9", "#8FD3B6", "#E6C229"])
+TOGETHER = {
+    "accuracy": (ACCURACY, TRAIN, MUTED),
+    "loss": (LOSS, TASK, ACCURACY),
+    "sparsity": (ZEROS, CHANNELS, COEFFICIENT),
+    "channels": (ALIVE, DEAD),
+    "fates of channels": (BLUE, BLACK, ORANGE, GREY, FAINT),
+    "staircase and weights": (STAIRS, WEIGHTS, DEAD_ZONE, RANGE, INK),
+    "course of a layer": (ZEROS, BITS, MARK),
+    "liveness and the marked epoch": (BLACK, WHITE, MARK),
+    "quantized or not": (BLUE, ORANGE),
+    "networks": (SKY, BLUE, BLACK),
+    "runs": RUNS,
+}
+"""Colours that must be told apart because one figure uses them side by side."""
+
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#16325C", "#0072B2", "#56B4E9", "#7CCBA8", "#EBC83A"])
 """Colours of layers from the first (dark) to the last (bright); lightness rises throughout."""
 
-SMALL, TEXT, TITLE = 9.0, 10.0, 12.5
+SMALL, TEXT, TITLE = 11.0, 11.5, 13.5
+LINE = 1.25  # height of a line of text in units of its size
 
 _SETTINGS: dict[str, Any] = {
     "figure.facecolor": PAPER,
@@ -80,25 +104,61 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def canvas(title: str, subtitle: str = "", *, height: float, width: float = WIDTH) -> Figure:
-    """An empty figure with its takeaway at the top left, the subtitle in grey below, and the rest for the axes."""
-    header = header_height(subtitle)
-    engine = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 1.0 - header / height), w_pad=0.09, h_pad=0.08)
-    figure = Figure(figsize=(width, height), layout=engine)
+    """An empty figure: its takeaway at the top left, the subtitle in grey below, and `height` inches for the rest."""
+    header = header_height(title, subtitle, width)
+    total = height + header
+    engine = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 1.0 - header / total), w_pad=0.1, h_pad=0.08)
+    figure = Figure(figsize=(width, total), layout=engine)
     headline(figure, title, subtitle)
     return figure
 
 
-def header_height(subtitle: str) -> float:
-    """Height in inches that `headline` needs."""
-    return 0.62 if subtitle else 0.4
+def tighten(figure: Figure) -> None:
+    """Little room between the panels of a figure from `canvas`: for grids of images."""
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(h_pad=0.03, w_pad=0.03, hspace=0.02, wspace=0.02)
+
+
+def header_height(title: str, subtitle: str = "", width: float = WIDTH) -> float:
+    """Height in inches that `headline` needs in a figure `width` inches wide."""
+    lines = len(wrapped(title, width, TITLE, "bold")) * TITLE + len(wrapped(subtitle, width, SMALL)) * SMALL
+    return 0.17 + LINE * lines / 72
 
 
 def headline(figure: Figure, title: str, subtitle: str = "") -> None:
-    """Write title and subtitle at the top left of the figure."""
-    width, height = figure.get_size_inches()
-    figure.text(0.12 / width, 1 - 0.11 / height, title, fontsize=TITLE, fontweight="bold", va="top", ha="left")
-    if subtitle:
-        figure.text(0.12 / width, 1 - 0.37 / height, subtitle, fontsize=SMALL + 0.5, color=MUTED, va="top", ha="left")
+    """Write title and subtitle at the top left of the figure, in as many lines as they need."""
+    width, height = (float(side) for side in figure.get_size_inches())
+    y = height - 0.11
+    parts = [(line, TITLE, "bold", INK) for line in wrapped(title, width, TITLE, "bold")]
+    parts += [(line, SMALL, "normal", MUTED) for line in wrapped(subtitle, width, SMALL)]
+    for line, size, weight, color in parts:
+        figure.text(0.12 / width, y / height, line, fontsize=size, fontweight=weight, color=color, va="top", ha="left")
+        y -= LINE * size / 72
+
+
+def wrapped(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+    """`text` in lines that fit into a figure `width` inches wide: as few as it takes, broken between words, even."""
+    font, room = FontProperties(size=size, weight=weight), 72 * (width - 0.24)
+    words = text.split()
+    widths = [text_to_path.get_text_width_height_descent(f"{word} ", font, False)[0] for word in words]
+    lines = _filled(words, widths, room)
+    while len(lines) > 1 and len(evener := _filled(words, widths, 0.95 * room)) == len(lines) and room > max(widths):
+        lines, room = evener, 0.95 * room
+    return lines
+
+
+def _filled(words: Sequence[str], widths: Sequence[float], room: float) -> list[str]:
+    lines: list[str] = []
+    left = 0.0
+    for word, wide in zip(words, widths, strict=True):
+        if lines and wide <= left:
+            lines[-1] += f" {word}"
+            left -= wide
+        else:
+            lines.append(word)
+            left = room - wide
+    return lines
 
 
 def finish(figure: Figure, alt: str) -> Figure:
@@ -120,10 +180,17 @@ def percent_axis(axis: Axis) -> None:
 def epoch_axis(axes: Axes, epochs: int) -> None:
     """The x-axis of a run: all planned epochs from the start, so that nothing jumps while it fills."""
     last = max(epochs, 2)
-    step = next((size for size in (1, 2, 5, 10, 20, 50, 100, 200, 500) if last / size <= 8), last)
+    sizes = [digit * 10**power for power in range(5) for digit in (1, 2, 5)]
+    most = 6 if last < 100 else 4 if last < 1000 else 3  # labels, which grow longer
+    step = next((size for size in sizes if last / size <= most), last)
     axes.set_xlim(0.5, last + 0.5)
     axes.set_xticks(sorted({1, *range(step, last + 1, step)}))
     axes.set_xlabel("epoch")
+
+
+def marker(points: int) -> str:
+    """A dot for every point of a line while they can be told apart."""
+    return "." if points <= 40 else ""
 
 
 def right_axis(axes: Axes, label: str, color: str) -> Axes:
@@ -138,21 +205,70 @@ def right_axis(axes: Axes, label: str, color: str) -> Axes:
 
 
 def layer_axis(axes: Axes, names: Sequence[str]) -> None:
-    """The x-axis of a bar chart with one bar a layer: slanted names that end under their bar."""
-    axes.set_xticks(range(len(names)), list(names), rotation=45, ha="right", rotation_mode="anchor")
+    """The x-axis of a bar chart with one bar a layer: slanted names that end under their bar, 24 at most."""
+    places = range(0, len(names), -(-len(names) // 24) or 1)
+    axes.set_xticks(list(places), [names[i] for i in places], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.7, len(names) - 0.3)
     axes.tick_params(axis="x", length=0)
 
 
-def legend_above(axes: Axes, *others: Axes, columns: int = 4, handles: Sequence[Artist] | None = None) -> None:
-    """The legend in a row above the axes, where it can hide no data; `others` are twins whose lines it names too."""
+def row_axis(axes: Axes, names: Sequence[str], height: float) -> None:
+    """The y-axis of a chart with one row a layer in `height` inches: a name a row, or as many as there is room for."""
+    places = range(0, len(names), max(1, math.ceil(len(names) * 0.185 / height)))
+    axes.set_yticks(list(places), [names[i] for i in places])
+    axes.tick_params(axis="y", length=0)
+
+
+def rows_height(rows: int, inches: float = 0.21) -> float:
+    """Height in inches of a chart with so many rows: as much as they need, up to a page."""
+    return min(inches * max(rows, 3), 9.0)
+
+
+def legend_above(
+    axes: Axes,
+    *others: Axes,
+    columns: int | None = None,
+    handles: Sequence[Artist] | None = None,
+    tight: bool = False,
+) -> None:
+    """The legend above the axes, where it can hide no data; `others` are twins whose lines it names too.
+
+    It reads row by row, in `columns` columns or as many as fit over a figure. tight: for a panel of half the width.
+    """
     items = (
         list(handles) if handles is not None else [h for a in (axes, *others) for h in a.get_legend_handles_labels()[0]]
     )
+    count = columns or _fitting_columns([str(item.get_label()) for item in items], WIDTH - 1.0)
     axes.legend(
-        handles=items, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.25, borderpad=0.1,
-        handlelength=1.7, columnspacing=1.3, labelspacing=0.25,
+        handles=_by_rows(items, count), loc="lower left", bbox_to_anchor=(0, 1), ncols=count, borderaxespad=0.25,
+        borderpad=0.1, handlelength=1.0 if tight else 1.6, columnspacing=0.7 if tight else 1.1, labelspacing=0.2,
+        handletextpad=0.4 if tight else 0.5,
     )  # fmt: skip
+
+
+def legend_row(axes: Axes, handles: Sequence[Artist], columns: int | None = None) -> None:
+    """The legend of several panels in a row of its own, which `axes` gives up its place for."""
+    axes.axis("off")
+    count = columns or _fitting_columns([str(handle.get_label()) for handle in handles], WIDTH - 0.4)
+    axes.legend(
+        handles=_by_rows(handles, count), loc="center left", ncols=count, borderaxespad=0, borderpad=0,
+        handlelength=1.4, columnspacing=1.0, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _by_rows(items: Sequence[Artist], columns: int) -> list[Artist]:
+    """Matplotlib fills a legend column by column; in this order it reads row by row."""
+    return [item for first in range(columns) for item in items[first::columns]]
+
+
+def _fitting_columns(labels: Sequence[str], inches: float) -> int:
+    """The most columns that fit into so many inches, with a line and its gaps beside each label."""
+    font, room = FontProperties(size=SMALL), 72 * inches
+    widths = [text_to_path.get_text_width_height_descent(label, font, False)[0] + 36 for label in labels]
+    for columns in range(min(len(labels), 5), 1, -1):
+        if sum(max(widths[first::columns]) for first in range(columns)) <= room:
+            return columns
+    return 1
 
 
 def grid(axes: Axes, axis: str = "y") -> None:

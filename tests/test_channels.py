@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from resnet import BasicBlock, ResNet, resnet20
-from src.channels import Account, ChannelGroups, LayerFlow, account, batchnorm_affine, channel_groups, is_padded
+from src.account import Account, LayerFlow, account, batchnorm_affine, is_padded
+from src.channels import ChannelGroups, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from tests.networks import (
     IMAGE,

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench_inference, compression, compression_figures, lessons, pipeline, style
 from experiments.presets import configure
-from src.channels import account, channel_groups
+from src.account import account
+from src.channels import channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.records import History
 from src.runs import RunFolder
@@ -106,7 +107,7 @@ def test_the_removal_map_draws_the_fates() -> None:
     )
     assert drawn == [[blue, black, faint], [orange, grey, blue]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first  1/2", "second  1/3"]
-    assert axes.get_xlabel() == "output channel"
+    assert axes.get_xlabel() == "output channel; beside each layer: left/before"
     assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
 
 

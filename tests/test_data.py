@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from sklearn.datasets import load_digits
 
 from src import cifar10, download
@@ -581,6 +581,20 @@ def test_a_sideways_photograph_is_turned_upright(tree: Path) -> None:
     assert image[:, :24].max() == 0
 
 
+def test_a_picture_starts_no_other_program(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript under another name, with a Ghostscript on the path that leaves a trace."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\necho ran > '{tmp_path / 'trace'}'\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    eps = tree / "train" / "cat" / "1.png"
+    eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"train/cat/1\.png is no readable image"):
+        load_data(f"folder:{tree}")
+    assert not (tmp_path / "trace").exists()
+
+
 def spoil_broken(root: Path) -> None:
     path = root / "test" / "dog" / "1.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -597,6 +611,12 @@ def spoil_bomb(root: Path) -> None:
 
 def spoil_larger_bomb(root: Path) -> None:
     Image.new("1", (20_000, 10_000)).save(root / "train" / "cat" / "0.png")
+
+
+def spoil_pipe(root: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes in this system's folders")
+    os.mkfifo(root / "train" / "cat" / "9.png")
 
 
 def spoil_empty(root: Path) -> None:
@@ -633,6 +653,7 @@ def spoil_other_classes(root: Path) -> None:
         (spoil_no_image, r"train/dog/1\.png is no readable image"),
         (spoil_bomb, r"train/cat/0\.png has 15000 x 6000 pixels: need at most 89478485"),
         (spoil_larger_bomb, r"train/cat/0\.png: Image size \(200000000 pixels\).*shrink"),
+        (spoil_pipe, r"train/cat/9\.png is no ordinary file: remove it"),
         (spoil_empty, r"pets/train is missing: need train/ and test/ \(or val/\)"),
         (spoil_no_test, r"pets/test is missing: need"),
         (spoil_no_class, r"train has 0 class folders \(none\): need at least 2"),

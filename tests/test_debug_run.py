@@ -6,10 +6,13 @@ ResNet-20 on 100 of the embedded digits in batches of 50, so that an epoch is tw
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,18 +29,13 @@ from experiments.verdict import FAILED, Finding, Verdict
 from src import training
 from src.data import load_data
 from src.records import SCALARS, History
-from src.runs import load_checkpoint
+from src.runs import RunFolder, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
-FILES = {
-    "accuracy_curve.png",
-    "sparsity_curves.png",
-    "channel_liveness.png",
-    "per_layer_channels.png",
-    "history.csv",
-    "run.json",
-    "checkpoint.pt",
-}
+FIGURES = {"accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png"}
+CHECKPOINTS = {"checkpoint.pt", "checkpoint.previous.pt"}
+KEPT = CHECKPOINTS | {"history.csv", "snapshots.npz"}
+FILES = FIGURES | KEPT | {"run.json"}
 LINE = re.compile(
     r"Epoch +(\d+)/(\d+) \| Loss: (\d+\.\d\d) \| Acc: (\d+\.\d)% "
     r"\| Unstr: (\d+\.\d)% \| Struct: (\d+\.\d)% \| Bits: (\d+\.\d)"
@@ -75,7 +73,8 @@ def run(arguments: list[str]) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def histories(folder: Path) -> list[dict[str, Any]]:
@@ -98,7 +97,13 @@ def on_step(number: int, action: Callable[[Any], None]) -> Callable[..., Any]:
 
 
 def interrupt(_: Any) -> None:
+    """In the middle of a step, as a second Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def send(number: int) -> Callable[[Any], None]:
+    """A signal that comes while a step is under way."""
+    return lambda _: os.kill(os.getpid(), number)
 
 
 @dataclass(frozen=True)
@@ -193,26 +198,29 @@ def test_the_summary(finished: Done) -> None:
 # --- a run that is stopped, and taken up again
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
+    number: int,
     finished: Done,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
     folder = tmp_path / "run"
-    monkeypatch.setattr(training, "train_step", on_step(4, interrupt))  # the last step of epoch 2
-    assert run(words(folder)) == 130
+    monkeypatch.setattr(training, "train_step", on_step(3, send(number)))  # the first step of epoch 2
+    assert run(words(folder)) == 128 + number
     first = capsys.readouterr()
     assert [line[:9] for line in first.out.splitlines()] == ["Epoch 1/2"]
-    assert "stopped in epoch 2; history and checkpoint of 1 epochs are in" in first.err
-    assert "--resume" in first.err
-    assert set(contents(folder)) == {"history.csv", "checkpoint.pt"}
+    where = "after epoch 1 of 2 and 1 step of the next"
+    told = f"stopped {where}, which is kept in {folder}; the same command with --resume goes on"
+    assert first.err.splitlines().count(told) == 1
+    assert set(contents(folder)) == FIGURES | KEPT
 
     monkeypatch.undo()
     torch.set_num_threads(1)
     assert run(words(folder, "--resume")) == 0
     second = capsys.readouterr()
-    assert "resumed after epoch 1 of 2" in second.err
+    assert f"resumed {where}" in second.err
     assert [line[:9] for line in second.out.splitlines() if line.startswith("Epoch")] == ["Epoch 2/2"]
     assert set(contents(folder)) == FILES
     unbroken = finished.folder
@@ -223,6 +231,39 @@ def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
     drop = SCALARS.index("seconds")
     tables = [list(csv.reader(io.StringIO((path / "history.csv").read_text()))) for path in (folder, unbroken)]
     assert [[*row[:drop], *row[drop + 1 :]] for row in tables[0]] == [[*r[:drop], *r[drop + 1 :]] for r in tables[1]]
+    assert all((folder / name).read_bytes() == (unbroken / name).read_bytes() for name in FIGURES)
+
+
+KILLED = """
+import os, signal, sys, torch
+from experiments import debug_run
+from src import training
+torch.set_num_threads(1)
+real, calls = training.train_step, []
+def step(*arguments):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+training.train_step = step
+debug_run.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_from_mid_epoch_and_equals_the_unbroken_one(
+    finished: Done, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED, *words(folder, "--checkpoint-every", "1")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert run(words(folder, "--resume")) == 0
+    assert "resumed after epoch 1 of 2 and 1 step of the next" in capsys.readouterr().err
+    assert histories(folder) == histories(finished.folder)
+    mine, theirs = (load_checkpoint(path / "checkpoint.pt") for path in (folder, finished.folder))
+    assert all(torch.equal(mine["model"][name], theirs["model"][name]) for name in theirs["model"])
+    for number, state in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(mine["optimizer"]["state"][number][name], state[name]) for name in state)
+    assert all((folder / name).read_bytes() == (finished.folder / name).read_bytes() for name in FIGURES)
 
 
 def test_an_interruption_before_anything_is_finished(
@@ -231,7 +272,7 @@ def test_an_interruption_before_anything_is_finished(
     monkeypatch.setattr(training, "train_step", on_step(1, interrupt))
     assert run(words(tmp_path / "run")) == 130
     captured = capsys.readouterr()
-    assert "stopped in epoch 1; no epoch was finished, so there is nothing to resume" in captured.err
+    assert "stopped within a step; no step was finished, so there is nothing to resume" in captured.err
     assert captured.out == ""
     monkeypatch.setattr(pipeline, "prepare_data", lambda *_: interrupt(None))
     assert run(words(tmp_path / "other")) == 130
@@ -249,8 +290,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_finished_epochs_kept(
     assert run(words(tmp_path)) == 2
     captured = capsys.readouterr()
     assert [line[:9] for line in captured.out.splitlines()] == ["Epoch 1/2"]
-    assert re.search(r"error: the loss is nan at epoch 2, step 1 .*conv1\.weight.*1 finished epochs", captured.err)
-    assert set(contents(tmp_path)) == {"history.csv", "checkpoint.pt"}
+    message = r"error: the loss is nan at epoch 2, step 1 .*: weight conv1\.weight.*the state after epoch 1 of 2 is in"
+    assert re.search(message, captured.err)
+    assert set(contents(tmp_path)) == KEPT - {"checkpoint.previous.pt"}
     assert len(histories(tmp_path)) == 1
 
 
@@ -297,6 +339,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--seed", "-1"], "seed=-1: need a whole number from 0"),
     (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
     (["--resume"], "there is no checkpoint at"),
+    (["--checkpoint-every", "0"], "--checkpoint-every 0: need a whole number of steps, at least 1"),
 ]
 
 
@@ -334,10 +377,109 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_run_as_it_was(
     assert run(words(folder, "--resume", "--seed", "4")) == 2
     assert "another configuration (seed: 3 then, 4 now)" in capsys.readouterr().err.splitlines()[-1]
     assert contents(folder) == before
-    (folder / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-1000])
+    for name in CHECKPOINTS:
+        (folder / name).write_bytes(before[name][:-1000])
     assert run(words(folder, "--resume")) == 2
-    assert "is damaged or not a checkpoint; start without --resume" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "is damaged or not a checkpoint; start without --resume" in last
+    assert "checkpoint.previous.pt cannot be read either" in last
     assert contents(folder).keys() == before.keys()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_the_end_is_the_same(
+    finished: Done, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    damaged = (folder / "checkpoint.pt").read_bytes()[:-1000]
+    (folder / "checkpoint.pt").write_bytes(damaged)
+    assert run(words(folder, "--resume")) == 0
+    assert "NOTICE: checkpoint.pt is missing or damaged; reading checkpoint.previous.pt" in capsys.readouterr().err
+    assert histories(folder) == histories(finished.folder)
+    assert (folder / "checkpoint.damaged.pt").read_bytes() == damaged
+    before = finished.folder / "checkpoint.previous.pt"
+    assert (folder / "checkpoint.previous.pt").read_bytes() == before.read_bytes()
+
+
+def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    code = f"import time; from src import run_lock; run_lock.hold({str(tmp_path)!r}); print('held', flush=True)"
+    command = [sys.executable, "-c", f"{code}; time.sleep(100)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert run(words(tmp_path)) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: output folder {str(tmp_path)!r} is in use by another run (process {other.pid} ")
+        assert "wait for it or stop it" in told
+        assert list(contents(tmp_path)) == []
+        other.kill()  # without a chance to clean up
+    assert run(words(tmp_path, "--epochs=1")) == 0
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real, states = os.fsync, []
+
+    def full(handle: int) -> None:
+        if states:
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(training, "train_step", on_step(3, lambda _: states.append("full")))
+    assert run(words(tmp_path)) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith(f"error: the checkpoint after epoch 2 of 2 could not be written to {str(tmp_path)!r} ")
+    assert f"({os.strerror(number)}); make room" in told[-1]
+    assert told[-3] == f"the state after epoch 1 of 2 is in {tmp_path}; the same command with --resume goes on"
+    assert set(contents(tmp_path)) == KEPT - {"checkpoint.previous.pt"}
+    assert len(histories(tmp_path)) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_table_or_figure_that_cannot_be_written_or_drawn_is_a_warning(
+    finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("history.csv", "accuracy_curve.png", "run.json"):  # a folder in the file's place
+        (folder / name).mkdir()
+        (folder / name / "mine").touch()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such colour")
+
+    monkeypatch.setattr(RunFolder, "_set_aside", lambda _: None)
+    monkeypatch.setattr(pipeline.figures, "sparsity_curves", broken)
+    assert run(words(folder)) == 2
+    captured = capsys.readouterr()
+    assert finished.out.splitlines()[:2] == captured.out.splitlines()[:2]
+    assert "INCONCLUSIVE" in captured.out
+    warned = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
+    assert sum("history.csv' could not be written" in line for line in warned) == 1
+    assert sum("accuracy_curve.png' could not be written" in line for line in warned) == 1
+    assert "warning: sparsity_curves.png could not be drawn: RuntimeError: no such colour; the run goes on" in warned
+    assert len(warned) == 3
+    assert captured.err.splitlines()[-1].startswith("error: run.json could not be written (")
+    assert {"channel_liveness.png", "per_layer_channels.png"} <= set(contents(folder))
+    assert histories(folder) == histories(finished.folder)
+
+
+def test_out_of_memory_says_which_batch_size_would_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def exhausted(_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried")
+
+    monkeypatch.setattr(training, "train_step", on_step(3, exhausted))
+    assert run(words(tmp_path)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "does not hold a batch of 50 images; try batches of 25: --batch-size 25, or BATCH_SIZE = 25" in told
+    assert f"the state after epoch 1 of 2 is in {tmp_path}" in told
+    assert len(histories(tmp_path)) == 1
 
 
 def test_the_commands_exit_status_is_the_functions() -> None:

@@ -1,35 +1,29 @@
 """The download against a local server that misbehaves in every way a real one does.
 
-The archives here are small fakes; their md5 is computed with hashlib in the test, so it is not the code under test
-that says what is right.
+The archives here are small fakes (tests/torture/fakes.py), the server is tests/torture/host.py.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import gzip
-import hashlib
 import importlib.util
-import io
 import pickle
 import shutil
 import tarfile
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from src import download
-from src.cifar10 import CIFAR10, images_and_labels, obtain, read_batches, unpack
+from src.cifar10 import CIFAR10, MAX_EXTRA_BYTES, images_and_labels, obtain, read_batches, unpack
 from src.download import Archive, DataError, Patience, fetch
-
-FOLDER = "batches"
-QUICK = Patience(timeout=0.4, rounds=2, pause=0.0, window=0.2, slow=1e6, stalled=1.0)
+from tests.torture.fakes import FILES, FOLDER, PAYLOAD, batch, described, md5, packed
+from tests.torture.host import QUICK, Host, serving
 
 
 class Loudly:
@@ -41,119 +35,10 @@ class Loudly:
         return (exec, ("import tests.test_download as t; t.Loudly.called = True",))
 
 
-def md5(payload: bytes) -> str:
-    return hashlib.md5(payload).hexdigest()
-
-
-def batch(count: int = 3, seed: int = 0) -> bytes:
-    """A batch file opcode by opcode as Python 2 wrote the official ones: byte strings, numpy.core, dtype(u1, 0, 1)."""
-    data = np.random.default_rng(seed).integers(0, 256, (count, 3072), dtype=np.uint8).tobytes()
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
-    kind = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb"
-    shape = b"K" + bytes([count]) + b"M" + (3072).to_bytes(2, "little") + b"\x86"
-    state = b"(K\x01" + shape + kind + b"\x89T" + len(data).to_bytes(4, "little") + data + b"tb"
-    labels = b"](" + b"".join(b"K" + bytes([label]) for label in range(count)) + b"e"
-    return b"\x80\x02}(U\x04data" + array + state + b"U\x06labels" + labels + b"u."
-
-
-def packed(files: dict[str, bytes], folder: str = FOLDER, extra: tuple[tarfile.TarInfo, ...] = ()) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for info in extra:
-            tar.addfile(info, io.BytesIO(b"x" * info.size))
-        for name, payload in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return out.getvalue()
-
-
-def described(payload: bytes, files: dict[str, bytes], *sources: str) -> Archive:
-    return Archive("fake.tar.gz", md5(payload), len(payload), FOLDER, {k: md5(v) for k, v in files.items()}, sources)
-
-
-FILES = {"first": batch(40), "second": batch(50, seed=1)}
-PAYLOAD = packed(FILES)
-
-
-@dataclass
-class Host:
-    address: str
-    seen: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def url(self, way: str) -> str:
-        return f"{self.address}/{way}/fake.tar.gz"
-
-
 @pytest.fixture
 def host() -> Iterator[Host]:
-    """Serves PAYLOAD; the first part of the path says in which way."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def send(self, status: int, body: bytes, kind: str = "application/x-gzip", **headers: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            for key, value in {"Content_Length": str(len(body)), **headers}.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            way, asked = self.path.split("/")[1], self.headers.get("Range")
-            here.seen.append((way, asked))
-            first = int(asked.split("=")[1].rstrip("-")) if asked else 0
-            rest, total = PAYLOAD[first:], len(PAYLOAD)
-            span = {"Content_Range": f"bytes {first}-{total - 1}/{total}"}
-            try:
-                if way == "html":
-                    self.send(200, b"<html>please log in</html>", "text/html; charset=utf-8")
-                elif way == "disguised":
-                    self.send(200, b"<html>" + b" " * (total - 6))
-                elif way == "wrong":
-                    self.send(200, PAYLOAD[:-1] + bytes([PAYLOAD[-1] ^ 1]))
-                elif way == "other-size":
-                    self.send(200, PAYLOAD[:100])
-                elif way == "endless":
-                    self.send_response(200)
-                    self.end_headers()
-                    self.wfile.write(PAYLOAD + b"more" * 100_000)
-                elif way == "silent":
-                    time.sleep(1.0)
-                elif way == "slow":
-                    self.send(206 if asked else 200, rest[:0], Content_Length=str(len(rest)), **(span if asked else {}))
-                    for start in range(0, len(rest), 1000):
-                        self.wfile.write(rest[start : start + 1000])
-                        time.sleep(0.05)
-                elif way == "cut":  # every answer is 40 % of the file
-                    part = rest[: int(0.4 * total)]
-                    self.send(206 if asked else 200, part, Content_Length=str(len(rest)), **(span if asked else {}))
-                elif way == "cut-once" and not asked:
-                    self.send(200, PAYLOAD[: total // 2], Content_Length=str(total))
-                elif way == "no-range":
-                    self.send(200, PAYLOAD)
-                elif way == "shifted":
-                    self.send(206, PAYLOAD[10:], Content_Range=f"bytes 10-{total - 1}/{total}")
-                elif way == "416" and asked:
-                    self.send(416, b"")
-                elif way == "404":
-                    self.send(404, b"")
-                elif asked:
-                    self.send(206, rest, **span)
-                else:
-                    self.send(200, PAYLOAD)
-            except OSError:
-                pass  # the client hung up, as it should in some of these
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here = Host(f"http://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    yield here
-    server.shutdown()
-    server.server_close()
+    with serving() as here:
+        yield here
 
 
 @pytest.fixture(autouse=True)
@@ -339,6 +224,35 @@ def test_obtain_completes_a_folder_with_missing_files(host: Host, tmp_path: Path
     (tmp_path / FOLDER / "mine.txt").write_text("kept")
     assert obtain(tmp_path, print, download=True, archive=described(PAYLOAD, FILES, host.url("good")))
     assert sorted(only_files(tmp_path / FOLDER)) == ["first", "mine.txt", "second"]
+
+
+def test_obtain_removes_what_a_killed_process_left(host: Host, tmp_path: Path) -> None:
+    (tmp_path / ".cifar-10-abc" / FOLDER).mkdir(parents=True)
+    (tmp_path / ".cifar-10-abc" / FOLDER / "first").write_bytes(b"half")
+    assert obtain(tmp_path, print, download=True, archive=described(PAYLOAD, FILES, host.url("good")))
+    assert only_files(tmp_path) == [FOLDER]
+
+
+def test_obtain_waits_for_another_process_and_downloads_nothing(host: Host, tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / ".fake.tar.gz.lock")
+    lock.acquire()
+
+    def other_process(line: str) -> None:
+        assert line == f"another process is preparing fake.tar.gz in {tmp_path}; waiting for it"
+        place(tmp_path, FILES)
+        lock.release()
+
+    assert obtain(tmp_path, other_process, download=True, archive=described(PAYLOAD, FILES, host.url("good")))
+    assert host.seen == []
+    assert only_files(tmp_path) == [FOLDER]
+
+
+def test_a_member_that_claims_too_much_is_not_unpacked(tmp_path: Path) -> None:
+    archive = dataclasses.replace(described(PAYLOAD, FILES), size_bytes=1000 - MAX_EXTRA_BYTES)
+    (tmp_path / "fake.tar.gz").write_bytes(PAYLOAD)
+    with pytest.raises(DataError, match=f"first claims {len(FILES['first']):,} bytes"):
+        unpack(tmp_path / "fake.tar.gz", tmp_path, archive)
+    assert only_files(tmp_path) == ["fake.tar.gz"]
 
 
 def test_unpacking_cannot_leave_the_folder(tmp_path: Path) -> None:

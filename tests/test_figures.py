@@ -15,51 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments import diagram, figures, lesson_figures, style
 from src.records import EpochRecord, History, LayerRecord
-
-NAMES = [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)]
-WIDTHS = {"layer1": 16, "layer2": 32, "layer3": 64}
-
-
-def make_layers(epoch: int) -> tuple[LayerRecord, ...]:
-    """Layer i loses i channels in total by epoch 10; bits fall from 8 to 7 or, in the last three layers, to 5."""
-    layers = []
-    for i, name in enumerate(NAMES):
-        width = WIDTHS[name.split(".")[0]]
-        gone = i if epoch >= 10 and i < width else 0
-        bits = 8.0 if epoch < 10 else 7.0 if i < 15 else 5.0
-        layers.append(
-            LayerRecord(
-                name, bits, 0.01 * epoch, min(0.9, 0.02 * epoch + 0.01 * i), (True,) * gone + (False,) * (width - gone)
-            )
-        )
-    return tuple(layers)
-
-
-def make_history(done: int = 20, epochs: int = 20) -> History:
-    history = History(epochs)
-    for e in range(1, done + 1):
-        layers = make_layers(e)
-        dead = sum(layer.dead_channels for layer in layers) / sum(layer.channels for layer in layers)
-        history.append(
-            EpochRecord(
-                epoch=e,
-                loss=5 - 0.1 * e,
-                task_loss=2 - 0.08 * e,
-                logit_penalty=0.5,
-                group_penalty=500.0 - e,
-                coefficient=0.005 * min(max(e - 5, 0) / 5, 1),
-                learning_rate=1e-3,
-                train_accuracy=0.33 + 0.025 * e,
-                test_loss=1.0,
-                accuracy=0.3 + 0.025 * e,
-                unstructured_sparsity=0.02 * e,
-                structured_sparsity=dead,
-                mean_bits=float(np.mean([layer.bits for layer in layers])),
-                seconds=30.0,
-                layers=layers,
-            )
-        )
-    return history
+from tests.histories import NAMES, WIDTHS, make_history
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +62,17 @@ def test_a_falling_accuracy_is_not_said_to_climb() -> None:
         EpochRecord(**{**vars(second), "accuracy": 0.2}),
     ]
     label = figures.accuracy_curve(history).get_label()
-    assert "goes from 50.0 % to 20.0 %" in label
+    assert "falls from 50.0 % to 20.0 %" in label
     assert "climbs" not in label
+
+
+def test_a_run_that_learns_nothing_is_said_to_be_at_chance() -> None:
+    history = make_history(2)
+    history.records = [EpochRecord(**{**vars(record), "accuracy": 0.1}) for record in history]
+    label = figures.accuracy_curve(history, chance=0.1).get_label()
+    assert "Test accuracy is 10.0 % after 2 epochs, about chance (10.0 %)" in label
+    same = figures.accuracy_curve(history).get_label()
+    assert "is 10.0 % in the first and the last of 2 epochs" in same
 
 
 def test_sparsity_curves_have_the_coefficient_on_a_coloured_dashed_right_axis(history: History) -> None:
@@ -180,8 +145,8 @@ def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: Hist
     assert mcolors.same_color(alive[0].get_facecolor(), style.BLUE)
     assert mcolors.same_color(dead[0].get_facecolor(), style.GREY)
     notes = [(note.get_text(), *note.xy) for note in axes.texts]
-    assert notes[0] == ("7 bit", 0, 16)
-    assert notes[17] == ("5 bit", 17, 64)
+    assert notes[0] == ("7", 0, 16)
+    assert notes[17] == ("5", 17, 64)
     assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
     assert "519 of 672 channels are alive" in figure.get_label()
 
@@ -195,10 +160,14 @@ def test_dashboard_at_every_moment_of_a_run(done: int) -> None:
     loss, sparsity, bits, liveness, accuracy, coefficient = figure.axes
     for axes in (loss, sparsity, bits):
         assert axes.get_xlim() == (0.5, 20.5), "all planned epochs, from the start"
-    assert [a.get_ylabel() for a in (accuracy, coefficient)] == ["test accuracy", "penalty coefficient"]
-    np.testing.assert_allclose(lines_of(loss)["loss, total"], [5 - 0.1 * e for e in range(1, done + 1)])
+    keys = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, sparsity)]
+    assert keys == [["loss", "task", "accuracy"], ["zeros", "dead", "coefficient"]]
+    for axes, line in ((accuracy, loss), (coefficient, sparsity)):
+        colour = line.get_legend().get_lines()[2].get_color()
+        assert mcolors.same_color(axes.yaxis.get_tick_params()["color"], colour), "the axis has its line's colour"
+    np.testing.assert_allclose(lines_of(loss)["loss"], [5 - 0.1 * e for e in range(1, done + 1)])
     np.testing.assert_allclose(lines_of(loss)["task loss"], [2 - 0.08 * e for e in range(1, done + 1)])
-    np.testing.assert_allclose(lines_of(accuracy)["test accuracy (right)"], [30 + 2.5 * e for e in range(1, done + 1)])
+    np.testing.assert_allclose(lines_of(accuracy)["accuracy (right)"], [30 + 2.5 * e for e in range(1, done + 1)])
     np.testing.assert_allclose(lines_of(coefficient)["coefficient, planned"], plan)
     np.testing.assert_allclose(lines_of(coefficient)["coefficient (right)"], plan[:done])
     np.testing.assert_allclose(lines_of(sparsity)["zero weights"], [2.0 * e for e in range(1, done + 1)])
@@ -280,7 +249,7 @@ def test_before_after_pairs() -> None:
     before, after = axes.containers
     assert [bar.get_height() for bar in before] == [3.0, 1.0]
     assert [bar.get_height() for bar in after] == [1.5, 0.5]
-    assert [note.get_text() for note in axes.texts] == ["50%", "50%"]
+    assert [note.get_text() for note in axes.texts] == ["50", "50"]
     assert "MACs: 4 million before, 2 million after, 2 times fewer" in figure.get_label()
 
 
@@ -301,15 +270,20 @@ def test_staircase_shades_the_dead_zone_and_marks_the_levels() -> None:
 
 def test_staircase_family_and_explorer_read_the_curves() -> None:
     family = lesson_figures.staircase_family([("d", W, Q), ("none", W, W)], [("2 bits", W, Q)])
-    assert [axes.get_title(loc="left") for axes in family.axes] == ["the dead zone grows", "the bits fall"]
+    assert [axes.get_title(loc="left") for axes in family.axes] == ["The dead zone", "The bits"]
     assert "d ±0.25" in family.get_label()
     assert "2 bits 3" in family.get_label()
     weights = np.array([0.1, -0.2, 0.5, -0.5])  # two zeros, two exact: error sqrt(.05 / .55) of the RMS
     figure = lesson_figures.staircase_explorer_figure(W, Q, weights, 2, 0.25, 0.8)
     assert f"2 bits: 50.0 % zeros, 3 of 3 levels used, error {100 * np.sqrt(0.05 / 0.55):.1f} %" in figure.get_label()
-    assert (
-        sum(bar.get_height() for bar in figure.axes[1].patches if bar.get_height() >= 1 and bar.get_width() < 0.1) == 4
-    )
+    keys, stairs, error, before, after = (figure.axes[i] for i in (0, 1, 3, 2, 4))
+    assert [text.get_text() for text in keys.get_legend().get_texts()][:2] == ["dead zone d", "quantized"]
+    np.testing.assert_array_equal(stairs.get_lines()[1].get_ydata(), Q)
+    np.testing.assert_allclose(error.get_lines()[0].get_ydata(), Q - W)
+    assert sum(bar.get_height() for bar in before.patches if bar.get_width() < 0.1) == pytest.approx(100)
+    (held,) = after.collections
+    tops = {round(float(segment[1][0]), 3): segment[1][1] for segment in held.get_segments()}
+    assert tops == {-0.5: 25.0, 0.0: 50.0, 0.5: 25.0}
     exact = lesson_figures.staircase_explorer_figure(W, Q, weights, 2, 0.25, 0.8, quantized_weights=weights)
     assert "0.0 % zeros, 4 of 3 levels used, error 0.0 %" in exact.get_label()
 
@@ -374,4 +348,4 @@ def test_figures_leave_no_state_behind(history: History) -> None:
     assert mcolors.same_color(figure.axes[0].get_facecolor(), "white")
     assert figure.axes[0].xaxis.label.get_fontsize() == style.TEXT
     assert figure.axes[0].spines["left"].get_linewidth() < 2, "also where this style names no value"
-    assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()) >= 9
+    assert min(text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()) >= 11

@@ -277,7 +277,7 @@ def test_headless_progress_is_one_finished_bar(outputs: list[list[SimpleNamespac
 def test_headless_show_and_explorer(outputs: list[list[SimpleNamespace]]) -> None:
     (shown,) = outputs[2]
     assert shown.metadata["image/png"]["alt"] == "frame 5"
-    figure, controls = outputs[3]
+    controls, figure = outputs[3]
     assert figure.metadata["image/png"]["alt"] == "6 bits", "the figure followed the slider"
     assert "image/png" in figure.data
     assert "application/vnd.jupyter.widget-view+json" in controls.data

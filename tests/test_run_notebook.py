@@ -1,36 +1,35 @@
-"""The headless runner on tiny notebooks, and the page it makes.
+"""The headless runner on tiny notebooks.
 
-Oracles: values that the notebook itself prints, exit statuses of the real command, and html.parser for what a page
-would fetch. Kernels are slow to start, so the tests that need one share it where they can.
+Oracles: values that the notebook itself prints, and exit statuses of the real command. Kernels are slow to start, so
+the tests that need one share it where they can. The page that the runner writes is looked at in test_page.py.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from experiments import run_notebook
-from experiments.html_template import tex_to_mathml, to_html
+from experiments import notebook_execution
+from experiments.html_template import to_html
+from experiments.notebook_execution import execute
 from experiments.notebook_parameters import NotebookInputError, inject, parameter_defaults, parse_settings
-from experiments.run_notebook import execute, main
+from experiments.run_notebook import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nRATE: float = 0.1\nFAST = False'
 DEFAULTS = {"DATA": "auto", "EPOCHS": None, "SEED": 0, "RATE": 0.1, "FAST": False}
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 def notebook(*cells: str, parameters: str | None = PARAMETERS) -> NotebookNode:
@@ -46,35 +45,6 @@ def notebook(*cells: str, parameters: str | None = PARAMETERS) -> NotebookNode:
 def written(path: Path, book: NotebookNode) -> Path:
     nbformat.write(book, path)
     return path
-
-
-def page_of(*outputs: NotebookNode) -> str:
-    return to_html(new_notebook(cells=[new_code_cell("show()", outputs=list(outputs))]))
-
-
-def display(data: dict[str, str], metadata: dict[str, object] | None = None) -> NotebookNode:
-    return new_output("display_data", data=data, metadata=metadata or {})
-
-
-class Elements(HTMLParser):
-    """Every start tag of a page with its attributes."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
-
-    def fetched(self) -> list[str]:
-        """Addresses that a browser would load by itself: not those of links."""
-        wanted = [value or "" for tag, attrs in self.found for name, value in attrs.items() if name == "src"]
-        wanted += [attrs.get("href") or "" for attrs in self.attributes("link")]
-        return [address for address in wanted if not address.startswith("data:")]
 
 
 # Parameters: no kernel starts.
@@ -157,7 +127,7 @@ def test_bad_input_ends_with_status_2_and_writes_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a kernel was about to start")
 
-    monkeypatch.setattr(run_notebook, "_Runner", never)
+    monkeypatch.setattr(notebook_execution, "_Runner", never)
     lesson = written(tmp_path / "lesson.ipynb", notebook("1"))
     (tmp_path / "broken.ipynb").write_text("{]")
     (tmp_path / "list.ipynb").write_text("[1]")
@@ -220,7 +190,7 @@ def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: 
     ]
     assert all("outputs" not in cell or not cell.outputs for cell in nbformat.read(lesson, as_version=4).cells)
     page = to_html(result.notebook)
-    assert '<pre class="output stderr" tabindex="0">be warned' in page
+    assert re.search(r'<pre class="output stderr *" tabindex="0">be warned', page)
     assert "interactive control: open the notebook" in page
     assert "IntSlider(value" not in page
 
@@ -231,22 +201,36 @@ def test_failing_cell_is_saved_with_its_number_line_and_error(
     (tmp_path / "helper.py").write_text("def broken():\n    raise ValueError('two is not three')\n")
     lesson = written(tmp_path / "lesson.ipynb", notebook("print('kept')", "", "import helper\n\nhelper.broken()", "0"))
     executed, page = tmp_path / "out/executed.ipynb", tmp_path / "out/page.html"
-    assert main(["--notebook", str(lesson), "--output-notebook", str(executed), "--html", str(page)]) == 1
-    error = capsys.readouterr().err
-    assert "failed at cell 6 (code cell 3), line 3: helper.broken()" in error
-    assert "ValueError: two is not three" in error
-    assert re.search(r"raised in \S*helper\.py:2", error)
-    cells = nbformat.read(executed, as_version=4).cells
+    files = ["--output-notebook", str(executed), "--html", str(page)]
+    executed.parent.mkdir()
+    page.write_text("the last good page")
+    assert main(["--notebook", str(lesson), *files]) == 1
+    told = capsys.readouterr()
+    assert "failed at cell 6 (code cell 3), line 3: helper.broken()" in told.err
+    assert "ValueError: two is not three" in told.err
+    assert re.search(r"raised in \S*helper\.py:2", told.err)
+    assert "page.html stay as an earlier run left them" in told.err
+    assert "page.failed.html" in told.out
+    assert page.read_text() == "the last good page"
+    failed_page = page.with_name("page.failed.html")
+    assert sorted(path.name for path in executed.parent.iterdir()) == [
+        "executed.failed.ipynb",
+        "page.failed.html",
+        "page.html",
+    ]
+    cells = nbformat.read(executed.with_name("executed.failed.ipynb"), as_version=4).cells
     assert cells[3].outputs[0].text == "kept\n"
     assert cells[5].outputs[-1].ename == "ValueError"
     assert cells[6].outputs == []
-    html = page.read_text()
+    html = failed_page.read_text()
     assert "This run stopped before the end" in html
     assert "ValueError: two is not three" in html
-    assert sorted(path.name for path in executed.parent.iterdir()) == ["executed.ipynb", "page.html"]
-    page.unlink()
-    assert main(["--render-only", "--output-notebook", str(executed), "--html", str(page)]) == 0
-    assert page.read_text() == html
+    # A page that is written again from the notebook of the failed run replaces the failed page alone.
+    failed_page.unlink()
+    shutil.copy(executed.with_name("executed.failed.ipynb"), executed)
+    assert main(["--render-only", *files]) == 0
+    assert failed_page.read_text() == html
+    assert page.read_text() == "the last good page"
 
 
 def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Path) -> None:
@@ -275,7 +259,7 @@ def test_dead_kernel_is_reported_as_such(tmp_path: Path) -> None:
 
 def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = {"argv": [sys.executable, "-c", "pass"], "display_name": "nothing", "language": "python"}
-    monkeypatch.setattr(run_notebook, "get_kernel_dict", lambda: nothing)
+    monkeypatch.setattr(notebook_execution, "get_kernel_dict", lambda: nothing)
     result = execute(written(tmp_path / "lesson.ipynb", notebook("1")), startup_timeout=20)
     assert result.failure is not None
     assert (result.failure.kind, result.exit_status) == ("no kernel", 1)
@@ -286,8 +270,15 @@ def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypa
 def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> None:
     cell = "import pathlib, time\npathlib.Path('running').touch()\ntime.sleep(60)"
     lesson = written(tmp_path / "lesson.ipynb", notebook(cell))
-    executed = tmp_path / "executed.ipynb"
-    files = ["--notebook", str(lesson), "--output-notebook", str(executed), "--html", str(tmp_path / "page.html")]
+    executed = tmp_path / "executed.failed.ipynb"
+    files = [
+        "--notebook",
+        str(lesson),
+        "--output-notebook",
+        str(tmp_path / "executed.ipynb"),
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
     command = [sys.executable, "-m", "experiments.run_notebook", *files]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -299,93 +290,5 @@ def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> 
     assert "interrupted at cell 4 (code cell 2), line 3: time.sleep(60)" in error
     assert "Traceback" not in error
     assert nbformat.read(executed, as_version=4).cells[3].outputs[-1].ename == "KeyboardInterrupt"
-    assert (tmp_path / "page.html").exists()
-
-
-# The page: no kernel.
-
-
-def test_picture_keeps_its_alt_text_width_and_bytes() -> None:
-    facts = {"image/png": {"alt": 'accuracy > 80 % & "rising"', "width": 640}}
-    (image,) = Elements(page_of(display({"image/png": PNG + "\n", "text/plain": "<Figure>"}, facts))).attributes("img")
-    assert image["alt"] == 'accuracy > 80 % & "rising"'
-    assert image["width"] == "640"
-    assert base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,")) == base64.b64decode(PNG)
-
-
-def test_svg_output_is_a_picture_with_alt_text() -> None:
-    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
-    (image,) = Elements(page_of(display({"image/svg+xml": svg}, {"image/svg+xml": {"alt": "a dot"}}))).attributes("img")
-    assert image["alt"] == "a dot"
-    assert base64.b64decode(str(image["src"]).partition("base64,")[2]).decode() == svg
-
-
-def test_page_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    (tmp_path / "near image.png").write_bytes(base64.b64decode(PNG))
-    book = notebook("1")
-    prose = "![near](near%20image.png) ![badge](https://example.org/badge.svg) [link](https://example.org) $x^2$"
-    book.cells.append(new_markdown_cell(prose))
-    book.cells.append(new_code_cell("", outputs=[display({"application/vnd.jupyter.widget-view+json": "{}"})]))
-    page = to_html(book, tmp_path)
-    elements = Elements(page)
-    assert elements.fetched() == []
-    assert elements.attributes("script") == []
-    assert "url(" not in page
-    assert "@import" not in page
-    assert [image["alt"] for image in elements.attributes("img")] == ["near"]
-    assert '<span class="remote-image">badge</span>' in page
-    assert "https://example.org" in [link.get("href") for link in elements.attributes("a")]
-
-
-def test_title_is_the_first_heading_and_sections_are_listed() -> None:
-    book = notebook("1")
-    book.cells += [new_markdown_cell("## Second `one`"), new_markdown_cell("## Third $x$")]
-    page = to_html(book)
-    assert "<title>A small lesson</title>" in page
-    contents = page[page.index("<nav") : page.index("</nav>")]
-    assert re.findall(r'href="#([^"]+)"', contents)[:2] == ["A-section", "Second-one"]
-    assert "no heading" not in contents
-
-
-@pytest.mark.parametrize(
-    ("prose", "expected"),
-    [
-        ("$x^2$", "<msup><mi>x</mi><mn>2</mn></msup>"),
-        ("$$\\frac{1}{2}$$", "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>"),
-        ("\\begin{align} a &= b \\\\ c &= d \\end{align}", "<mtable"),
-        ("$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$", "<mtable"),
-        ("$$\\begin{cases} 0 & |w| \\le d/2 \\\\ 1 & \\text{otherwise} \\end{cases}$$", "<mtext>otherwise</mtext>"),
-    ],
-)
-def test_tex_becomes_mathml(prose: str, expected: str) -> None:
-    page = to_html(new_notebook(cells=[new_markdown_cell(f"Text {prose} text")]))
-    assert expected in page
-    body = page[page.index("<main") :]
-    assert "$" not in body
-    assert "\\" not in body
-
-
-@pytest.mark.parametrize("tex", [r"\frac{", r"\nosuchcommand{x}", r"\begin{tikzcd} a & b \end{tikzcd}", "a & b"])
-def test_tex_that_cannot_be_converted_is_shown_as_it_stands(tex: str) -> None:
-    shown = tex_to_mathml(tex, "inline")
-    assert shown.startswith('<code class="tex">')
-    assert shown.count("&amp;") == tex.count("&")
-
-
-def test_latex_output_is_converted_too() -> None:
-    assert "<msup><mi>x</mi><mn>2</mn></msup>" in page_of(display({"text/latex": "$x^2$", "text/plain": "x2"}))
-
-
-def test_widget_without_state_leaves_a_note_and_no_empty_box() -> None:
-    view = "application/vnd.jupyter.widget-view+json"
-    page = page_of(display({view: '{"model_id": "1"}', "text/plain": "interactive(children=())"}))
-    assert page.count("(interactive control: open the notebook to use it)") == 1
-    assert "Loading widget" not in page
-    assert "interactive(children" not in page
-
-
-def test_table_of_an_output_can_scroll_and_text_is_escaped() -> None:
-    page = page_of(display({"text/html": "<table><tr><td>1</td></tr></table>"}), new_output("stream", text="a < b & c"))
-    assert '<div class="output html"><table>' in page
-    assert "a &lt; b &amp; c" in page
-    assert re.search(r"\.output\.html \{[^}]*overflow-x: auto", page)
+    assert (tmp_path / "page.failed.html").exists()
+    assert not (tmp_path / "page.html").exists()

@@ -1,29 +1,43 @@
 """The set-up files agree with each other: pyproject.toml, requirements.lock, environment.yml, Makefile.
 
-Oracles: `packaging` reads requirements and markers, `make` itself says what it would do.
+And the notebook finds the project, or says how to get it, wherever a front end starts its kernel. Oracles: `packaging`
+reads requirements and markers, `make` itself says what it would do, and the notebook's set-up cells are run by a bare
+Python in the folders where JupyterLab, VS Code, Colab or Binder would start.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from experiments import notebook_setup
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
 DIRECT = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
 SUPPORTED = ("3.11.0", "3.12.0", "3.13.0")
+
+SETUP = "\n\n".join(
+    cell.source
+    for cell in nbformat.read(ROOT / "notebooks/codeq_walkthrough.ipynb", as_version=4).cells
+    if "setup" in cell.metadata.get("tags", [])
+)
+REPORT = "\nimport json; print(json.dumps([str(ROOT.resolve()), os.getcwd(), sys.path[0]]))"
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -131,6 +145,13 @@ def test_make_debug_turns_parameters_into_flags_of_the_script(checkout: Path) ->
 
 
 @needs_make
+def test_make_lab_explores_the_run_that_is_named(checkout: Path) -> None:
+    assert make("lab", folder=checkout).splitlines() == ["-m", "experiments.lab"]
+    output = make("lab", "OUTPUT_DIR=my runs", folder=checkout)
+    assert output.splitlines() == ["-m", "experiments.lab", "--output=my runs"]
+
+
+@needs_make
 def test_make_takes_no_parameter_from_the_environment(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", "somebody else's")
     assert make("walkthrough", folder=checkout).splitlines() == ["-m", "experiments.run_notebook"]
@@ -160,3 +181,99 @@ def make(*arguments: str, folder: Path = ROOT) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+# The first cells of the notebook, in the folders where front ends start their kernels.
+
+
+def set_up(
+    folder: Path, *, code: str = SETUP + REPORT, repository: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CODEQ_REPOSITORY")}
+    if repository is not None:
+        environment["CODEQ_REPOSITORY"] = repository
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("place", ["notebooks", ".", "src"], ids=["JupyterLab, VS Code", "VS Code, workspace", "other"])
+def test_notebook_finds_the_checkout_that_it_lies_in(place: str) -> None:
+    done = set_up(ROOT / place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [str(ROOT)] * 3
+
+
+def test_set_up_cells_can_be_run_again() -> None:
+    done = set_up(ROOT / "notebooks", code=f"{SETUP}\n{SETUP}{REPORT}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0] == str(ROOT)
+
+
+def test_notebook_that_came_alone_says_how_to_get_the_project(tmp_path: Path) -> None:
+    done = set_up(tmp_path)
+    assert done.returncode == 1
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("FileNotFoundError")]
+    assert f"the project is not above {tmp_path.resolve()}" in message
+    assert "REPOSITORY" in message
+    assert "CODEQ_REPOSITORY" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_notebook_that_came_alone_clones_the_project_where_it_is_told_from_where(tmp_path: Path) -> None:
+    """As on Colab: an empty working folder and an address. The second time the clone is there already."""
+    origin, folder = tmp_path / "origin", tmp_path / "content"
+    folder.mkdir()
+    (origin / "experiments").mkdir(parents=True)
+    for name in ("utils_quantization.py", "pyproject.toml", "experiments/__init__.py", "experiments/notebook_setup.py"):
+        shutil.copy(ROOT / name, origin / name)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "-m", "all"]):
+        subprocess.run(["git", *arguments], cwd=origin, check=True)
+    for repository in (origin.as_uri(), ""):
+        done = set_up(folder, repository=repository)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == [str((folder / "codeq-walkthrough").resolve())] * 3
+
+
+def test_address_that_cannot_be_cloned_is_an_error_of_git(tmp_path: Path) -> None:
+    done = set_up(tmp_path, repository=(tmp_path / "none").as_uri())
+    assert done.returncode == 1
+    assert "none" in done.stderr
+    assert "CalledProcessError" in done.stderr
+
+
+def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook_setup.check()  # all of them are here
+    monkeypatch.setattr(notebook_setup, "required", lambda: ["torch>=2.6", "no-such-package>=1.2", "nor-this"])
+    with pytest.raises(ModuleNotFoundError, match=r'no-such-package, nor-this; .*%pip install "no-such-package>=1\.2"'):
+        notebook_setup.check()
+
+
+def test_packages_that_the_notebook_does_without_are_still_dependencies() -> None:
+    declared = {notebook_setup.name_of(line) for line in PROJECT["dependencies"]}
+    assert declared >= notebook_setup.ELSEWHERE
+    assert {"torch", "numpy", "constriction", "matplotlib"} <= {*map(notebook_setup.name_of, notebook_setup.required())}
+
+
+WITHOUT_WIDGETS = """
+import sys
+sys.modules["ipywidgets"] = None  # an import of it fails, as where it is not installed
+from types import SimpleNamespace
+import IPython
+from experiments import display, explorers, live
+shown = []
+display.in_notebook = lambda: True
+display.put = live.display.put = lambda data, metadata, handle=None: shown.append(sorted(data)) or "handle"
+IPython.display.display = lambda control: shown.append(repr(control))
+explorers.quantizer(explorers.weight_samples(0))
+print(shown)
+"""
+
+
+def test_explorers_show_their_figure_where_ipywidgets_is_missing() -> None:
+    done = set_up(ROOT, code=WITHOUT_WIDGETS)
+    assert done.returncode == 0, done.stderr
+    assert "image/png" in done.stdout
+    assert "need the package ipywidgets" in done.stdout

@@ -1,28 +1,35 @@
-r"""An executed notebook as one HTML file that needs no network, no script and no server.
+r"""An executed notebook as one HTML file that needs no network and no server.
 
 What the stock template would fetch or lose is replaced: TeX becomes MathML, a PNG keeps the alt text of its
-metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded, a widget becomes a note.
-The page's structure is index.html.j2, its look style.css, both in this folder.
+metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded, a widget becomes a note. Code is
+folded in <details>; the one script, page.js, folds and unfolds all of it and is not needed for anything else. A
+content security policy in the page keeps every browser from fetching anything, and from running any other script.
+The page's structure is index.html.j2, its look style.css, its head experiments/page_facts.py.
 """
 
 from __future__ import annotations
 
 import base64
+import copy
+import hashlib
 import html
 import logging
 import mimetypes
 import re
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from jinja2 import pass_context
-from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
-from pygments.formatters import HtmlFormatter
+
+from experiments import page_facts
+from experiments.html_template.budget import fit
+from experiments.html_template.mathml import tex_to_mathml
+
+__all__ = ["headings", "tex_to_mathml", "title", "to_html"]
 
 HERE = Path(__file__).resolve().parent
 TITLE_IF_NONE = "Notebook"
@@ -33,14 +40,26 @@ _log = logging.getLogger(__name__)
 def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
     """The notebook as a page of its own. Relative image addresses are read from `folder`, the notebook's.
 
-    The title is the first heading. `notebook.metadata["run"]` (status, message, seconds, command; all optional)
-    is shown: a banner where the status is "failed", and a line on how the page was made.
+    The title is the first heading, and the facts of the run (see `page_facts.header`) stand below it. Where
+    `notebook.metadata["run"]` has the status "failed" a banner says so. `notebook` itself stays as it is.
     """
+    notebook = copy.deepcopy(notebook)
+    fit(notebook)
     exporter = _OfflineExporter(template_name="html_template", extra_template_basedirs=[str(HERE.parent)])
-    resources = {"metadata": {"name": title(notebook), "path": str(folder)}}
+    resources = {
+        "metadata": {"name": title(notebook), "path": str(folder)},
+        "header": page_facts.header(notebook),
+        "stylesheet": (HERE / "style.css").read_text(encoding="utf-8").strip(),
+        "script": (HERE / "page.js").read_text(encoding="utf-8").strip(),
+    }
+    digest = hashlib.sha256(str(resources["script"]).encode()).digest()
+    resources["script_hash"] = f"sha256-{base64.b64encode(digest).decode('ascii')}"
     page, _ = exporter.from_notebook_node(notebook, resources)
-    page = _embed_images(page, Path(folder))
-    return page.replace("<!--contents-->", _contents(page), 1)
+    page = _embed_images(_head_below_title(page), Path(folder))
+    contents = _contents(page)
+    for mark in ("side", "top"):
+        page = page.replace(f"<!--contents {mark}-->", contents, 1)
+    return page
 
 
 def title(notebook: NotebookNode) -> str:
@@ -59,33 +78,20 @@ def headings(markdown: str) -> list[str]:
     return [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "") for text in found]
 
 
-def tex_to_mathml(tex: str, display: str) -> str:
-    r"""One formula as MathML; display is "inline" or "block". TeX that cannot be converted is shown as it stands."""
-    source = re.sub(r"\\(begin|end)\{(?:aligned|split)\}", r"\\\1{align*}", tex.strip())
-    source = re.sub(r"\\(?:begin|end)\{equation\*?\}", "", source.replace(r"\operatorname*", r"\operatorname"))
-    source = re.sub(r"\\tag\{([^}]*)\}", r"\\qquad\\text{(\1)}", source)
-    try:
-        mathml = latex_to_mathml(source, display=display)
-        ElementTree.fromstring(mathml)
-        if re.search(r"<m[ion][^>]*>\\", mathml):
-            raise ValueError("a command is unknown")
-    except Exception as error:  # the converter raises its own, IndexError and others on TeX it does not know
-        _log.warning("left as TeX: %s (%s: %s)", tex.strip(), type(error).__name__, error)
-        return f'<code class="tex">{html.escape(tex.strip())}</code>'
-    return _space_like_tex(mathml)
-
-
 class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
-    """Markdown with MathML where the stock renderer leaves TeX for a script to find."""
+    """Markdown with MathML where the stock renderer leaves TeX for a script to find, and tables that can scroll."""
 
     def block_math(self, body: str) -> str:
-        return tex_to_mathml(body, "block")
+        return f'<div class="equation" tabindex="0">{tex_to_mathml(body, "block")}</div>\n'
 
     def inline_math(self, body: str) -> str:
         return tex_to_mathml(body, "inline")
 
     def latex_environment(self, name: str, body: str) -> str:
-        return tex_to_mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", "block")
+        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
+
+    def table(self, text: str) -> str:
+        return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>{text}</table></div>\n'
 
 
 class _OfflineExporter(HTMLExporter):  # type: ignore[misc, unused-ignore]
@@ -117,13 +123,8 @@ class _OfflineExporter(HTMLExporter):  # type: ignore[misc, unused-ignore]
         yield "markdown2html", self.markdown2html
         yield "readable_types", _readable_types
         yield "latex2mathml", _latex_output
-        yield "duration", _duration
-
-    def _init_resources(self, resources: Any) -> Any:
-        resources = super()._init_resources(resources)
-        resources["stylesheet"] = (HERE / "style.css").read_text(encoding="utf-8")
-        resources["code_stylesheet"] = HtmlFormatter(style="friendly", nobackground=True).get_style_defs(".highlight")
-        return resources
+        yield "text_class", _text_class
+        yield "html_class", _html_class
 
 
 _MIME_PRIORITY = _OfflineExporter().config.NbConvertBase.display_data_priority
@@ -139,19 +140,29 @@ def _latex_output(text: str) -> str:
     return MarkdownWithMath(renderer=_Renderer(escape=True)).render(text)
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _text_class(text: str) -> str:
+    """ "columns" where lines stand under each other and must not be wrapped, "" for running text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    in_columns = [line for line in lines if re.search(r"\S {2,}\S| \| ", line)]
+    return "columns" if len(in_columns) > 1 and 2 * len(in_columns) > len(lines) else ""
 
 
-def _space_like_tex(mathml: str) -> str:
-    """Spacing that browsers give by the character, TeX by its use: bars, slash, sign, tanh before a letter."""
-    mathml = re.sub(
-        r"<mo[^>]*>&#x(0007C|02016|0002F);</mo>", r'<mo stretchy="false" lspace="0" rspace="0">&#x\1;</mo>', mathml
-    )
-    mathml = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", mathml)
-    mathml = re.sub(r"(&#x0(?:002C|0028|003D|2264);</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;', mathml)
-    return re.sub(r"(<mi>[A-Za-z]{2,}</mi>)(?=<m(?:i|n|sub|sup|frac|sqrt)\b)", r'\1<mspace width="0.17em" />', mathml)
+def _html_class(fragment: str) -> str:
+    """ "paper" where an output brings colours of its own, which were chosen for a white page; "" otherwise."""
+    return "paper" if re.search(r"(?<![-\w])(?:background(?:-color)?|color)\s*:", fragment) else ""
+
+
+def _head_below_title(page: str) -> str:
+    """Move the head of the page behind its first <h1>, where there is one."""
+    found = re.search(r"<!--head-->(.*?)<!--/head-->", page, flags=re.DOTALL)
+    if found is None:
+        return page
+    rest = page[: found.start()] + page[found.end() :]
+    place = rest.find("</h1>", found.start())
+    if place < 0:
+        return page
+    place += len("</h1>")
+    return rest[:place] + found.group(1) + rest[place:]
 
 
 def _embed_images(page: str, folder: Path) -> str:
@@ -176,7 +187,7 @@ def _embed_images(page: str, folder: Path) -> str:
 
 
 def _contents(page: str) -> str:
-    """Links to the sections of a rendered page: its second-level headings."""
+    """Links to the sections of a rendered page, its second-level headings; "" where there are fewer than three."""
     found = re.findall(r'<h2[^>]*\bid="([^"]*)"[^>]*>(.*?)</h2>', page, flags=re.DOTALL)
     if len(found) < 3:
         return ""
@@ -184,4 +195,4 @@ def _contents(page: str) -> str:
     for anchor, inner in found:
         text = re.sub(r"<[^>]+>", "", re.sub(r'<a class="anchor-link".*?</a>', "", inner, flags=re.DOTALL))
         items.append(f'<li><a href="#{anchor}">{text.strip()}</a></li>')
-    return f'<nav aria-label="Contents"><ol>{"".join(items)}</ol></nav>'
+    return f"<ol>{''.join(items)}</ol>"

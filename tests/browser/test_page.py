@@ -1,0 +1,238 @@
+"""The page in a browser without a network: what it may fetch, how it folds, how it is read on narrow and dark screens.
+
+The pages are made from small notebooks; the page of a whole run is looked at in test_lab.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+from experiments.html_template import to_html
+from experiments.page_facts import FACTS
+from tests.browser.lab_page import Complaints
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+FACTS_OF_A_RUN = {
+    "config": {"model": "resnet20", "preset": "smoke", "epochs": 24, "batch_size": 48, "seed": 0, "limit": None},
+    "data": {"title": "handwritten digits", "train_images": 1437, "test_images": 360},
+    "machine": {"device": "cpu", "device_name": "a processor", "precision": "float32", "threads": 2, "system": "Linux"},
+    "versions": {"python": "3.11.7", "torch": "2.6.0"},
+    "results": {"accuracy_float32": 0.994, "unstructured_sparsity": 0.919, "mean_bits": 6.1},
+    "verdict": {"state": "healthy", "headline": "HEALTHY: all 9 expectations met"},
+}
+WIDE_TABLE = f"<table><tr>{''.join(f'<th>a long heading {i}</th>' for i in range(12))}</tr></table>"
+COLOURED = '<style>#t {color: #a3262a}</style><table><tr><td id="t">FAILED</td><td>plain</td></tr></table>'
+CODE = 'def twice(x: float) -> float:  # a comment\n    """Text."""\n    return 2 * x + 0.5 if x else print("no, no")'
+REMOTE = '<script src="https://example.org/x.js"></script><img src="https://example.org/x.png" alt="away">'
+
+
+def picture(width: int = 1800, height: int = 900) -> NotebookNode:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "white").save(buffer, "PNG")
+    facts = {"image/png": {"alt": "Accuracy climbs from 10 % to 80 %.", "width": width // 2, "height": height // 2}}
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+    return new_output("display_data", data=data, metadata=facts)
+
+
+def lesson(**run: Any) -> NotebookNode:
+    """A notebook with every kind of cell and output that the walkthrough has."""
+    equation = "$$" + "a_1 + " * 40 + "b = c$$"
+    columns = "\n".join(f"Epoch {i}/9 | Loss: 2.3{i} | " + "a wide column  " * 8 for i in range(9))
+    cells = [
+        new_markdown_cell("# A lesson with a title\n\nProse with `code`, a [link](https://example.org) and $x^2$."),
+        new_code_cell(CODE, outputs=[new_output("stream", text=columns)]),
+    ]
+    for number in range(1, 8):
+        cells.append(new_markdown_cell(f"## {number}. Chapter `{number}`\n\n" + "Some prose. " * 120))
+        cells.append(new_code_cell(CODE, outputs=[picture()]))
+    cells += [
+        new_markdown_cell(f"{equation}\n\n| a | b |\n| --- | --- |\n| {'wide ' * 9} | {'unbreakable' * 9} |"),
+        new_code_cell("1", outputs=[new_output("display_data", data={"text/html": WIDE_TABLE})]),
+        new_code_cell("2", outputs=[new_output("display_data", data={"text/html": COLOURED})]),
+        new_code_cell("3", outputs=[new_output("stream", name="stderr", text="be warned")]),
+        new_code_cell(
+            "4", outputs=[new_output("display_data", data={"text/plain": "recorded", FACTS: FACTS_OF_A_RUN})]
+        ),
+        new_code_cell("5", outputs=[new_output("error", ename="E", evalue="v", traceback=["\x1b[31mE\x1b[0m: v"])]),
+    ]
+    return new_notebook(cells=cells, metadata={"run": {"started": "2026-01-02T03:04:05+00:00", "seconds": 75, **run}})
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(to_html(lesson(status="complete")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def shown(browser: Browser, file: Path) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1440, "height": 900}, offline=True)
+    page.goto(file.as_uri())
+    yield page
+    page.close()
+
+
+def violations(page: Page) -> list[tuple[str, str, str]]:
+    found = Axe().run(page).response["violations"]
+    return [(one["id"], one["impact"], one["nodes"][0]["html"][:200]) for one in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 768, 390])
+def test_page_is_accessible_and_no_wider_than_the_screen(browser: Browser, file: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)  # type: ignore[arg-type]
+    page.goto(file.as_uri())
+    for opened in (False, True):
+        page.locator("details").evaluate_all(f"(all) => all.forEach((one) => {{ one.open = {str(opened).lower()}; }})")
+        assert violations(page) == []
+        assert page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0
+    page.close()
+
+
+def test_page_of_a_stopped_run_says_where_and_is_accessible(browser: Browser, tmp_path: Path) -> None:
+    message = "failed at cell 6 (code cell 3), line 3: broken()\n  ValueError: two is not three"
+    file = tmp_path / "failed.html"
+    file.write_text(to_html(lesson(status="failed", message=message)), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    assert "failed at cell 6" in page.get_by_role("alert").inner_text()
+    assert "Stopped before the end" in page.get_by_role("region", name="This run").inner_text()
+    assert "Healthy" not in page.get_by_role("region", name="This run").inner_text()
+    assert violations(page) == []
+    page.close()
+
+
+def test_no_request_leaves_even_where_an_output_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+    book = lesson()
+    book.cells.append(new_code_cell("6", outputs=[new_output("display_data", data={"text/html": REMOTE})]))
+    file = tmp_path / "page.html"
+    file.write_text(to_html(book), encoding="utf-8")
+    page = browser.new_page()
+    asked: list[str] = []
+    page.route("**/*", lambda route: (asked.append(route.request.url), route.continue_()))
+    page.goto(file.as_uri())
+    page.wait_for_timeout(300)
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    page.close()
+
+
+def test_console_is_silent(browser: Browser, file: Path) -> None:
+    page = browser.new_page(offline=True)
+    complaints = Complaints()
+    complaints.listen(page)
+    page.goto(file.as_uri())
+    page.locator("button.all-code:visible").click()
+    assert (complaints.console, complaints.failed) == ([], [])
+    page.close()
+
+
+def test_code_is_folded_and_unfolds_by_keyboard_alone(shown: Page) -> None:
+    fold = shown.locator("details.code").first
+    assert not fold.locator("pre").is_visible()
+    fold.locator("summary").focus()
+    shown.keyboard.press("Enter")
+    assert fold.locator("pre").is_visible()
+    assert not shown.locator("details.code pre").nth(1).is_visible()
+    shown.keyboard.press("Space")
+    assert not fold.locator("pre").is_visible()
+
+
+def test_one_button_unfolds_all_code_and_folds_it_again(shown: Page) -> None:
+    button, code = shown.locator("button.all-code:visible"), shown.locator("details.code pre")
+    assert button.count() == 1
+    assert [code.nth(i).is_visible() for i in range(code.count())] == [False] * code.count()
+    button.focus()
+    shown.keyboard.press("Enter")
+    assert [code.nth(i).is_visible() for i in range(code.count())] == [True] * code.count()
+    assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Hide all code", "true")
+    button.click()
+    assert not code.first.is_visible()
+
+
+def test_without_scripts_every_cell_still_unfolds(browser: Browser, file: Path) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(file.as_uri())
+    assert page.locator("button.all-code:visible").count() == 0
+    page.locator("details.code summary").first.click()
+    assert page.locator("details.code pre").first.is_visible()
+    page.context.close()
+
+
+def test_contents_lead_to_every_chapter_beside_the_text(shown: Page) -> None:
+    links = shown.get_by_role("navigation", name="Contents").get_by_role("link")
+    assert links.all_inner_texts() == [f"{i}. Chapter {i}" for i in range(1, 8)]
+    links.nth(4).click()
+    shown.wait_for_function("() => document.querySelector('nav.side a[aria-current]')?.textContent === '5. Chapter 5'")
+    heading = shown.get_by_role("heading", name="5. Chapter 5")
+    shown.wait_for_function("() => Math.abs(document.getElementById('5.-Chapter-5').getBoundingClientRect().top) < 60")
+    assert heading.is_visible()
+
+
+def test_contents_unfold_on_a_narrow_screen(browser: Browser, file: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(file.as_uri())
+    contents = page.get_by_role("navigation", name="Contents")
+    link = contents.get_by_role("link", name="7. Chapter 7")
+    assert link.count() == 0 or not link.is_visible()
+    contents.get_by_text("Contents", exact=True).click()
+    link.click()
+    page.wait_for_function("() => Math.abs(document.getElementById('7.-Chapter-7').getBoundingClientRect().top) < 60")
+    page.close()
+
+
+def test_head_tells_the_run(shown: Page) -> None:
+    told = shown.get_by_role("region", name="This run").inner_text()
+    for part in ("Healthy", "All 9 expectations met", "99.4 %", "2 January 2026, 03:04 UTC, took 1 min 15 s"):
+        assert part in told
+    for part in ("resnet20 on handwritten digits (1,437 train and 360 test images)", "preset smoke, epochs 24"):
+        assert part in told
+    assert "cpu (a processor), float32, 2 threads, Linux" in told
+    assert "python 3.11.7, torch 2.6.0" in told
+
+
+def test_wide_things_scroll_by_themselves_and_can_be_reached_by_keyboard(browser: Browser, file: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(file.as_uri())
+    for kind in (".output.html", ".scroll", ".equation", "pre.columns", "figure.output"):
+        box = page.locator(kind).first
+        assert box.evaluate("(box) => box.scrollWidth > box.clientWidth"), kind
+        box.focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("() => document.activeElement.scrollLeft > 0")
+    page.close()
+
+
+def test_dark_screens_get_dark_paper_but_figures_and_coloured_tables_keep_theirs(browser: Browser, file: Path) -> None:
+    page = browser.new_page(color_scheme="dark")
+    page.goto(file.as_uri())
+
+    def ground(selector: str) -> int:
+        colour = page.locator(selector).first.evaluate("(one) => getComputedStyle(one).backgroundColor")
+        red, green, blue = (int(part) for part in colour.strip("rgba()").split(",")[:3])
+        return red + green + blue
+
+    assert ground("body") < 150
+    assert ground("figure img") == ground(".output.paper") == 3 * 255
+    page.close()
+
+
+def test_print_leaves_out_what_is_folded_and_the_contents(shown: Page) -> None:
+    shown.locator("details.code summary").first.click()
+    shown.emulate_media(media="print")
+    assert not shown.get_by_role("navigation", name="Contents").is_visible()
+    assert shown.locator("details.code pre").first.is_visible()
+    assert not shown.locator("details.code").nth(1).is_visible()
+    assert not shown.locator("details.code summary").first.is_visible()

@@ -1,0 +1,188 @@
+"""Comparing runs: costs are those of the metrics, tables say what differs, a bad folder is told with its contents."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import compare, compare_figures, display, live
+from experiments.costs import dense_macs, relative_bops
+from experiments.evaluator import Evaluator
+from experiments.presets import RunConfig, configure
+from resnet import resnet20
+from src.checkpoints import Progress, checkpoint_bytes
+from src.epoch_means import EpochMeans
+from src.evaluation import layer_records
+from src.records import EpochRecord, History, LayerRecord
+from src.run_files import RunError
+from src.runs import CHECKPOINT
+from tests.histories import make_history
+from tests.quantized_networks import mixed_resnet20
+
+
+def save(path: Path, config: RunConfig, epochs: int, summary: str = "") -> None:
+    path.mkdir(parents=True)
+    model = torch.nn.Sequential()
+    model.linear = torch.nn.Linear(4, 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = Progress(make_history(epochs, config.epochs), EpochMeans())
+    (path / CHECKPOINT).write_bytes(checkpoint_bytes(model, optimizer, progress, asdict(config)))
+    if summary:
+        (path / "run.json").write_text(summary)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Three runs: the present one, one before it, and one beside it that was not finished."""
+    debug = configure("debug", data="cifar10")
+    verdict = '{"verdict": {"state": "healthy"}, "data": {"name": "cifar10"}}'
+    save(tmp_path / "out", debug, 20, verdict)
+    save(tmp_path / "out" / "previous" / "2", replace(debug, seed=1, peak=0.02), 20, verdict)
+    save(tmp_path / "beside", replace(debug, data_root="/elsewhere"), 5)
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "a file").write_text("")
+    return tmp_path
+
+
+def test_relative_bops_by_hand() -> None:
+    """Two layers: 100 MACs quantized at 4 bits with half of its weights 0, 28 MACs at 32 bits."""
+    layer = LayerRecord("a", 4.0, 0.1, 0.5, (False,))
+    record = EpochRecord(1, 1, 1, 0, 0, 0, 1e-3, 0.5, 1, 0.5, 0.5, 0, 4, 1, (layer,))
+    history = History(1, [record])
+    found = relative_bops(history, {"a": 100, "stem": 28})
+    assert found == pytest.approx([(0.5 * 100 * 4 * 32 + 28 * 32 * 32) / (128 * 32 * 32)])
+    with pytest.raises(ValueError, match="'a' of the history is no layer of the network: stem"):
+        relative_bops(history, {"stem": 28})
+
+
+def test_relative_bops_are_those_of_the_metrics() -> None:
+    model = mixed_resnet20()
+    layers = layer_records(model)
+    history = History(1, [replace(make_history(1).records[0], layers=layers)])
+    result = Evaluator(resnet20()).evaluate(model)
+    found = relative_bops(history, dense_macs(configure("debug"), 10))
+    assert found[0] == pytest.approx(1 / result.unstructured_bops_ratio, rel=1e-9)
+    assert sum(dense_macs(configure("debug"), 10).values()) == 40_551_040
+
+
+def test_runs_are_found_around_a_folder(runs: Path) -> None:
+    found = compare.find_runs(runs / "out")
+    assert list(found) == ["out", "out/previous/2", "beside"]
+    assert compare.read_run(found["out/previous/2"]).config.seed == 1
+    assert list(compare.find_runs(runs / "nothing here")) == ["beside", "out", "out/previous/2"]
+
+
+def test_tables_hold_what_differs_and_what_came_out(runs: Path) -> None:
+    read = [compare.read_run(path, label) for label, path in compare.find_runs(runs / "out").items()]
+    assert compare.differing_settings(read) == [
+        {"setting": "seed", "out": "0", "out/previous/2": "1", "beside": "0"},
+        {"setting": "peak", "out": "0.008", "out/previous/2": "0.02", "beside": "0.008"},
+    ]
+    first, _, last = compare.results(read)
+    assert first["accuracy"] == "80.0%"
+    assert first["verdict"] == "healthy"
+    assert (last["epochs"], last["accuracy"], last["verdict"]) == ("5 of 20", "42.5%", "not finished")
+    assert compare.differing_settings(read[:1]) == []
+    text = compare.text_table(compare.results(read))
+    names, _, first_row, *_ = text.splitlines()
+    assert first_row.index("80.0%") == names.index("accuracy"), "columns are aligned"
+
+
+def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
+    read = [compare.read_run(path, label).series() for label, path in compare.find_runs(runs / "out").items()]
+    curves = compare_figures.run_curves(read)
+    keys, accuracy, zeros, _, bits = curves.axes
+    named = {text.get_text() for text in keys.get_legend().get_texts()}
+    assert named == {"out", "out/previous/2", "beside"}
+    np.testing.assert_allclose(accuracy.get_lines()[2].get_ydata(), [32.5, 35, 37.5, 40, 42.5])
+    np.testing.assert_allclose(zeros.get_lines()[0].get_ydata(), [2.0 * epoch for epoch in range(1, 21)])
+    np.testing.assert_allclose(bits.get_lines()[0].get_ydata(), make_history(20).column("mean_bits"))
+    assert "“out” ends at 80.0 % accuracy, the best of 3 runs" in curves.get_label()
+    plane = compare_figures.run_plane(read)
+    axes = plane.axes[1]
+    np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), 100 * read[0].relative_bops)
+    np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), 100 * read[0].columns["accuracy"])
+    assert axes.get_lines()[1].get_xdata() == pytest.approx([100 * read[0].relative_bops[-1]])
+    assert "32" in axes.get_xlabel()
+    assert f"{100 * read[0].relative_bops[-1]:.1f} %" in plane.get_label()
+    alone = compare_figures.run_curves(read[2:])
+    assert "ends at 42.5 % accuracy after 5 epochs" in alone.get_label()
+    with pytest.raises(ValueError, match="at least one run"):
+        compare_figures.run_plane([])
+
+
+def test_the_command_writes_figures_and_prints_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(runs / "out"), str(runs / "out" / "previous" / "2")]
+    assert compare.main([*folders, "--output", str(runs / "both.png")]) == 0
+    assert {path.name for path in runs.glob("*.png")} == {"both.png", "both_plane.png"}
+    told = capsys.readouterr().out
+    assert "peak     0.008  0.02" in told
+    assert compare.main([*folders, "--output", str(runs / "made")]) == 0
+    assert sorted(path.name for path in (runs / "made").iterdir()) == ["comparison.txt", "curves.png", "plane.png"]
+    assert (runs / "made" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "no run" / "notes.txt").write_text("")
+    for folder, reason in (
+        ("no run", "in it are notes.txt"),
+        ("a file", "it is a file"),
+        ("nowhere", "there is no such folder"),
+    ):
+        assert compare.main([str(runs / folder), "--output", str(runs / "x.png")]) == 2
+        told = capsys.readouterr().err
+        assert reason in told
+        assert "checkpoint.pt" in told
+    assert compare.main([str(runs / "out"), str(runs / "out"), "--output", str(runs / "x.png")]) == 2
+    assert "named twice" in capsys.readouterr().err
+    assert not (runs / "x.png").exists()
+    save(runs / "empty", configure("debug"), 0)
+    with pytest.raises(RunError, match="has not finished an epoch"):
+        compare.read_run(runs / "empty")
+    (runs / "no run" / "deeper").mkdir()
+    with pytest.raises(RunError, match="no run to compare around"):
+        compare.explorer(runs / "no run" / "deeper")
+
+
+def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two figures and the tables, each in its own display; a damaged run is named and left out."""
+    save(runs / "damaged", configure("debug"), 1)
+    (runs / "damaged" / CHECKPOINT).write_bytes(b"no checkpoint")
+    shown: list[dict[str, Any]] = []
+
+    def put(data: dict[str, str], metadata: dict[str, Any], *, handle: int | None = None) -> int:
+        if handle is None:
+            shown.append({})
+        place = len(shown) - 1 if handle is None else handle
+        shown[place] = {"text": data, "metadata": metadata}
+        return place
+
+    def alt(place: int) -> str:
+        return str(shown[place]["metadata"]["image/png"]["alt"])
+
+    chosen: list[Any] = []
+    explorer = live.explorer
+    monkeypatch.setattr(display, "put", put)
+    monkeypatch.setattr(live, "explorer", lambda build, **kept: (chosen.append(kept["runs"]), explorer(build, **kept)))
+    compare.explorer(runs / "out")
+    (pick,) = chosen
+    assert pick.value == ("out", "out/previous/2", "beside")
+    assert len(shown) == 3
+    assert "the best of 3 runs" in alt(0)
+    assert "previous/2" in shown[2]["text"]["text/html"]
+    pick.value = ("out", "beside")
+    tables = shown[2]["text"]
+    assert "the best of 2 runs" in alt(0)
+    assert "previous/2" not in alt(1) + tables["text/html"] + tables["text/plain"]
+    assert "Settings that differ" in tables["text/plain"]
+    assert "Not read: damaged: " in tables["text/plain"]
+    pick.value = ("beside",)
+    assert "ends at 42.5 % accuracy after 5 epochs" in alt(0)
+    assert "Settings that differ" not in shown[2]["text"]["text/plain"], "one run differs from nothing"
+    pick.value = ()
+    assert "“out”" in alt(0), "with nothing chosen the first stays"
