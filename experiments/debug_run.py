@@ -1,11 +1,12 @@
 """Validate the whole pipeline as a script: train, record, evaluate, judge.
 
-    python -m experiments.debug_run [--data cifar10] [--epochs 20] [--output debug_output] [--resume]
+    python -m experiments.debug_run [--data cifar10] [--epochs 20] [--output debug_output] [--resume] [--doctor]
 
 One line per epoch on stdout, then the compression table and the verdict; progress and notices on stderr. The output
 folder gets four figures, history.csv, run.json and checkpoint.pt (and checkpoint.previous.pt, the one before it).
-Exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, or a training that could not go on; 130
-interrupted, 143 terminated (checkpoint, history and figures kept: --resume goes on, with the same result).
+With --doctor the run is examined before, while and after it trains; the findings are told and go into run.json.
+Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could not go on;
+130 interrupted, 143 terminated (checkpoint, history and figures kept: --resume goes on, with the same result).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Sequence
 
 from experiments import pipeline
 from experiments.console import fail, say
+from experiments.examination import Examination
 from experiments.live import TerminalProgress
 from experiments.presets import PRESETS, ConfigError, RunConfig, configure
 from src import run_lock
 from src.data import steps_per_epoch
-from src.interrupts import Terminated
-from src.runs import RunFolder, check_writable
+from src.interrupts import Terminated, terminations
+from src.runs import CHECKPOINT, RunFolder, check_writable
 from src.training import DEVICES, TrainingError
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with terminations(), warnings.catch_warnings():
             warnings.showwarning = _say_warning
             return _run(_configuration(options), options)
     except ValueError as error:  # every error of the library that bad input can cause is one
@@ -42,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     except MemoryError:
         return fail("the memory does not hold the data; use --limit, or end other programs")
-    except KeyboardInterrupt:  # outside of the training loop, which keeps what it has
+    except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         say("interrupted")
-        return INTERRUPTED
+        return _status(stopped)
     finally:
         run_lock.release(options.output)
 
@@ -66,25 +68,28 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     )
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
+    examination = Examination(run, say) if options.doctor else None
+    if examination:
+        examination.begin()
     progress = TerminalProgress()
     steps = steps_per_epoch(data, config.batch_size)
     progress.start(config.epochs, steps, len(run.history), run.means.steps)
     try:
-        _train(loop, progress)
+        _train(loop, progress, examination)
     except KeyboardInterrupt as stopped:
         if run.history.records:
             pipeline.save_figures(run, loop.folder)
-        return 128 + stopped.signal if isinstance(stopped, Terminated) else INTERRUPTED
+        return _status(stopped)
     except TrainingError as error:
         return fail(f"{error}; {loop.kept}")
     try:
-        return _conclude(run, loop.folder)
+        return _conclude(run, loop.folder, examination)
     except KeyboardInterrupt:
         say(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
         raise
 
 
-def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress) -> None:
+def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination: Examination | None) -> None:
     """Train the epochs that are left; a line on stdout for each."""
     epochs, ended = loop.run.config.epochs, "stopped"
     try:
@@ -92,7 +97,11 @@ def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress) -> None:
             for epoch in loop.epochs():
                 for step in loop.steps():
                     progress.step(epoch + 1, step.index + 1, step.loss)
+                    if examination:
+                        examination.step(epoch, step)
                 record = loop.finish_epoch()
+                if examination:
+                    examination.epoch(record)
                 progress.epoch_done(record)
                 print(record.console_line(epochs), flush=True)
         ended = "trained"
@@ -100,26 +109,35 @@ def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress) -> None:
         progress.close(ended)
 
 
-def _conclude(run: pipeline.Run, folder: RunFolder) -> int:
+def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | None) -> int:
     result, accuracy = pipeline.evaluate_run(run)
+    report = examination.conclude(folder.path / CHECKPOINT, result, accuracy) if examination else None
     verdict = pipeline.verdict(run)
     pipeline.save_figures(run, folder)
     folder.try_write("history.csv", run.history.csv_text())
     failure = ""
     try:
-        folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict))
+        diagnosis = report.to_json() if report else None
+        folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict, diagnosis))
     except OSError as error:  # after hours of training the results are at least told
         failure = f"run.json could not be written ({error.strerror or error}); {GO_ON} and writes it"
     print()
     print(pipeline.compression_table(result, accuracy))
     print()
     print(verdict.text())
+    if report:
+        print(f"\n{report.text()}")
     if run.data.notice:
         print(f"\nNOTICE: {run.data.notice}")
     print(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
     if failure:
         return fail(failure)
-    return FAULTY if verdict.faulty else HEALTHY
+    return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY
+
+
+def _status(stopped: KeyboardInterrupt) -> int:
+    """128 + the signal's number, as a shell has it."""
+    return 128 + stopped.signal if isinstance(stopped, Terminated) else INTERRUPTED
 
 
 def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -132,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.debug_run",
         description="Train with the learnable dead-zone quantizer, evaluate the compression, and judge the run.",
         epilog="Ctrl-C and SIGTERM let the running step finish and write a checkpoint; a second Ctrl-C ends at once. "
-        "Exit status: 0 no fault found, 1 the verdict found a fault, 2 bad input, or a training that could not go on "
-        "(not a number, memory or disk full), 130 interrupted, 143 terminated.",
+        "Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could "
+        "not go on (not a number, memory or disk full), 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--preset", default="debug", help=f"one of {', '.join(PRESETS)} (default: debug)")
     parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
@@ -145,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and say what is broken")
     parser.add_argument(
         "--checkpoint-every",
         type=int,

@@ -28,7 +28,7 @@ from experiments import pipeline
 from experiments.console import fail, say
 from experiments.diagnosis.account_checks import Reported, account_checks
 from experiments.diagnosis.data_checks import data_checks
-from experiments.diagnosis.findings import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_APPLICABLE, STAGES, TRAINING, Report
+from experiments.diagnosis.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
 from experiments.diagnosis.grid_checks import grid_checks
 from experiments.diagnosis.network_checks import network_checks
 from experiments.diagnosis.optimizer_checks import optimizer_checks
@@ -44,7 +44,17 @@ from src.records import History
 from src.runs import CHECKPOINT, RunError, RunFolder, check_writable, load_checkpoint, load_model_state
 from src.training import TrainingError
 
-__all__ = ["Report", "Subject", "Watcher", "afterwards", "before", "examine", "first_steps", "while_training"]
+__all__ = [
+    "Report",
+    "Reported",
+    "Subject",
+    "Watcher",
+    "afterwards",
+    "before",
+    "examine",
+    "first_steps",
+    "while_training",
+]
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate": 6e-3}
@@ -184,10 +194,7 @@ def _own_run(options: argparse.Namespace) -> Report:
     say(f"{run.subtitle}; {config.epochs} epochs")
 
     def told(stage: str, found: Report) -> None:
-        failed = sum(finding.failed for finding in found.findings)
-        skipped = sum(finding.status == NOT_APPLICABLE for finding in found.findings)
-        count = len(found.findings) - skipped
-        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {count} checks, {failed} failed")
+        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
 
     return examine(Subject.of_run(run), on_stage=told, on_epoch=lambda record: say(record.console_line(config.epochs)))
 

@@ -7,13 +7,17 @@ training loop raises them where nothing is half done, by calling `raise_pending`
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SOON = 0.05  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,6 +47,43 @@ class _Watch:
 
 
 _watch = _Watch()
+
+
+@contextmanager
+def terminations() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C raises KeyboardInterrupt.
+
+    So what a command has to say and to put away at its end is said and put away then, too. An interruption that comes
+    within a destructor, where Python drops every exception, is sent again. The handlers that were there come back. An
+    ignored signal stays ignored (nohup). In another thread than the main one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGINT}
+    ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    hook = sys.unraisablehook
+
+    def send_again(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            hook(dropped)
+            return
+        number = getattr(dropped.exc_value, "signal", signal.SIGINT)
+        threading.Timer(SOON, os.kill, (os.getpid(), number)).start()
+
+    try:
+        sys.unraisablehook = send_again
+        for number in ours:
+            signal.signal(number, _terminate)
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated(number)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from experiments import debug_run, pipeline
+from experiments.diagnosis.findings import STAGES
 from experiments.verdict import FAILED, Finding, Verdict
 from src import training
 from src.data import load_data
@@ -232,6 +233,54 @@ def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
     tables = [list(csv.reader(io.StringIO((path / "history.csv").read_text()))) for path in (folder, unbroken)]
     assert [[*row[:drop], *row[drop + 1 :]] for row in tables[0]] == [[*r[:drop], *r[drop + 1 :]] for r in tables[1]]
     assert all((folder / name).read_bytes() == (unbroken / name).read_bytes() for name in FIGURES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_evaluation_says_that_the_training_is_kept(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(pipeline, "evaluate_run", send(number))
+    assert run(words(tmp_path / "run", "--epochs", "1")) == 128 + number
+    told = capsys.readouterr().err
+    assert "the training is complete and kept" in told
+    assert "--resume goes on with its evaluation and figures" in told
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
+
+
+def test_with_the_doctor_the_run_is_the_same_and_the_findings_are_told(
+    finished: Done, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    assert run(words(folder, "--doctor")) == 0
+    told = capsys.readouterr()
+    assert "doctor: before training: " in told.err
+    assert "doctor: first steps: " in told.err
+    assert "DOCTOR: no fault found" in told.out
+    assert histories(folder) == histories(finished.folder), "examining changed the run"
+    found = json.loads((folder / "run.json").read_text())["doctor"]
+    assert found["state"] == "healthy"
+    assert {finding["stage"] for finding in found["findings"]} == set(STAGES)
+    assert len(found["findings"]) > 40
+
+
+def test_what_the_doctor_finds_is_exit_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real = pipeline.evaluate_run
+
+    def on_half(run: pipeline.Run) -> tuple[Any, float]:
+        result, accuracy = real(run)
+        return result, accuracy + 0.25
+
+    monkeypatch.setattr(pipeline, "evaluate_run", on_half)
+    folder = tmp_path / "run"
+    assert run(words(folder, "--epochs", "1", "--checkpoint-every", "1")) == 0
+    assert "DOCTOR" not in capsys.readouterr().out
+    assert run(words(folder, "--epochs", "1", "--resume", "--doctor")) == 1
+    told = capsys.readouterr()
+    assert "what it was before training is not examined again" in told.err
+    assert "DOCTOR: 1 of " in told.out
+    assert json.loads((folder / "run.json").read_text())["doctor"]["likely_causes"][0]["key"] == "partial-test-set"
 
 
 KILLED = """

@@ -21,19 +21,15 @@ from experiments.diagnosis.promise import Promise
 from experiments.diagnosis.subject import Parts, Subject, build_subject
 from experiments.doctor import Watcher, before, examine, first_steps, main
 from experiments.presets import RunConfig, configure
-from resnet import BasicBlock, ResNet
+from resnet import NETWORKS
 from src import run_lock
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import CHECKPOINT, RunFolder
+from tests.faults.fault import small_config, small_data, small_network
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 
 WIDTHS = (4, 8, 16)
-
-
-def small_network(config: RunConfig, data: ImageData) -> nn.Module:
-    torch.manual_seed(config.seed)
-    return ResNet(BasicBlock, [1, 1, 1], data.num_classes, widths=WIDTHS)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +284,40 @@ def test_a_watcher_sees_a_record_of_another_epoch(subject: Subject) -> None:
     for record, _ in train(subject, None, watcher.step):
         watcher.epoch(replace(record, epoch=record.epoch - 1))
     assert keys(watcher.report(), "records follow the epochs")[0] == "history-shifted"
+
+
+def watched(run: pipeline.Run, *, restart_at: int | None = None, from_step: int = 0) -> Watcher:
+    """A watcher of all epochs; a fresh one from step `from_step` of the run on; deaf for two steps from restart_at."""
+    watcher, count = Watcher(Subject.of_run(run)), 0
+    while len(run.history) < run.config.epochs:
+        for step in pipeline.steps_left(run):
+            if count == from_step:
+                watcher = Watcher(Subject.of_run(run))
+            if count >= from_step and (restart_at is None or not restart_at <= count < restart_at + 2):
+                watcher.step(len(run.history), step)
+            count += 1
+        record = pipeline.finish_epoch(run)
+        if count > from_step:
+            watcher.epoch(record)
+    return watcher
+
+
+@pytest.mark.parametrize(
+    "settings", [{"restart_at": 9}, {"restart_at": 19}, {"from_step": 33}, {"from_step": 40}], ids=str
+)
+def test_a_watcher_that_misses_steps_raises_no_alarm(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(epochs=4)
+    monkeypatch.setitem(NETWORKS, "small", lambda classes, shortcut: small_network(config, small_data()))
+    run = pipeline.build_run(replace(config, model="small"), small_data())
+    watcher = watched(run, **settings)
+    assert watcher.missed
+    report = watcher.report()
+    assert not report.faulty, report.text(passed=False)
+    statuses = {finding.name: finding.status for finding in report.findings}
+    assert statuses["records follow the epochs"] == PASSED
+    assert statuses["coefficient applied"] == PASSED
+    watcher.looks[-1] = replace(watcher.looks[-1], record=replace(watcher.looks[-1].record, coefficient=7.0))
+    assert keys(watcher.report(), "coefficient applied")
 
 
 def test_a_report_puts_failures_of_early_stages_first_and_counts_their_causes() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from src.interrupts import SIGNALS, Interrupted, Terminated, between_steps, raise_pending
+from src.interrupts import SIGNALS, Interrupted, Terminated, between_steps, raise_pending, terminations
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,56 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             send(signal.SIGHUP)
             raise_pending()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_hears_of_its_end_outside_of_the_steps(number: int) -> None:
+    done = []
+
+    def command() -> None:
+        with terminations():
+            with between_steps():
+                pass
+            try:
+                send(number)
+                done.append("not reached")
+            finally:
+                done.append("put away")
+
+    with pytest.raises(Terminated) as caught:
+        command()
+    assert caught.value.signal == number
+    assert done == ["put away"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interruption_within_a_destructor_comes_again(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    class Closing:
+        def __del__(self) -> None:
+            send(number)
+            time.sleep(0.01)
+
+    def command() -> None:
+        with terminations():
+            Closing()
+            time.sleep(5)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        command()
+    assert getattr(caught.value, "signal", signal.SIGINT) == number
+    assert time.monotonic() - began < 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_command_under_nohup_lives_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminations():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            send(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -221,7 +221,7 @@ def _accuracy(subject: Subject, reported: Reported) -> Outcome:
         parts.append(f"{100 * record.accuracy:.2f}% recorded, {100 * right / count:.2f}% counted")
         if worst > 1:
             parts.append(f"test loss {record.test_loss:.4f} recorded, {loss:.4f} counted")
-            likely += _accuracy_diagnosis(subject, reported, record)
+            likely += _accuracy_diagnosis(subject, reported, record) + _training_images_key(subject, record.accuracy)
     if reported.accuracy is not None:
         right, count, _ = accuracy_by_hand(subject, torch.float32)
         off = abs(reported.accuracy - right / count)
@@ -229,10 +229,20 @@ def _accuracy(subject: Subject, reported: Reported) -> Outcome:
         close = ACCURACY_CLOSE[torch.float32] + 0.5 / count
         worst = max(worst, off / close)
         if off > close:
-            likely += _mode_keys(reported.seen, count)
+            likely += _mode_keys(reported.seen, count) + _training_images_key(subject, reported.accuracy)
     if not parts:
         raise NotApplicable("no accuracy was reported")
     return Outcome("as counted", "; ".join(parts), worst <= 1, [*likely, "partial-test-set", "accuracy-wrong"], worst)
+
+
+def _training_images_key(subject: Subject, told: float) -> list[str]:
+    """Whether an accuracy that is not the test set's is that of the training images."""
+    if subject.data is None:
+        return []
+    data = subject.data
+    own = replace(data, test_images=data.train_images, test_labels=data.train_labels)
+    right, count, _ = accuracy_by_hand(replace(subject, data=own), torch.float32)
+    return ["accuracy-on-training"] if abs(told - right / count) <= ACCURACY_CLOSE[torch.float32] + 0.5 / count else []
 
 
 def _mode_keys(seen: Seen | None, count: int) -> list[str]:
@@ -412,10 +422,10 @@ def compare_compression(subject: Subject, result: EvalResult) -> Outcome:
     if abs(found.total_bops - bops) > 1e-4 * bops:
         wrong.append(f"{found.total_bops:.4g} BOPs, {bops:.4g} counted")
         likely += _bops_diagnosis(meant, found.total_bops, bops)
-    ratio = full / found.total_bops if found.total_bops else float("inf")
-    if abs(result.unstructured_bops_ratio - ratio) > 1e-3 * ratio:
-        wrong.append(f"{result.unstructured_bops_ratio:.4g} times fewer BOPs, {full / bops:.4g} counted")
-        likely += _bops_diagnosis(meant, full / max(result.unstructured_bops_ratio, 1e-9), bops)
+    fault, keys = _ratio_fault(result, dense)
+    if fault:
+        wrong.append(fault)
+        likely += keys
     _structured(subject, result, meant, wrong, likely)
     measured = "; ".join(wrong[:2]) or f"{macs:,} MACs, {full / max(bops, 1):.2f} times fewer BOPs"
     return Outcome("as counted from weights, bits and a built network", measured, not wrong, [*likely, "bops-wrong"])
@@ -443,6 +453,30 @@ def _bops_diagnosis(meant: dict[str, Cost], found: float, right: float) -> list[
         "bops-wrong",
         "bops-wrong-bits",
     ]
+
+
+def _ratio_fault(result: EvalResult, dense: int) -> tuple[str, list[str]]:
+    """A ratio that is not the dense FP32 network's cost over the compressed one's, and what it is instead.
+
+    dense: MACs of the dense network. Each ratio times its own denominator is the baseline that was meant; where the
+    ratios agree on another one, the baseline is wrong, and else the formula.
+    """
+    full = {"BOPs": dense * 32.0 * ACTIVATION_BITS, "MACs": float(dense)}
+    reported = [
+        ("BOPs", result.unstructured_bops_ratio, result.unstructured_stats.total_bops),
+        ("MACs", result.unstructured_mac_ratio, result.unstructured_stats.total_macs),
+        ("BOPs", result.structured_bops_ratio, result.structured_stats.total_bops),
+        ("MACs", result.structured_mac_ratio, result.structured_stats.total_macs),
+    ]
+    meant = [(kind, ratio, full[kind] / cost, ratio * cost) for kind, ratio, cost in reported if cost]
+    off = [(kind, ratio, right, used) for kind, ratio, right, used in meant if abs(ratio - right) > 1e-3 * right]
+    if not off:
+        return "", []
+    kind, ratio, right, _ = off[0]
+    baselines = [used / full[kind] for kind, _, _, used in meant if any(kind == other for other, *_ in off)]
+    agree = len(baselines) > 1 and max(baselines) - min(baselines) < 1e-3 * max(baselines)
+    keys = ["baseline-wrong", "ratio-wrong"] if agree else ["ratio-wrong", "baseline-wrong"]
+    return f"{ratio:.4g} times fewer {kind}, {right:.4g} counted", keys
 
 
 def _structured(

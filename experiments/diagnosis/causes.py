@@ -444,6 +444,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "bops-activation-bits": ("BOPs are counted with other activation bits than 32.", "BOPs = MACs x weight bits x 32"),
     "bops-wrong": ("the reported BOPs are not MACs x weight bits x 32.", "add up the layers by hand"),
+    "ratio-wrong": (
+        "a compression ratio is not the dense FP32 network's cost divided by the compressed network's.",
+        "ratio = baseline / compressed, at least 1 for a smaller network",
+    ),
+    "baseline-wrong": (
+        "the network is compared with another baseline than the dense FP32 network.",
+        "count the baseline before quantizers are attached: every weight, 32 x 32 bits",
+    ),
     "macs-wrong": (
         "the reported MACs are not those of the network.",
         "count them with torch.utils.flop_counter, divided by 2",
@@ -455,6 +463,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "partial-test-set": (
         "only a part of the test set is evaluated.",
         "evaluate every test image once, the last batch included",
+    ),
+    "accuracy-on-training": (
+        "the reported test accuracy is that of the training images.",
+        "evaluate on images that the training has not seen",
     ),
     "evaluation-in-training-mode": (
         "the network is evaluated in training mode, with the batch's own statistics.",

@@ -25,6 +25,10 @@ class Continuity:
     def epoch_done(self, model: nn.Module) -> None:
         self._held = _weights(model)
 
+    def interrupted(self) -> None:
+        """Steps were missed: the next epoch that is seen whole is compared again."""
+        self._held = []
+
     def step(self, model: nn.Module, index: int) -> None:
         if not self._held or index > 1:
             return

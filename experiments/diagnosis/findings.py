@@ -121,6 +121,13 @@ class Report:
         rest = f", {skipped} not applicable" if skipped else ""
         return f"DOCTOR: no fault found; {passed} checks passed{rest}"
 
+    @property
+    def line(self) -> str:
+        """`38 checks, 1 failed; most likely: ...`, for progress."""
+        count = sum(finding.status != NOT_APPLICABLE for finding in self.findings)
+        likely = f"; most likely: {self.diagnosis[0].text}" if self.diagnosis else ""
+        return f"{count} checks, {len(self.failed)} failed{likely}"
+
     def text(self, passed: bool = True) -> str:
         """The findings as a table for a terminal, worst first; `passed=False` shows only what failed."""
         shown = [finding for finding in self.worst_first if passed or finding.failed]

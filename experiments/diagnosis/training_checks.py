@@ -44,7 +44,11 @@ class Look:
 
 
 class Watcher:
-    """Tell it `step(epoch, step)` after each update and `epoch(record)` after each epoch; then ask for `report()`."""
+    """Tell it `step(epoch, step)` after each update and `epoch(record)` after each epoch; then ask for `report()`.
+
+    It may be made in mid-run, and miss steps, as where an interrupted run goes on: what then cannot be known (means
+    over all steps of an epoch, the updates of BatchNorm's statistics, the way of the logits) is not judged.
+    """
 
     def __init__(self, subject: Subject, coefficients: bool = True) -> None:
         self.subject = subject
@@ -55,7 +59,12 @@ class Watcher:
         self.applied: dict[int, list[float]] = {}
         self.logits: list[dict[str, float]] = [_logits(subject)]
         self.steps = 0
+        self.first_epoch = 0
+        self.missed = False  # whether there were steps that nobody told of
+        self._next = (0, 0)  # epoch and index of the step that comes next where none is missed
+        self._unread: list[tuple[int, Tensor]] = []  # losses that the device may still be computing
         self._epoch_losses: list[float] = []
+        self._epoch_whole = False
         self.raised: tuple[str, str] | None = None
         self.norms_in_eval = 0
         self._continuity = Continuity()
@@ -63,16 +72,18 @@ class Watcher:
         self._tracked = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
 
     def step(self, epoch: int, step: Step) -> None:
-        """After an update; `epoch` from 0. Waits for the device, so on a GPU call it now and then only."""
+        """After an update; `epoch` from 0."""
+        if not self.steps:
+            self.first_epoch = epoch
+        if (epoch, step.index) != self._next:
+            self.missed = True
+            self._continuity.interrupted()
+            self._forget_epoch()
+        self._next = (epoch, step.index + 1) if step.index + 1 < step.steps else (epoch + 1, 0)
         self.steps += 1
         parts = step.losses
-        total, task, logits, groups = (
-            torch.stack([parts.total, parts.task, parts.logits, parts.groups]).float().tolist()
-        )
-        self.losses.append(total)
-        self._epoch_losses.append(total)
-        if groups > 0:
-            self.applied.setdefault(epoch, []).append((total - task - logits) / groups)
+        losses = torch.stack([parts.total, parts.task, parts.logits, parts.groups]).detach().float()
+        self._unread.append((epoch, losses))
         epochs = self.subject.promise.epochs or 1
         groups_now = {g.get("name"): float(g["lr"]) for g in getattr(self.subject.optimizer, "param_groups", [])}
         for leaf in LOGITS:
@@ -83,14 +94,30 @@ class Watcher:
             self.rates.append((epoch, (epoch + step.index / max(step.steps, 1)) / epochs, rate))
         self.norms_in_eval += any(not m.training for m in self._norms)
         self._continuity.step(self.subject.model, step.index)
+        self._epoch_whole = step.index + 1 == step.steps == len(self._epoch_losses) + len(self._unread)
 
     def epoch(self, record: EpochRecord) -> None:
         """After an epoch was measured and before the next one starts."""
-        mean = sum(self._epoch_losses) / len(self._epoch_losses) if self._epoch_losses else math.nan
+        self._read()
+        mean = sum(self._epoch_losses) / len(self._epoch_losses) if self._epoch_whole else math.nan
         self.looks.append(Look(record, mean, _few_right(self.subject), *counted(self.subject)))
-        self._epoch_losses = []
+        self._forget_epoch()
         self._continuity.epoch_done(self.subject.model)
         self.logits.append(_logits(self.subject))
+
+    def _read(self) -> None:
+        """Losses as numbers. Waits for the device, hence not at every step."""
+        for epoch, losses in self._unread:
+            total, task, logits, groups = losses.tolist()
+            self.losses.append(total)
+            self._epoch_losses.append(total)
+            if groups > 0:
+                self.applied.setdefault(epoch, []).append((total - task - logits) / groups)
+        self._unread = []
+
+    def _forget_epoch(self) -> None:
+        self._read()
+        self._epoch_losses, self._epoch_whole = [], False
 
     def failed(self, error: BaseException, cause: str) -> None:
         """Training stopped with an error."""
@@ -98,6 +125,7 @@ class Watcher:
 
     def report(self) -> Report:
         """What was seen so far."""
+        self._read()
         ward = Ward(TRAINING)
         ward.check("training runs", "no error, and every loss is finite", self._finite)
         ward.check("records follow the epochs", "each record describes the network as its epoch left it", self._records)
@@ -138,14 +166,14 @@ class Watcher:
         wrong: list[str] = []
         stale = 0
         for place, look in enumerate(looks):
-            record = look.record
-            if record.epoch != place + 1:
-                wrong.append(f"record {place + 1} is of epoch {record.epoch}")
+            record, number = look.record, self.first_epoch + place + 1
+            if record.epoch != number:
+                wrong.append(f"record {number} is of epoch {record.epoch}")
                 likely.append("history-shifted")
                 continue
             fault, keys = _record_fault(look, self.subject)
             if fault:
-                wrong.append(f"epoch {place + 1}: {fault}")
+                wrong.append(f"epoch {number}: {fault}")
                 before = looks[place - 1].layers if place else None
                 shifted = before is not None and before != look.layers and _same_layers(record.layers, before)
                 stale += shifted
@@ -160,7 +188,8 @@ class Watcher:
         if promised is None:
             raise NotApplicable("no schedule is promised")
         looks = self._seen()
-        wanted = list(promised[: len(looks)])
+        trained = range(self.first_epoch, self.first_epoch + len(looks))
+        wanted = list(promised[trained.start : trained.stop])
         recorded = [look.record.coefficient for look in looks]
         told = coefficient_outcome(recorded, wanted, "the records say")
         if not told.ok or self.subject.objective.penalty is None or not self.applied:
@@ -171,7 +200,7 @@ class Watcher:
                 text = "no step's loss holds a penalty"
                 return Outcome(told.expected, text, False, ["penalty-not-in-loss", "coefficient-never-ramps"])
             return told
-        used = [_median(self.applied[e]) if e in self.applied else 0.0 for e in range(len(looks))]
+        used = [_median(self.applied[e]) if e in self.applied else 0.0 for e in trained]
         off = [e for e, (a, b) in enumerate(zip(used, wanted, strict=True)) if abs(a - b) > 0.02 * max(b, 1e-4)]
         if not off:
             return told
@@ -206,6 +235,8 @@ class Watcher:
     def _norm_statistics(self) -> Outcome:
         if not self._tracked or not self.steps:
             raise NotApplicable("there is no BatchNorm, or no step was seen")
+        if self.missed:
+            raise NotApplicable("some steps were not seen")
         now = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
         counts = [b - a for a, b in zip(self._tracked, now, strict=True)]
         ok = min(counts) == max(counts) == self.steps
@@ -221,6 +252,8 @@ class Watcher:
         promised = self.subject.promise
         if promised.groups is None or promised.optimizer != "AdamW" or not self.logits[0] or self.steps < 20:
             raise NotApplicable("no logits are promised to move, or too few steps were seen")
+        if self.missed:
+            raise NotApplicable("some steps were not seen")
         parts, ok = list[str](), True
         likely: list[str | None] = []
         for leaf, weight in (("logit_dz", promised.lambda_dz), ("logit_bit", promised.lambda_bit)):
@@ -244,6 +277,8 @@ class Watcher:
     def _falls(self) -> Outcome:
         looks = self._seen(2)
         first, last = looks[0].record.task_loss, min(look.record.task_loss for look in looks[1:])
+        if self.first_epoch:
+            raise NotApplicable(f"the watch began with epoch {self.first_epoch + 1}")
         if self.steps < FEWEST_STEPS:
             raise NotApplicable(f"{first:.2f} -> {last:.2f} in {self.steps} steps, too few to tell")
         chance = math.log(self.subject.promise.num_classes or 10)

@@ -173,7 +173,7 @@ FAULTS = (
     Fault(
         "penalty in the first stage alone",
         "Two of three stages are not penalised.",
-        ("penalty-wrong", "penalty-partial"),
+        ("penalty-wrong",),
         parts=members(first_stage_only),
     ),
     Fault(

@@ -150,7 +150,7 @@ FAULTS = (
     Fault(
         "noise in the quantizer",
         "Dithering noise is never switched off, so no two evaluations agree.",
-        ("evaluation-not-repeatable", "quantizer-random"),
+        ("evaluation-not-repeatable",),
         parts=attaching(broken.NoisyQuantizer),
     ),
 )

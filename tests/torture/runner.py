@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,16 @@ def steps_kept(folder: Path) -> int:
     return int(state["epoch"]) * STEPS_PER_EPOCH + int(state["step"])
 
 
-def differences(folder: Path, unbroken: Path) -> list[str]:
-    """What of a finished run is not as in the unbroken one: state, history, figures, results; not the seconds."""
+def differences(
+    folder: Path, unbroken: Path, *, generators: Collection[str] = ("torch", "numpy", "python")
+) -> list[str]:
+    """What of a finished run is not as in the unbroken one: state, history, figures, results; not the seconds.
+
+    generators: random generators that had the same state when both runs were started for the first time.
+    """
     one, other = (load_checkpoint(place / "checkpoint.pt") for place in (folder, unbroken))
+    for state in (one, other):
+        state["random"] = {name: state["random"][name] for name in generators}
     found = [
         part
         for part in ("epoch", "step", "model", "optimizer", "random")
