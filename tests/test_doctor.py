@@ -27,6 +27,7 @@ from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import CHECKPOINT, RunFolder
 from tests.faults.fault import small_config, small_data, small_network
+from tests.faults.power_page import OWN_PIPELINE
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 
 WIDTHS = (4, 8, 16)
@@ -164,6 +165,15 @@ def test_a_pipeline_of_ones_own_with_sgd_passes() -> None:
     assert report.failed == (), report.text(passed=False)
     passed = {finding.name for finding in report.findings if finding.status == PASSED}
     assert {"update", "gradients", "one batch", "only what it should", "toggling", "loss at the start"} <= passed
+
+
+def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    code = OWN_PIPELINE.partition("```python\n")[2].partition("```")[0]
+    torch.manual_seed(0)
+    place: dict[str, Any] = {}
+    exec(code, place)
+    assert not place["report"].faulty, capsys.readouterr().out
+    assert "DOCTOR: no fault found" in capsys.readouterr().out
 
 
 def test_sgd_with_another_momentum_than_its_rule_is_seen() -> None:

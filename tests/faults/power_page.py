@@ -30,12 +30,46 @@ It reaches a pipeline through replaceable parts alone (`Subject`: model, optimiz
 so it examines anybody's pipeline in the same way, and a part that is absent makes its checks "not applicable". A second
 computation never calls the function it judges.
 
-    make debug                            # the script ends with the doctor's findings
-    python -m experiments.doctor          # a run of its own on the embedded digits
+    python -m experiments.doctor                       # a run of its own on the embedded digits
+    python -m experiments.doctor --run debug_output    # a finished run: its figures a second time
+    python -m experiments.debug_run --doctor           # a run that trains anyway, from the first step on
 
 This page measures it. `make doctor-power` breaks the pipeline in {faults} ways, one at a time, through the same seams
 (`tests/faults/`), and runs it unbroken {healthy} times; the examination is always of all four stages. The network is
 one block a stage at half the width, so that a run takes seconds.
+"""
+
+OWN_PIPELINE = """## A pipeline of your own
+
+Any model, optimizer, loader and step function. What is not handed over is not examined, and a part that raises is a
+finding. `promise` says what is meant; without it nothing is compared with a promise. `examine` runs all stages,
+`before` and `first_steps` are the two that need no training; the pipeline is afterwards as it was.
+
+```python
+import torch
+from torch import nn
+
+from experiments.diagnosis.promise import Promise
+from experiments.doctor import Subject, before, first_steps
+from src.quantizer import DeadZoneLDZCompander
+from utils_quantization import attach_weight_quantizers
+
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 3))
+attach_weight_quantizers(model, ["4"], DeadZoneLDZCompander)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+batches = [(torch.randn(24, 1, 8, 8), torch.arange(24) % 3) for _ in range(4)]
+
+def step(images, labels):
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+own = Subject.of_parts(model, optimizer, batches, step, promise=Promise(num_classes=3, input_size=(1, 8, 8)))
+report = before(own) + first_steps(own)
+print(report.text())
+```
 """
 
 LIMITS = """## What it cannot see
@@ -69,6 +103,7 @@ def page(outcomes: Sequence[Outcome], data: Sequence[str]) -> str:
         _faults(faults, codes),
         _checks(faults, healthy, codes),
         _healthy(healthy),
+        OWN_PIPELINE,
         LIMITS,
     ]
     return "\n".join(part.rstrip() + "\n" for part in parts)
