@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from pandas.io.formats.style import Styler
 
 from experiments import style
-from experiments.diagnosis.findings import FAILED, NOT_APPLICABLE, PASSED, STAGES, Report
+from experiments.diagnosis.findings import FAILED, NOT_APPLICABLE, PASSED, STAGES, Finding, Report
 from experiments.lessons import plain_table
 
 COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, NOT_APPLICABLE: style.FAINT}
@@ -49,23 +50,57 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     return style.finish(figure, f"{title}{f', first {worst}' if worst else ''}.{likely}")
 
 
-def report_table(report: Report, only_failed: bool = False) -> Styler:
-    """The findings, worst first: what was checked, expected and measured, the likely causes and what to do."""
-    shown = report.failed if only_failed else report.worst_first
-    rows = [
-        {
-            "result": finding.status,
-            "when": finding.stage,
-            "check": finding.name,
-            "expected": finding.expected,
-            "measured": finding.measured,
-            "likely causes, in order": " ".join(f"{n}. {c.text}" for n, c in enumerate(finding.causes[:3], 1)),
-            "what to do": finding.remedy,
-        }
-        for finding in shown
-    ]
-    if not rows:
-        rows = [{"result": PASSED, "when": "", "check": "none failed", "expected": "", "measured": ""}]
+class ReportTable:
+    """The findings as a notebook shows them: what failed, worst first, then each stage's other checks, folded."""
+
+    def __init__(self, report: Report, only_failed: bool = False) -> None:
+        self._report, self._only_failed = report, only_failed
+
+    def to_html(self) -> str:
+        parts = [_table([_row(f) | _advice(f) for f in self._report.failed])] if self._report.faulty else []
+        for stage in () if self._only_failed else STAGES:
+            rest = [f for f in self._report.worst_first if f.stage == stage and not f.failed]
+            if rest:
+                summary = f"{stage}: {_counted(rest)}"
+                parts.append(
+                    f'<details class="stage"><summary>{summary}</summary>{_table([_row(f) for f in rest])}</details>'
+                )
+        return "\n".join(parts)
+
+    _repr_html_ = to_html
+
+    def __repr__(self) -> str:
+        return self._report.text(passed=not self._only_failed)
+
+
+def report_table(report: Report, only_failed: bool = False) -> ReportTable:
+    """What was checked, expected and measured; for what failed the likely causes and what to do, too."""
+    return ReportTable(report, only_failed)
+
+
+def _row(finding: Finding) -> dict[str, str | int | float]:
+    return {
+        "result": finding.status,
+        "when": finding.stage,
+        "check": finding.name,
+        "proves": finding.proves,
+        "expected": finding.expected,
+        "measured": finding.measured,
+    }
+
+
+def _advice(finding: Finding) -> dict[str, str | int | float]:
+    likely = " ".join(f"{number}. {cause.text}" for number, cause in enumerate(finding.causes[:NAMED], 1))
+    return {"likely causes, in order": likely, "what to do": finding.remedy}
+
+
+def _counted(findings: Sequence[Finding]) -> str:
+    passed = sum(finding.status == PASSED for finding in findings)
+    skipped = len(findings) - passed
+    return f"{passed} passed" + (f", {skipped} not applicable" if skipped else "")
+
+
+def _table(rows: list[dict[str, str | int | float]]) -> str:
     colors = {PASSED: "color: #1b6e3c", FAILED: "color: #a3262a; font-weight: bold"}
     styled = plain_table(rows).map(lambda status: colors.get(status, ""), subset=["result"])
-    return styled.set_properties(**{"white-space": "normal", "vertical-align": "top"})
+    return str(styled.set_properties(**{"white-space": "normal", "vertical-align": "top"}).to_html())
