@@ -7,7 +7,8 @@ not in that cell, or a value of another type than its default, is an error befor
 this Python, its working directory the notebook's folder. Written: the executed notebook and one HTML file. A run that
 did not end well is written beside them, as NAME.failed.ipynb and NAME.failed.html, so that the last good ones stay.
 
-Exit status: 0 finished; 1 a cell failed, ran out of time or its kernel died; 2 bad input; 130 interrupted.
+Exit status: 0 finished; 1 a cell failed, ran out of time or its kernel died; 2 bad input, or a full disk;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -60,11 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(file.exists() for file in files):
             say(f"run_notebook: {' and '.join(map(str, files))} stay as an earlier run left them")
         files = _failed(options.output_notebook), _failed(options.html)
-    write_atomic(files[0], nbformat.writes(execution.notebook).encode())
-    for line in _summary(execution.notebook):
-        print(line)
-    print(f"notebook  {files[0]}")
-    _write_page(execution.notebook, files[1], options.notebook.parent)
+    try:
+        write_atomic(files[0], nbformat.writes(execution.notebook).encode())
+        for line in _summary(execution.notebook):
+            print(line)
+        print(f"notebook  {files[0]}")
+        _write_page(execution.notebook, files[1], options.notebook.parent)
+    except OSError as error:  # a full disk; what the notebook's run wrote into its own folder is kept
+        say(f"run_notebook: not written into {files[0].parent}: {error.strerror or error} ({error.filename})")
+        return 2
     return execution.exit_status
 
 

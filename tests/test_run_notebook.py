@@ -233,6 +233,20 @@ def test_failing_cell_is_saved_with_its_number_line_and_error(
     assert page.read_text() == "the last good page"
 
 
+def test_a_page_that_cannot_be_written_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    lesson = written(tmp_path / "lesson.ipynb", notebook(f"import os; os.mkdir({str(page)!r})"))
+    assert (
+        main(["--notebook", str(lesson), "--output-notebook", str(tmp_path / "done.ipynb"), "--html", str(page)]) == 2
+    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_notebook: ")
+    assert f"not written into {tmp_path}: " in last
+    assert (tmp_path / "done.ipynb").is_file()
+
+
 def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Path) -> None:
     # The cell catches the interrupt and ends well: that must not let the next one start.
     caught = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('tidied up')"

@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not rounds:
             continue
         with tempfile.TemporaryDirectory(prefix="torture-") as tmp:
-            outcomes[name] = row.run(random.Random(f"{options.seed} {name}"), Path(tmp), rounds)
+            try:
+                outcomes[name] = row.run(random.Random(f"{options.seed} {name}"), Path(tmp), rounds)
+            except Exception as error:  # outside of a trial: the other faults are brought about all the same
+                outcomes[name] = Outcome(tried=1, lost=[f"not carried out: {type(error).__name__}: {error}"])
         print(console_line(name, outcomes[name], time.monotonic() - began), flush=True)
         for line in outcomes[name].lost:
             print(f"    LOST {line}", flush=True)
