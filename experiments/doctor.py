@@ -26,7 +26,7 @@ from typing import Any
 
 from experiments import pipeline
 from experiments.console import fail, say
-from experiments.diagnosis.account_checks import Reported, account_checks
+from experiments.diagnosis.account_checks import account_checks
 from experiments.diagnosis.data_checks import data_checks
 from experiments.diagnosis.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
 from experiments.diagnosis.grid_checks import grid_checks
@@ -34,6 +34,7 @@ from experiments.diagnosis.network_checks import network_checks
 from experiments.diagnosis.optimizer_checks import optimizer_checks
 from experiments.diagnosis.penalty_checks import penalty_checks
 from experiments.diagnosis.quantizer_checks import quantizer_checks
+from experiments.diagnosis.reported import Reported
 from experiments.diagnosis.step_checks import step_checks
 from experiments.diagnosis.subject import Subject, train
 from experiments.diagnosis.training_checks import Watcher
