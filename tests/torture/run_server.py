@@ -61,7 +61,7 @@ def _start(request: dict[str, Any]) -> int:
         return pid
     status = 70
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which nohup may have switched off
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
         out = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -101,7 +101,7 @@ def spoil_number(step: int, kind: str, parameter: str, value: float) -> None:
             stack.callback(tensor.register_hook(lambda gradient: torch.full_like(gradient, value)).remove)
         else:
             with torch.no_grad():
-                tensor.view(-1)[0] = value
+                tensor[(0,) * tensor.dim()] = value
 
     _in_step(step, spoil)
 
