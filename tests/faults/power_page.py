@@ -59,12 +59,14 @@ attach_weight_quantizers(model, ["4"], DeadZoneLDZCompander)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 batches = [(torch.randn(24, 1, 8, 8), torch.arange(24) % 3) for _ in range(4)]
 
+
 def step(images, labels):
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()
     optimizer.step()
     return loss.detach()
+
 
 own = Subject.of_parts(model, optimizer, batches, step, promise=Promise(num_classes=3, input_size=(1, 8, 8)))
 report = before(own) + first_steps(own)

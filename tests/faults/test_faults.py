@@ -19,6 +19,7 @@ from experiments.diagnosis.findings import Report
 from experiments.doctor import afterwards, examine, while_training
 from tests.faults import FAULTS, THEMES, break_it, healthy, small_config
 from tests.faults.demonstration import EPOCHS, MENU, diagnose, what_breaks
+from tests.faults.power import PAGE
 
 REPORTING = {fault.name for fault in THEMES["measuring and saving"]}
 SETTINGS: tuple[Mapping[str, Any], ...] = (
@@ -66,6 +67,15 @@ def test_every_fault_breaks_something_of_its_own() -> None:
     assert len(FAULTS) == sum(len(faults) for faults in THEMES.values()), "two faults share a name"
     assert len(set(sentences)) == len(sentences)
     assert all(sentence.endswith(".") for sentence in sentences)
+
+
+def test_the_page_was_measured_on_these_faults() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert [
+        name for name in FAULTS if f"| {name} | {FAULTS[name].breaks.replace('|', chr(92) + '|')} |" not in text
+    ] == []
+    assert f"{len(FAULTS)} of {len(FAULTS)} faults caught, {len(FAULTS)} of {len(FAULTS)} with the right cause" in text
+    assert "0 false alarms in" in text
 
 
 def test_a_menu_for_the_notebook() -> None:
