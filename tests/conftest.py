@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -13,6 +14,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Deadlines measure the machine, not the code; the same examples every time make a failure repeatable.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("steady")
+
+# A shell that runs the tests in the background, or under nohup, has SIGINT or SIGHUP ignored in all that it starts,
+# and what ignores a signal cannot be tested for how it takes it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _name in ("SIGTERM", "SIGHUP"):
+    if hasattr(signal, _name):
+        signal.signal(getattr(signal, _name), signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
