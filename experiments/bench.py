@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from experiments import bench_inference, pipeline
 from experiments.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
@@ -44,6 +43,7 @@ from experiments.presets import DEBUG, RunConfig
 from experiments.timing import Take, at_least, spread, time_in_turns
 from resnet import NETWORKS
 from src import training
+from src.cuda_graph import GraphedStep
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
 from src.memory import keep_freed_memory
 from src.runs import RunError, check_writable, machine, versions, write_atomic
@@ -97,7 +97,9 @@ def full(setting: Setting) -> Take:
             settings = pipeline.epoch_settings(config, epoch, run.precision)
             # every step with the penalty on, as most of a run is, and with rates that never fall
             settings |= {"epochs": epoch + 1, "coefficient": config.peak, "weights_factor": lambda done: 1.0}
-            yield from training.train_epoch(run.model, run.optimizer, run.data, run.objective, **settings)
+            yield from training.train_epoch(
+                run.model, run.optimizer, run.data, run.objective, step=run.step, **settings
+            )
 
     endless = steps()
     return lambda: means.add(next(endless))
@@ -275,14 +277,9 @@ def _plain(setting: Setting, precision: torch.dtype, layout: torch.memory_format
     data = synthetic_data(setting.batch_size, device)
     images = normalize(data.train_images, data.mean, data.std).contiguous(memory_format=layout)
 
-    def take() -> None:
-        with training.autocast(device, precision):
-            loss = F.cross_entropy(model(images).float(), data.train_labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return take
+    step = GraphedStep() if device.type == "cuda" else training.train_step
+    nothing = training.Objective()
+    return lambda: step(model, optimizer, images, data.train_labels, nothing, 0.0, precision)
 
 
 def _memory_of(variant: str, setting: Setting) -> dict[str, int]:

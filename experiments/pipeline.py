@@ -32,7 +32,9 @@ from experiments.training_run import Run
 from experiments.verdict import Verdict, judge
 from resnet import NETWORKS, ResNet
 from src import runs, training
+from src.cuda_graph import GraphedStep
 from src.data import ImageData, load_data, steps_per_epoch
+from src.devices import repeatable
 from src.memory import keep_freed_memory
 from src.quantizer import DeadZoneLDZCompander
 from src.records import History
@@ -66,10 +68,12 @@ __all__ = [
 def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
     """Load the data, and the configuration that suits it; `report` hears where that is not the one asked for.
 
-    Raises DataError or TrainingError (absent device). Also prepares this process's memory, see src/memory.py.
+    Raises DataError or TrainingError (absent device). Also prepares this process: src/memory.py, and
+    `repeatable` in src/devices.py.
     """
     keep_freed_memory()
     device = training.pick_device(config.device)
+    repeatable(device)
     data = load_data(config.data, config.data_root, config.limit, report)
     suited = suited_to(config, data.name)
     if suited != config and report:
@@ -127,6 +131,7 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
         optimizer=build_optimizer(config, model),
         objective=config.objective(coupled_group_lasso(model) if config.peak > 0 else None),
         history=History(config.epochs),
+        step=GraphedStep(warnings.warn) if device.type == "cuda" else None,
     )
 
 

@@ -74,12 +74,12 @@ def measure(run: Run, means: training.EpochMeans, epoch: int, seconds: float) ->
 def steps_left(run: Run, step: StepFunction | None = None) -> Iterator[training.Step]:
     """Train the present epoch from where it stands, yielding after each step, which is counted by then.
 
-    step: what a step does; `src.training.train_step` by default. Raises TrainingError where the loss or a gradient is
-    not finite or the memory does not hold a batch; the run is not `whole` then.
+    step: what a step does; `run.step` by default. Raises TrainingError where the loss or a gradient is not finite or
+    the memory does not hold a batch; the run is not `whole` then.
     """
     settings = epoch_settings(run.config, len(run.history), run.precision)
     steps = training.train_epoch(
-        run.model, run.optimizer, run.data, run.objective, start=run.means.steps, step=step, **settings
+        run.model, run.optimizer, run.data, run.objective, start=run.means.steps, step=step or run.step, **settings
     )
     began = time.perf_counter()
     while (done := _next(run, steps)) is not None:

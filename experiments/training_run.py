@@ -13,7 +13,7 @@ from src.data import ImageData
 from src.epoch_means import EpochMeans
 from src.records import History
 from src.snapshots import Snapshots
-from src.training import Objective
+from src.training import Objective, StepFunction
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Run:
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
     snapshots: the quantized layers after each epoch; the training loop makes and keeps them.
+    step: what a training step does; None for `train_step`. On a CUDA device it is recorded (src/cuda_graph.py).
     whole: False from the moment a step begins to its end, and for good where it failed or was interrupted within.
     """
 
@@ -37,6 +38,7 @@ class Run:
     means: EpochMeans = field(default_factory=EpochMeans)
     seconds: float = 0.0
     whole: bool = True
+    step: StepFunction | None = None
     snapshots: Snapshots | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,6 +46,18 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
     """Mixed precision on `device`, or nothing where `precision` is float32."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def repeatable(device: torch.device) -> None:
+    """Let this process compute the same bits every time on a CUDA device; elsewhere nothing has to be done.
+
+    Sums whose order is left to chance are exchanged for ordered ones where CUDA has them; torch warns of an operation
+    for which it has none. To be called before the first matrix product, which fixes cuBLAS's workspace.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a launch per tensor
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -155,8 +156,8 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
     if len(flat) == 1:
         values = dequantize(_indices(flat[0], Grid(*(field[0] for field in grid))), grid.step[0], grid.shift[0])
         return [values.view_as(weights[0])]
-    counts = torch.tensor(sizes, device=logit_dz.device)
-    spread = Grid(*(field.repeat_interleave(counts, output_size=sum(sizes)) for field in grid))
+    layer = _layer_of_each(tuple(sizes), logit_dz.device)
+    spread = Grid(*(field.index_select(0, layer) for field in grid))
     values = dequantize(_indices(torch.cat(flat), spread), spread.step, spread.shift)
     return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
 
@@ -172,19 +173,11 @@ def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
 
     Only the largest 1 % has to be put in order, which `topk` does for all layers at once.
     """
-    sizes = [w.numel() for w in weights]
-    positions = [RANGE_QUANTILE * (size - 1) for size in sizes]
-    below = [math.floor(position) for position in positions]
     magnitudes = pad_sequence([w.detach().abs().flatten() for w in weights], batch_first=True, padding_value=-1.0)
-    largest = magnitudes.topk(max(size - low for size, low in zip(sizes, below, strict=True)), dim=1).values
-    device = largest.device
-    rank_low = torch.tensor([size - 1 - low for size, low in zip(sizes, below, strict=True)], device=device)
-    fraction = torch.tensor(
-        [p - low for p, low in zip(positions, below, strict=True)], device=device, dtype=largest.dtype
-    )
-    low = largest.gather(1, rank_low[:, None])[:, 0]
-    high = largest.gather(1, (rank_low - 1).clamp(min=0)[:, None])[:, 0]
-    return torch.lerp(low, high, fraction)
+    sizes = tuple(w.numel() for w in weights)
+    most, low, high, fraction = _quantile_ranks(sizes, magnitudes.device, magnitudes.dtype)
+    largest = magnitudes.topk(most, dim=1).values
+    return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -224,6 +217,27 @@ def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
                 "floating-point weight; leave this layer out with `exclude_layers`"
             )
     return [w.flatten() for w in weights]
+
+
+# Both are asked for in every step with the same sizes, and building them there would make a GPU wait for the copies.
+@lru_cache(maxsize=64)
+def _layer_of_each(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The layer that each of the T weights belongs to, (T,)."""
+    with torch.inference_mode(False):  # what inference makes cannot be kept for a backward pass
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _quantile_ranks(
+    sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Where the range lies among a layer's weights in falling order: how many of them are needed at most, the ranks of
+    the two that it lies between, (L, 1) each, and how far it is from the lower to the higher one, (L,)."""
+    positions = [RANGE_QUANTILE * (size - 1) for size in sizes]
+    below = [math.floor(position) for position in positions]
+    low = torch.tensor([size - 1 - rank for size, rank in zip(sizes, below, strict=True)])[:, None]
+    fraction = torch.tensor([p - rank for p, rank in zip(positions, below, strict=True)], dtype=dtype)
+    return int(low.max()) + 1, low.to(device), (low - 1).clamp(min=0).to(device), fraction.to(device)
 
 
 def _grid(range_: Tensor, logit_dz: Tensor, bits: Tensor) -> Grid:

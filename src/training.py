@@ -46,6 +46,7 @@ __all__ = [
     "pick_precision",
     "predict",
     "squared_logits",
+    "step_gradients",
     "summary",
     "train_epoch",
     "train_step",
@@ -120,17 +121,33 @@ def train_step(
 
     images: (N, 3, H, W) normalised; labels: (N,). `coefficient` weighs the penalty, which is not computed at 0.
     """
+    optimizer.zero_grad(set_to_none=True)
+    losses = step_gradients(model, images, labels, objective, coefficient, precision)
+    optimizer.step()
+    return losses
+
+
+def step_gradients(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    coefficient: float | Tensor,
+    precision: torch.dtype = torch.float32,
+) -> StepLosses:
+    """The part of `train_step` before the update: the losses of a batch, and their gradients added to the parameters'.
+
+    coefficient: a tensor () on the training device stands for a number other than 0 that is read there.
+    """
     with shared_quantized_weights(model):
         with autocast(images.device, precision):
             scores = model(images)
             task = F.cross_entropy(scores.float(), labels)
         logits = squared_logits(model, objective.lambda_dz, objective.lambda_bit)
-        zero = task.new_zeros(())
-        groups = objective.penalty(model) if objective.penalty is not None and coefficient else zero
+        penalised = objective.penalty is not None and (isinstance(coefficient, Tensor) or coefficient)
+        groups = objective.penalty(model) if objective.penalty and penalised else task.new_zeros(())
         total = task + logits + coefficient * groups
-        optimizer.zero_grad(set_to_none=True)
         total.backward()
-    optimizer.step()
     correct = (scores.argmax(1) == labels).sum()
     return StepLosses(*(part.detach() for part in (total, task, logits, groups, correct)))
 
