@@ -1,6 +1,6 @@
 """What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in four variants.
 
-    python -m experiments.bench [training] [--batch-size 512] [--rounds 15] [--threads N] [--device auto] [--json F]
+    python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--no-naive] [--json F]
     python -m experiments.bench inference RUN          (experiments/bench_inference.py)
 
     plain_float32  the network alone: float32, contiguous, a batch that is ready
@@ -138,16 +138,17 @@ RATIOS = {
 }
 
 
-def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[str, Any]:
+def bench_training(setting: Setting, rounds: int, memory: bool = True, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     """Time all variants, measure their memory, and return the figures that `--json` writes."""
     device = training.pick_device(setting.device)
     precision = training.pick_precision(setting.precision, device)
     keep_freed_memory()  # for all variants, as the pipeline does it for itself
-    takes = {name: build(setting) for name, (_, build) in VARIANTS.items()}
+    chosen = {name: variant for name, variant in VARIANTS.items() if name not in leave_out}
+    takes = {name: build(setting) for name, (_, build) in chosen.items()}
     seconds = time_in_turns(takes, rounds, device)
     takes.clear()
     variants = {}
-    for name, (label, _) in VARIANTS.items():
+    for name, (label, _) in chosen.items():
         figures = spread(seconds[name])
         variants[name] = {
             "label": label,
@@ -158,6 +159,7 @@ def bench_training(setting: Setting, rounds: int, memory: bool = True) -> dict[s
     ratios: dict[str, Any] = {
         name: spread([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
         for name, (over, under) in RATIOS.items()
+        if over in chosen and under in chosen
     }
     used = [variants[name]["memory"] for name in ("full", "plain_fast")]
     ratios["peak_memory_full_over_plain"] = used[0]["step_bytes"] / max(used[1]["step_bytes"], 1) if all(used) else None
@@ -221,13 +223,15 @@ def _training(arguments: Sequence[str]) -> int:
     parser = _parser("training", "Time one training step in four variants (see the module's text).")
     parser.add_argument("--rounds", type=at_least(1), default=15, help="turns of every variant (default: 15)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
+    parser.add_argument("--no-naive", action="store_true", help="leave out the naive pipeline, which takes the longest")
     parser.add_argument("--json", metavar="F", help="write the figures to this file")
     options = parser.parse_args(arguments)
     if options.json:
         if Path(options.json).is_dir():
             raise RunError(f"--json {options.json!r} is a folder; name a file in it")
         check_writable(Path(options.json).parent)
-    result = bench_training(_setting(options), options.rounds, options.memory)
+    leave_out = ["naive"] if options.no_naive else []
+    result = bench_training(_setting(options), options.rounds, options.memory, leave_out)
     print(table(result))
     if options.json:
         write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())

@@ -64,7 +64,8 @@ class GraphedStep:
         if model is not self._model:
             self._recordings.clear()
             self._model = model
-        key = self._key(model, images, labels, objective, coefficient, precision)
+        parameters = list(model.parameters())
+        key = self._key(model, parameters, images, labels, objective, coefficient, precision)
         if key not in self._recordings:
             try:
                 self._recordings[key] = _record(model, images, labels, objective, coefficient, precision)
@@ -80,24 +81,18 @@ class GraphedStep:
         recording.labels.copy_(labels)
         recording.coefficient.fill_(coefficient)
         recording.graph.replay()
-        for parameter, gradient in zip(model.parameters(), recording.gradients, strict=True):
+        for parameter, gradient in zip(parameters, recording.gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         return StepLosses(*(part.clone() for part in vars(recording.losses).values()))
 
     @staticmethod
-    def _key(
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        objective: Objective,
-        coefficient: float,
-        precision: torch.dtype,
-    ) -> Any:
-        parameters = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())
-        modes = tuple((module.training, getattr(module, "enabled", None)) for module in model.modules())
+    def _key(model: nn.Module, parameters: list[nn.Parameter], images: Tensor, labels: Tensor, *rest: Any) -> Any:
+        objective, coefficient, precision = rest
         batch = images.shape, images.stride(), images.dtype, labels.shape
-        return batch, objective, bool(coefficient), precision, parameters, modes
+        learned = tuple((p.data_ptr(), p.requires_grad) for p in parameters)
+        modes = tuple((module.training, getattr(module, "enabled", None)) for module in model.modules())
+        return batch, objective, bool(coefficient), precision, learned, modes
 
 
 def _record(

@@ -156,9 +156,13 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
     if len(flat) == 1:
         values = dequantize(_indices(flat[0], Grid(*(field[0] for field in grid))), grid.step[0], grid.shift[0])
         return [values.view_as(weights[0])]
-    layer = _layer_of_each(tuple(sizes), logit_dz.device)
-    spread = Grid(*(field.index_select(0, layer) for field in grid))
-    values = dequantize(_indices(torch.cat(flat), spread), spread.step, spread.shift)
+
+    def spread(field: Tensor) -> Tensor:
+        """(L,) to (T,): each layer's number for all of its weights. Backward sums layer by layer, in a fixed order."""
+        return torch.cat([number.expand(size) for number, size in zip(field.unbind(), sizes, strict=True)])
+
+    wide = grid._replace(levels=spread(grid.levels), step=spread(grid.step), shift=spread(grid.shift))
+    values = dequantize(_indices(torch.cat(flat), wide), wide.step, wide.shift)
     return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
 
 
@@ -219,14 +223,7 @@ def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
     return [w.flatten() for w in weights]
 
 
-# Both are asked for in every step with the same sizes, and building them there would make a GPU wait for the copies.
-@lru_cache(maxsize=64)
-def _layer_of_each(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The layer that each of the T weights belongs to, (T,)."""
-    with torch.inference_mode(False):  # what inference makes cannot be kept for a backward pass
-        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
-
-
+# Asked for in every step with the same sizes; to build the tensors there would make a GPU wait for the copies.
 @lru_cache(maxsize=64)
 def _quantile_ranks(
     sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
