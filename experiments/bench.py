@@ -45,6 +45,7 @@ from resnet import NETWORKS
 from src import training
 from src.cuda_graph import GraphedStep
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
+from src.devices import repeatable
 from src.memory import keep_freed_memory
 from src.runs import RunError, check_writable, machine, versions, write_atomic
 from utils_quantization import attach_weight_quantizers
@@ -143,6 +144,7 @@ def bench_training(setting: Setting, rounds: int, memory: bool = True, leave_out
     device = training.pick_device(setting.device)
     precision = training.pick_precision(setting.precision, device)
     keep_freed_memory()  # for all variants, as the pipeline does it for itself
+    repeatable(device)
     chosen = {name: variant for name, variant in VARIANTS.items() if name not in leave_out}
     takes = {name: build(setting) for name, (_, build) in chosen.items()}
     seconds = time_in_turns(takes, rounds, device)
