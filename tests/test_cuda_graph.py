@@ -1,4 +1,4 @@
-"""A step that is recorded gives the numbers of one that is not; needs a CUDA device, but for the last test."""
+"""A step that is recorded gives the numbers of one that is not; that needs a CUDA device, the last tests do not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from experiments.pipeline import TrainingLoop
 from experiments.presets import configure
 from experiments.sparsity import coupled_group_lasso
 from resnet import BasicBlock, ResNet
+from src import cuda_graph
 from src.cuda_graph import GraphedStep
 from src.devices import repeatable
 from src.quantizer import DeadZoneLDZCompander
@@ -125,9 +126,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is() -> None:
     plain, step = copy.deepcopy(model), GraphedStep(heard.append)
     results = []
     for net, take in ((model, step), (plain, train_step)):
-        optimizer = make_optimizer(
-            parameter_groups(net, learning_rate=0.01, dz_learning_rate=0.0, bit_learning_rate=0.0)
-        )
+        optimizer = optimizer_of(net)
         results.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for batch in batches(8, 8, 8)])
     assert results[0] == pytest.approx(results[1])
     assert len(heard) == 1
@@ -167,6 +166,36 @@ def test_a_resumed_run_ends_with_the_same_bits(ordered_sums: None, tmp_path: Pat
     resumed.config = whole.config
     train(TrainingLoop.open(resumed, tmp_path / "parts", resume=True))
     assert_equal(resumed, everything(whole))
+
+
+@pytest.mark.parametrize("problem", ["capture", "memory"])
+def test_where_recording_fails(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a batch is the user's to know, with its own advice; anything else costs speed alone."""
+    error = {"capture": RuntimeError("operation not permitted\ndetails"), "memory": torch.OutOfMemoryError("none")}[
+        problem
+    ]
+    tried = []
+
+    def refuse(*arguments: object) -> None:
+        tried.append(arguments)
+        raise error
+
+    monkeypatch.setattr(cuda_graph, "_record", refuse)
+    torch.manual_seed(0)
+    model, heard = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[str]()
+    plain, step = copy.deepcopy(model), GraphedStep(heard.append)
+    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
+    if problem == "memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, optimizer_of(model), *batch, Objective(), 0.0)
+        return
+    losses = []
+    for net, take in ((model, step), (plain, train_step)):
+        optimizer = optimizer_of(net)
+        losses.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(tried) == 1
+    assert heard == ["this step cannot be recorded as a CUDA graph and runs without one: not permitted"]
 
 
 def test_only_a_cuda_device_records() -> None:
