@@ -32,7 +32,6 @@ from experiments.training_run import Run
 from experiments.verdict import Verdict, judge
 from resnet import NETWORKS, ResNet
 from src import runs, training
-from src.cuda_graph import GraphedStep
 from src.data import ImageData, load_data, steps_per_epoch
 from src.devices import repeatable
 from src.memory import keep_freed_memory
@@ -131,7 +130,6 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
         optimizer=build_optimizer(config, model),
         objective=config.objective(coupled_group_lasso(model) if config.peak > 0 else None),
         history=History(config.epochs),
-        step=GraphedStep(warnings.warn) if device.type == "cuda" else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from experiments.presets import RunConfig
 from src.checkpoints import Progress
+from src.cuda_graph import GraphedStep
 from src.data import ImageData
 from src.epoch_means import EpochMeans
 from src.records import History
@@ -22,7 +24,7 @@ class Run:
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
     snapshots: the quantized layers after each epoch; the training loop makes and keeps them.
-    step: what a training step does; None for `train_step`. On a CUDA device it is recorded (src/cuda_graph.py).
+    step: what a training step does: `train_step` where it is None, which a CUDA device records (src/cuda_graph.py).
     whole: False from the moment a step begins to its end, and for good where it failed or was interrupted within.
     """
 
@@ -38,8 +40,12 @@ class Run:
     means: EpochMeans = field(default_factory=EpochMeans)
     seconds: float = 0.0
     whole: bool = True
-    step: StepFunction | None = None
     snapshots: Snapshots | None = None
+    step: StepFunction | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is None and self.device.type == "cuda":
+            self.step = GraphedStep(warnings.warn)
 
     @property
     def subtitle(self) -> str:

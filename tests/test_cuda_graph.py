@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,4 +201,6 @@ def test_only_a_cuda_device_records() -> None:
     config = configure("smoke", data="digits", device="cpu", limit=48)
     run = pipeline.build_run(*pipeline.prepare_data(config))
     assert run.step is None
+    elsewhere = replace(run, device=CUDA)
+    assert isinstance(elsewhere.step, GraphedStep), "the notebook builds its run by hand"
     assert not torch.are_deterministic_algorithms_enabled()
