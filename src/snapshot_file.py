@@ -52,7 +52,7 @@ def _check_shapes(arrays: Arrays, bins: int) -> None:
         "channels": (layers,),
         "count_bytes": (4, epochs, layers, bins),
         "dead": (epochs, -(-sum(channels) // 8)),
-        **{name: (epochs, layers) for name in COLUMNS},
+        **dict.fromkeys(COLUMNS, (epochs, layers)),
     }
     for name, shape in wanted.items():
         if arrays[name].shape != shape:

@@ -64,7 +64,7 @@ def _in_itself() -> list[Any]:
 
 
 def _twice(data: bytes) -> bytes:
-    """The archive with a second entry of the pickle's name, in other letters: torch's reader does not tell them apart."""
+    """The archive with a second entry of the pickle's name, in letters that torch's reader does not tell apart."""
     out = io.BytesIO(data)
     with zipfile.ZipFile(out, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")

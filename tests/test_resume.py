@@ -188,6 +188,49 @@ def test_an_epoch_that_is_taken_up_has_the_steps_that_are_left(data: ImageData) 
     assert list(training.train_epoch(run.model, run.optimizer, data, run.objective, start=4, **settings)) == []
 
 
+def test_another_optimizer_is_refused_and_nothing_is_changed(data: ImageData, tmp_path: Path) -> None:
+    killed(new_run(data), tmp_path, 5)
+    run = new_run(data, seed=7)
+    run.optimizer = torch.optim.SGD(run.optimizer.param_groups[0]["params"], lr=1e-3, momentum=0.9)
+    before = everything(run)
+    with pytest.raises(RunError, match="of another optimizer, or of other parameters; build the same one"):
+        TrainingLoop.open(run, tmp_path, resume=True)
+    assert_equal(run, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("model", "linear.weight"), 1.5, "of another architecture: .* 1 of another shape"),
+        (("model", 7), torch.zeros(1), "of another architecture: .* 1 unknown"),
+        (("config", "peak"), torch.zeros(1), "does not fit this run: Object of type Tensor"),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(2), r"other parameters \(exp_avg of parameter 0\)"),
+        (("optimizer", "state", 0), None, "does not fit this run"),
+        (("optimizer", "param_groups", 0, "weight_decay"), torch.zeros(2), "of another optimizer"),
+        (("history", "records", 0, "accuracy"), "good", "holds something else than numbers"),
+        (("history", "records", 0, "epoch"), 2, "its epochs are not 1, 2, 3"),
+        (("history", "records", 0), 3, "not a history of this version"),
+        (("unfinished", "images"), 0, "not the sums of an epoch"),
+        (("random", "torch"), torch.zeros(3), "not the states of random generators"),
+    ],
+)
+def test_a_checkpoint_with_other_contents_is_refused_and_nothing_is_changed(
+    place: tuple[Any, ...], value: object, message: str, data: ImageData, tmp_path: Path
+) -> None:
+    killed(new_run(data), tmp_path, 6, checkpoint_every=1)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    inner: Any = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    torch.save(state, tmp_path / "checkpoint.pt")
+    run = new_run(data, seed=7)
+    before = everything(run)
+    with pytest.raises(RunError, match=message):
+        TrainingLoop.open(run, tmp_path, resume=True)
+    assert_equal(run, before)
+
+
 # --- interruptions
 
 
