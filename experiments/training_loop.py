@@ -151,8 +151,8 @@ class TrainingLoop:
                 "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
                 "run the cells from chapter 5 on), or resume"
             )
-        if resume and not RunFolder(Path(output)).has_checkpoint():
-            raise RunError(f"there is no checkpoint at {str(output)!r} to resume from; run without --resume first")
+        if resume:
+            RunFolder(Path(output)).check_resumable()
         folder = RunFolder.open(output, keep=resume)
         if resume:
             _restore(run, folder, report)
