@@ -182,8 +182,8 @@ class TrainingLoop:
         """Write the checkpoint, and after an epoch history and snapshots. Raises RunError or TrainingError; the old
         checkpoint stays.
         """
-        run = self.run
-        if not run.means.steps and self.folder.path.is_dir():
+        run, folder = self.run, self.folder.path
+        if folder.is_dir() and (not run.means.steps or not (folder / SNAPSHOTS).exists()):
             # Before the checkpoint: what is ahead of it is cut off when the run is taken up, what is behind is lost.
             self.folder.try_write(SNAPSHOTS, self._snapshots.to_bytes())
         self.folder.save_progress(

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from src.checked_load import load_checked
-from src.devices import TrainingError
+from src.devices import TrainingError, pick_precision
 from src.epoch_means import EpochMeans
 from src.finiteness import not_finite
 from src.random_states import random_states, set_random_states
 from src.records import History
 from src.run_files import RunError
-from src.versions import versions
+from src.versions import machine, versions
 
 CHECKPOINT_FORMAT = 2
 CHECKPOINT_PARTS = ("config", "model", "optimizer", "history", "unfinished", "random")
@@ -77,7 +77,7 @@ def checkpoint_bytes(
         "config": dict(config),
         "data_digest": data_digest,
         "versions": versions(),
-        "machine": _machine(model),
+        "machine": _machine(model, config),
         "epoch": len(progress.history),
         "step": progress.means.steps,
         "model": weights,
@@ -144,7 +144,7 @@ def restore(
     optimizer.load_state_dict(state["optimizer"])
     model.load_state_dict(state["model"])
     if report:
-        _report_differences(state, model, report)
+        _report_differences(state, _machine(model, config), report)
     return progress
 
 
@@ -246,17 +246,20 @@ def _of_another_kind(group: Mapping[str, Any], saved: Mapping[str, Any]) -> bool
     return bool(lacking) or any(type(group[name]) is not type(saved[name]) for name in group.keys() & saved.keys())
 
 
-def _machine(model: nn.Module) -> dict[str, Any]:
-    return {"device": next(model.parameters()).device.type, "threads": torch.get_num_threads()}
+def _machine(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return machine(device, pick_precision(str(config.get("precision", "auto")), device))
 
 
-def _report_differences(state: Mapping[str, Any], model: nn.Module, report: Report) -> None:
+def _report_differences(state: Mapping[str, Any], here: Mapping[str, Any], report: Report) -> None:
     """What the last digits depend on, where it is not what it was."""
     then = {**state.get("versions", {}), **state.get("machine", {})}
-    now = {**versions(), **_machine(model)}
-    shaping = ("torch", "numpy", "device", "threads")
+    now = {**versions(), **here}
+    shaping = ("torch", "numpy", "device", "device_name", "precision", "threads")
     differing = [
-        f"{name} {then.get(name)} then, {now.get(name)} now" for name in shaping if then.get(name) != now[name]
+        f"{name.replace('_', ' ')} {then.get(name)} then, {now.get(name)} now"
+        for name in shaping
+        if then.get(name) != now.get(name)
     ]
     if differing:
         report(f"NOTICE: {'; '.join(differing)}: the last digits may differ from those of an unbroken run")

@@ -92,7 +92,8 @@ def everything(run: Run) -> dict[str, Any]:
     for number, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer {number} {name}": tensor.clone() for name, tensor in state.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    return {"tensors": tensors | {"scores": scores}, "records": records, "groups": groups}
+    histograms = run.snapshots.to_bytes() if run.snapshots else b""
+    return {"tensors": tensors | {"scores": scores}, "records": records, "groups": groups, "histograms": histograms}
 
 
 def assert_equal(run: Run, expected: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ def unbroken(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> dict[
 # --- exact resume
 
 
-@pytest.mark.parametrize(("steps", "every"), [(4, None), (6, None), (5, 3), (7, 1), (11, 3)])
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (3, 2), (4, None), (6, None), (5, 3), (7, 1), (11, 3)])
 def test_killed_anywhere_and_resumed_it_ends_the_same(
     steps: int, every: int | None, data: ImageData, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -481,9 +482,11 @@ def test_another_machine_or_library_is_said(data: ImageData, tmp_path: Path) -> 
     killed(new_run(data), tmp_path, 5)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     state["versions"]["torch"], state["machine"]["threads"] = "1.0", 64
+    state["machine"] |= {"device_name": "Abacus", "precision": "bfloat16"}
     torch.save(state, tmp_path / "checkpoint.pt")
     said: list[str] = []
     TrainingLoop.open(new_run(data), tmp_path, resume=True, report=said.append)
     now = f"torch 1.0 then, {torch.__version__.partition('+')[0]}"
     assert said[0].startswith(f"NOTICE: {now}")
-    assert "threads 64 then, 1 now: the last digits may differ" in said[0]
+    assert "device name Abacus then, " in said[0]
+    assert "precision bfloat16 then, float32 now; threads 64 then, 1 now: the last digits may differ" in said[0]
