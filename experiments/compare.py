@@ -26,7 +26,7 @@ from experiments.presets import RunConfig
 from experiments.saved_run import config_from_json, contents, read_summary
 from src.records import History
 from src.run_files import RunError, write_atomic
-from src.runs import CHECKPOINT, PREVIOUS, load_checkpoint
+from src.runs import CHECKPOINT, PREVIOUS, RunFolder, load_checkpoint
 
 NOT_COMPARED = frozenset({"given", "data_root"})
 MANY = 6
@@ -54,7 +54,7 @@ class SavedRun:
 def read_run(folder: str | Path, label: str = "") -> SavedRun:
     """Read a run's folder. Raises RunError, with what is in it, where that is no run."""
     path = Path(folder)
-    if not (path / CHECKPOINT).is_file():
+    if not RunFolder(path).has_checkpoint():
         raise RunError(f"{str(folder)!r} holds no run to compare: {contents(path)}; name a folder with {CHECKPOINT}")
     state = load_checkpoint(path / CHECKPOINT)
     summary = read_summary(path)
@@ -83,9 +83,9 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
     places = [here, *sorted(entry for entry in here.resolve().parent.iterdir() if entry.resolve() != here.resolve())]
     found: dict[str, Path] = {}
     for place in places:
-        if (place / CHECKPOINT).is_file():
+        if RunFolder(place).has_checkpoint():
             found[place.name] = place
-        earlier = [entry for entry in (place / PREVIOUS).glob("*") if (entry / CHECKPOINT).is_file()]
+        earlier = [entry for entry in (place / PREVIOUS).glob("[!.]*") if RunFolder(entry).has_checkpoint()]
         for entry in sorted(earlier, key=lambda entry: (len(entry.name), entry.name), reverse=True):
             found[f"{place.name}/{PREVIOUS}/{entry.name}"] = entry
     return found

@@ -15,13 +15,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from experiments import pipeline
-from experiments.console import fail, say
+from experiments.console import fail, prepare_streams, say, tell
 from experiments.examination import Examination
 from experiments.live import TerminalProgress
 from experiments.presets import PRESETS, ConfigError, RunConfig, configure
-from src import run_lock
+from src import out_of_memory, run_lock
 from src.data import steps_per_epoch
 from src.interrupts import Terminated, terminations
 from src.runs import CHECKPOINT, RunFolder, check_writable
@@ -33,6 +34,7 @@ GO_ON = "the same command with --resume goes on"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    prepare_streams()
     options = _parser().parse_args(arguments)
     try:
         with terminations(), warnings.catch_warnings():
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory.is_out_of_memory(error):
+            raise
         return fail("the memory does not hold the data; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         say("interrupted")
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     check_writable(options.output)  # before minutes of work, and without creating anything
     run_lock.check_free(options.output)
+    if options.resume:
+        RunFolder(Path(options.output)).check_resumable()
     if options.checkpoint_every is not None and options.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint-every {options.checkpoint_every}: need a whole number of steps, at least 1")
     config, data = pipeline.prepare_data(config, say)
@@ -87,6 +93,11 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory.is_out_of_memory(error):
+            raise
+        kept = f"the training is complete and kept in {loop.folder.path}"
+        return fail(f"the memory does not hold the evaluation; {kept}; end other programs, and {GO_ON} with it")
 
 
 def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination: Examination | None) -> None:
@@ -103,7 +114,7 @@ def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination:
                 if examination:
                     examination.epoch(record)
                 progress.epoch_done(record)
-                print(record.console_line(epochs), flush=True)
+                tell(record.console_line(epochs))
         ended = "trained"
     finally:
         progress.close(ended)
@@ -121,15 +132,12 @@ def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | N
         folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict, diagnosis))
     except OSError as error:  # after hours of training the results are at least told
         failure = f"run.json could not be written ({error.strerror or error}); {GO_ON} and writes it"
-    print()
-    print(pipeline.compression_table(result, accuracy))
-    print()
-    print(verdict.text())
+    tell(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
     if report:
-        print(f"\n{report.text()}")
+        tell(f"\n{report.text()}")
     if run.data.notice:
-        print(f"\nNOTICE: {run.data.notice}")
-    print(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
+        tell(f"\nNOTICE: {run.data.notice}")
+    tell(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
     if failure:
         return fail(failure)
     return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY

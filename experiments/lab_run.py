@@ -15,7 +15,7 @@ from typing import Any
 from experiments.console import say
 from experiments.presets import PRESETS, ConfigError, RunConfig, configure
 from experiments.saved_run import config_from_json, contents, read_summary
-from src.runs import CHECKPOINT, SUMMARY, RunError
+from src.runs import CHECKPOINT, SUMMARY, RunError, RunFolder
 
 # Parameters of the notebook and the settings that they stand for; those equal to the preset's are left out.
 NAMES = {"EPOCHS": "epochs", "BATCH_SIZE": "batch_size", "LIMIT": "limit", "SEED": "seed"}
@@ -28,8 +28,8 @@ class LabRunError(ValueError):
 
 def explorable(folder: Path) -> dict[str, Any]:
     """The notebook's parameters that take up the finished run in `folder`. Raises LabRunError where that cannot be."""
-    for name in (CHECKPOINT, SUMMARY):
-        if not (folder / name).is_file():
+    for name, there in ((CHECKPOINT, RunFolder(folder).has_checkpoint()), (SUMMARY, (folder / SUMMARY).is_file())):
+        if not there:
             raise LabRunError(f"{str(folder)!r} holds no finished run: {contents(folder)}; need {name}")
     try:
         summary = read_summary(folder)
@@ -45,7 +45,7 @@ def explorable(folder: Path) -> dict[str, Any]:
 def training_command(folder: Path) -> list[str]:
     """The command line that trains the short run into `folder`, or goes on with one that was interrupted; says so."""
     command = [sys.executable, "-m", "experiments.debug_run", "--data", "digits", "--output", str(folder)]
-    if (folder / CHECKPOINT).is_file() and not (folder / SUMMARY).is_file():
+    if RunFolder(folder).has_checkpoint() and not (folder / SUMMARY).is_file():
         say(f"going on with the training in {folder} (about a minute in all) ...")
         return [*command, "--resume"]
     say(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")

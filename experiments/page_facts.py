@@ -102,7 +102,7 @@ def _results(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     found = [(label, f"{100 * results[name]:.1f} %") for name, label in shares.items() if name in results]
     if "mean_bits" in results:
         found.append(("bits on average", f"{results['mean_bits']:.1f}"))
-    if "structured_mac_ratio" in results:
+    if results.get("structured_mac_ratio"):
         found.append(("fewer MACs", f"{results['structured_mac_ratio']:.2f}×"))
     return tuple(found)
 

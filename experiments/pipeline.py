@@ -6,6 +6,7 @@ the notebook does so, the script runs them one after another.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -194,25 +195,27 @@ def summary(
     """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one."""
     last, structured = run.history.last, result.structured_stats
     baseline_bops = structured.total_bops * result.structured_bops_ratio
+    results = {
+        "epochs": len(run.history),
+        "accuracy": last.accuracy,
+        "accuracy_float32": accuracy,
+        "unstructured_sparsity": last.unstructured_sparsity,
+        "structured_sparsity": last.structured_sparsity,
+        "mean_bits": last.mean_bits,
+        "structured_macs": structured.total_macs,
+        "structured_mac_ratio": result.structured_mac_ratio,
+        "structured_bops_ratio": result.structured_bops_ratio,
+        "unstructured_macs": result.unstructured_stats.total_macs,
+        "unstructured_mac_ratio": result.unstructured_mac_ratio,
+        "unstructured_bops_ratio": result.unstructured_bops_ratio,
+        "relative_bops": result.unstructured_stats.total_bops / baseline_bops if baseline_bops else 0.0,
+        "seconds": sum(record.seconds for record in run.history),
+    }
     return {
         **described(run.config, run.data, run.device, run.precision),
         "quantized_layers": run.attached,
-        "results": {
-            "epochs": len(run.history),
-            "accuracy": last.accuracy,
-            "accuracy_float32": accuracy,
-            "unstructured_sparsity": last.unstructured_sparsity,
-            "structured_sparsity": last.structured_sparsity,
-            "mean_bits": last.mean_bits,
-            "structured_macs": structured.total_macs,
-            "structured_mac_ratio": result.structured_mac_ratio,
-            "structured_bops_ratio": result.structured_bops_ratio,
-            "unstructured_macs": result.unstructured_stats.total_macs,
-            "unstructured_mac_ratio": result.unstructured_mac_ratio,
-            "unstructured_bops_ratio": result.unstructured_bops_ratio,
-            "relative_bops": result.unstructured_stats.total_bops / baseline_bops if baseline_bops else 0.0,
-            "seconds": sum(record.seconds for record in run.history),
-        },
+        # A network of which nothing is left has ratios that JSON cannot hold.
+        "results": {name: value if math.isfinite(value) else None for name, value in results.items()},
         "verdict": judged.to_json(),
         **({"doctor": dict(diagnosis)} if diagnosis is not None else {}),
     }

@@ -12,6 +12,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self, TextIO
 
 from experiments import display
@@ -157,8 +158,9 @@ class TerminalProgress(Reporter):
         self._write(f"\r\x1b[K{line[: max(width - 1, 20)]}" + ("\n" if final else ""))
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with suppress(OSError):  # a terminal that is gone ends no training
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from experiments.presets import ConfigError, RunConfig
 from src.data import ImageData, load_data
 from src.devices import pick_device
 from src.records import History
-from src.runs import CHECKPOINT, SUMMARY, RunError, load_checkpoint, load_model_state
+from src.runs import CHECKPOINT, SUMMARY, RunError, RunFolder, load_checkpoint, load_model_state
 from src.snapshots import SNAPSHOTS, Snapshots
 
 
@@ -59,7 +59,7 @@ def load_run(folder: str | Path, *, data_root: str | Path | None = None, device:
     the data is not the run's; DataError, SnapshotError for damaged files.
     """
     path = Path(folder)
-    if not (path / CHECKPOINT).is_file():
+    if not RunFolder(path).has_checkpoint():
         raise RunError(f"{str(folder)!r} holds no run to explore: {contents(path)}; name a folder with {CHECKPOINT}")
     place = pick_device(device)
     state = load_checkpoint(path / CHECKPOINT, place)

@@ -151,8 +151,8 @@ class TrainingLoop:
                 "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
                 "run the cells from chapter 5 on), or resume"
             )
-        if resume and not RunFolder(Path(output)).has_checkpoint():
-            raise RunError(f"there is no checkpoint at {str(output)!r} to resume from; run without --resume first")
+        if resume:
+            RunFolder(Path(output)).check_resumable()
         folder = RunFolder.open(output, keep=resume)
         if resume:
             _restore(run, folder, report)
@@ -182,8 +182,8 @@ class TrainingLoop:
         """Write the checkpoint, and after an epoch history and snapshots. Raises RunError or TrainingError; the old
         checkpoint stays.
         """
-        run = self.run
-        if not run.means.steps and self.folder.path.is_dir():
+        run, folder = self.run, self.folder.path
+        if folder.is_dir() and (not run.means.steps or not (folder / SNAPSHOTS).exists()):
             # Before the checkpoint: what is ahead of it is cut off when the run is taken up, what is behind is lost.
             self.folder.try_write(SNAPSHOTS, self._snapshots.to_bytes())
         self.folder.save_progress(

@@ -19,19 +19,21 @@ import torch
 from torch import nn
 
 from src.checked_load import load_checked
-from src.devices import TrainingError
+from src.devices import TrainingError, pick_precision
 from src.epoch_means import EpochMeans
 from src.finiteness import not_finite
 from src.random_states import random_states, set_random_states
 from src.records import History
 from src.run_files import RunError
-from src.versions import versions
+from src.versions import machine, versions
 
 CHECKPOINT_FORMAT = 2
 CHECKPOINT_PARTS = ("config", "model", "optimizer", "history", "unfinished", "random")
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 # Settings that may differ between the two parts of a resumed run: where things are, not what is computed.
 MAY_DIFFER = frozenset({"data_root", "device", "given"})
+# What contents of another form than expected can raise where they are looked at.
+MISFITS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 Report = Callable[[str], None]
 
 
@@ -75,7 +77,7 @@ def checkpoint_bytes(
         "config": dict(config),
         "data_digest": data_digest,
         "versions": versions(),
-        "machine": _machine(model),
+        "machine": _machine(model, config),
         "epoch": len(progress.history),
         "step": progress.means.steps,
         "model": weights,
@@ -126,25 +128,23 @@ def restore(
     Raises RunError where it belongs to another configuration, architecture or (where both digests are known) other
     data. Nothing is changed before all of that is checked. `report` hears where exactness cannot be promised.
     """
-    _check_same(state["config"], config)
-    trained_on = state.get("data_digest", "")
-    if trained_on and data_digest and trained_on != data_digest:
-        raise RunError(
-            f"the checkpoint was trained on other images or labels (digest {trained_on[:12]} then, "
-            f"{data_digest[:12]} now); put the data back as it was, or start without --resume"
-        )
-    check_model_state(model, state["model"])
-    unfinished = state["unfinished"]
     try:
+        _check_same(state["config"], config)
+        _check_data(str(state.get("data_digest", "")), data_digest)
+        check_model_state(model, state["model"])
+        _check_updates(optimizer, state["optimizer"])
+        unfinished = state["unfinished"]
         history = History.from_json(state["history"])
         progress = Progress(history, EpochMeans.from_state(unfinished), float(unfinished["seconds"]))
         set_random_states(state["random"])
-        optimizer.load_state_dict(state["optimizer"])  # checks its groups before it takes anything over
-    except (ValueError, KeyError, TypeError) as error:
+    except RunError:
+        raise
+    except MISFITS as error:
         raise RunError(f"the checkpoint does not fit this run: {error}; start without --resume") from error
+    optimizer.load_state_dict(state["optimizer"])
     model.load_state_dict(state["model"])
     if report:
-        _report_differences(state, model, report)
+        _report_differences(state, _machine(model, config), report)
     return progress
 
 
@@ -157,8 +157,9 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 def check_model_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Raise RunError where `state` has other names or shapes than `model`."""
     own = model.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
+    both = sorted(own.keys() & state.keys())
+    reshaped = [name for name in both if own[name].shape != getattr(state[name], "shape", None)]
     if missing or unknown or reshaped:
         first = (missing or unknown or reshaped)[0]
         raise RunError(
@@ -206,17 +207,59 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _machine(model: nn.Module) -> dict[str, Any]:
-    return {"device": next(model.parameters()).device.type, "threads": torch.get_num_threads()}
+def _check_data(before: str, now: str) -> None:
+    if before and now and before != now:
+        raise RunError(
+            f"the checkpoint was trained on other images or labels (digest {before[:12]} then, {now[:12]} now); "
+            "put the data back as it was, or start without --resume"
+        )
 
 
-def _report_differences(state: Mapping[str, Any], model: nn.Module, report: Report) -> None:
+def _check_updates(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise RunError for the state of an optimizer of another kind, with other groups, or of other parameters.
+
+    torch's own check counts parameters and groups, and would take over settings that this kind does not have.
+    """
+    own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    members = [[(group.get("name"), group["params"]) for group in groups] for groups in (own, saved)]
+    other_kind = members[0] != members[1] or any(map(_of_another_kind, own, saved))
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    strange = [
+        f"{name} of parameter {number}"
+        for number, moments in ({} if other_kind else state["state"]).items()
+        for name, moment in moments.items()
+        if moment.shape not in (shapes[number], torch.Size())
+    ]
+    if other_kind or strange:
+        raise RunError(
+            "the checkpoint is of another optimizer, or of other parameters"
+            f"{f' ({strange[0]})' if strange else ''}; build the same one, or start without --resume"
+        )
+
+
+def _of_another_kind(group: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether a group's settings are of different types, or each has one that the other lacks.
+
+    A version of torch that has one more setting than the other is still the same kind.
+    """
+    lacking = group.keys() - saved.keys() and saved.keys() - group.keys()
+    return bool(lacking) or any(type(group[name]) is not type(saved[name]) for name in group.keys() & saved.keys())
+
+
+def _machine(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return machine(device, pick_precision(str(config.get("precision", "auto")), device))
+
+
+def _report_differences(state: Mapping[str, Any], here: Mapping[str, Any], report: Report) -> None:
     """What the last digits depend on, where it is not what it was."""
     then = {**state.get("versions", {}), **state.get("machine", {})}
-    now = {**versions(), **_machine(model)}
-    shaping = ("torch", "numpy", "device", "threads")
+    now = {**versions(), **here}
+    shaping = ("torch", "numpy", "device", "device_name", "precision", "threads")
     differing = [
-        f"{name} {then.get(name)} then, {now.get(name)} now" for name in shaping if then.get(name) != now[name]
+        f"{name.replace('_', ' ')} {then.get(name)} then, {now.get(name)} now"
+        for name in shaping
+        if then.get(name) != now.get(name)
     ]
     if differing:
         report(f"NOTICE: {'; '.join(differing)}: the last digits may differ from those of an unbroken run")

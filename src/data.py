@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -138,7 +139,7 @@ def load_data(
     elif data == "digits":
         loaded = _digits()
     elif data in ("auto", "cifar10"):
-        root = Path(root).expanduser()
+        root = Path(os.path.expanduser(root))  # unlike Path.expanduser it leaves a home that nobody has as it is
         if obtain(root, say, download=data == "cifar10"):
             loaded = _image_data("cifar10", "CIFAR-10", read_images(root), (CIFAR10_MEAN, CIFAR10_STD))
         else:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.http_answer import open_answer
+
 Report = Callable[[str], None]
 
 
@@ -115,7 +117,12 @@ def _sources(archive: Archive) -> tuple[str, ...]:
     override = os.environ.get("CIFAR10_URL", "").strip()
     if not override:
         return archive.sources
-    if urllib.parse.urlsplit(override).scheme not in ("http", "https"):
+    try:
+        address = urllib.parse.urlsplit(override)
+        usable = address.scheme in ("http", "https") and address.hostname
+    except ValueError:  # half of an IPv6 address
+        usable = False
+    if not usable:
         raise DataError(f"CIFAR10_URL={override!r}: need an http:// or https:// address of {archive.describe()}")
     return (override,)
 
@@ -125,6 +132,8 @@ def _prepare(root: Path, archive: Archive) -> Path:
     part = root / (archive.name + ".part")
     try:
         root.mkdir(parents=True, exist_ok=True)
+        if (root / archive.name).is_dir():
+            raise DataError(f"{root / archive.name} is a folder: need the archive itself there, or nothing; remove it")
         free = shutil.disk_usage(root).free
         needed = 3 * archive.size_bytes - file_size(part)  # the archive, its content and some room
         if free < needed:
@@ -158,28 +167,35 @@ def _receive(url: str, part: Path, archive: Archive, floor: float, patience: Pat
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=patience.timeout)
+        response = open_answer(urllib.request.Request(url, headers=headers), patience.timeout)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
             _truncate(part, 0)
-        raise _SourceFailure(f"HTTP {error.code} {error.reason}") from error
+        raise _SourceFailure(f"HTTP {error.code} {_brief(error.reason)}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _SourceFailure(f"no connection: {getattr(error, 'reason', None) or error}") from error
+        raise _SourceFailure(f"no connection: {_brief(getattr(error, 'reason', None) or error)}") from error
     with response:
         start = _check_answer(response, have, archive)
         _copy(response, url, part, start, archive, floor, patience, report)
+
+
+def _brief(reason: object) -> str:
+    """What a server or library says, on one line that can be read."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(reason))
+    text = " ".join(text.split())
+    return f"{text[:200]} ..." if len(text) > 200 else text
 
 
 def _check_answer(response: http.client.HTTPResponse, have: int, archive: Archive) -> int:
     """The offset at which the body starts. Raises _SourceFailure for a web page or a file of another size."""
     kind = response.headers.get("Content-Type", "")
     if "html" in kind.lower():
-        raise _SourceFailure(f"answers with a web page ({kind}), not with the archive")
+        raise _SourceFailure(f"answers with a web page ({_brief(kind)}), not with the archive")
     if response.status == 206:
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        span = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
         if span is None or int(span[1]) != have or span[2] not in ("*", str(archive.size_bytes)):
-            answer = response.headers.get("Content-Range")
+            answer = _brief(response.headers.get("Content-Range"))
             raise _SourceFailure(f"answers with the range {answer!r}, need bytes {have}- of {archive.size_bytes}")
         return have
     length = response.headers.get("Content-Length")

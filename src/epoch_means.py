@@ -68,7 +68,7 @@ class EpochMeans:
     def from_state(cls, state: Mapping[str, Any]) -> EpochMeans:
         """The inverse of `state`. Raises ValueError for anything else."""
         sums, steps, images = (state.get(name) for name in ("sums", "steps", "images"))
-        counts = all(isinstance(n, int) and n >= 0 for n in (steps, images))
+        counts = all(isinstance(n, int) and n >= 0 for n in (steps, images)) and bool(steps) == bool(images)
         shaped = sums.shape == (5,) if isinstance(sums, Tensor) else sums is None and steps == 0
         if not counts or not shaped:
             raise ValueError(f"not the sums of an epoch: steps {steps!r}, images {images!r}, sums {sums!r}")

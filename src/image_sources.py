@@ -54,8 +54,12 @@ def read_digits() -> ImageSet:
 
 def read_folder(path: str, report: Report) -> ImageSet:
     """An ImageFolder tree. Images of the types in FORMATS, as RGB, the centre square resized to 32 x 32."""
-    folder = Path(path).expanduser()
-    if not path or not folder.is_dir():
+    folder = Path(os.path.expanduser(path))  # unlike Path.expanduser it leaves a home that nobody has as it is
+    try:
+        here = bool(path) and folder.is_dir()
+    except OSError:  # a name that is too long
+        here = False
+    if not here:
         raise DataError(f"folder:{path}: no such folder; give folder:PATH with PATH/train/CLASS/*.png and PATH/test")
     train = folder / "train"
     test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), folder / "test")
@@ -130,7 +134,10 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
                 raise DataError(
                     f"{path} has {image.width} x {image.height} pixels: need at most {MAX_PIXELS}; shrink it"
                 )
-            upright: Image.Image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):  # a plain conversion clips them, mostly to black or to white
+                raise DataError(f"{path} has 32 bits a pixel: need 8, or a PNG or TIFF of 16; convert or remove it")
+            ImageOps.exif_transpose(image, in_place=True)
+            upright: Image.Image = image
             if upright.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             square = ImageOps.fit(upright.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -146,12 +146,19 @@ class History:
         """Rebuild a history. Raises ValueError where a field is missing or unknown."""
         try:
             records = [_epoch_from_json(entry) for entry in data["records"]]
+            if [record.epoch for record in records] != list(range(1, len(records) + 1)):
+                raise ValueError("its epochs are not 1, 2, 3, ...")
             return cls(epochs=int(data["epochs"]), records=records)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"not a history of this version: {error}; start the run again without --resume") from error
 
 
 def _epoch_from_json(entry: dict[str, Any]) -> EpochRecord:
     layers: Sequence[dict[str, Any]] = entry["layers"]
     parsed = tuple(LayerRecord(**{**layer, "dead": tuple(bool(flag) for flag in layer["dead"])}) for layer in layers)
-    return EpochRecord(**{**entry, "layers": parsed})
+    record = EpochRecord(**{**entry, "layers": parsed})
+    numbers = [getattr(record, name) for name in SCALARS]
+    numbers += [number for layer in parsed for number in (layer.bits, layer.dead_zone, layer.sparsity)]
+    if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
+        raise TypeError(f"epoch {record.epoch!r} holds something else than numbers")
+    return record

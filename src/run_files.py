@@ -58,7 +58,11 @@ def remove_leftovers(folder: Path) -> None:
 def check_writable(path: str | Path) -> None:
     """Raise RunError where `path` is a file, or where no file could be put into it. Creates nothing."""
     folder = Path(path)
+    if not str(path):
+        raise RunError("the output folder has no name; name a folder, or . for the present one")
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise RunError(f"output folder {str(path)!r} is a link to nowhere; name a folder, or repair the link")
         if folder.exists() and not folder.is_dir():
             raise RunError(f"output folder {str(path)!r} is a file; name a folder, or a path that does not exist yet")
         present = next(place for place in (folder, *folder.absolute().parents) if place.exists())

@@ -28,7 +28,7 @@ def hold(folder: str | Path) -> None:
     A lock whose file was deleted, with its folder perhaps, is taken anew. Raises RunError where another process has
     it, OSError where no file can be made. A file system without locks is used without one.
     """
-    place = Path(folder).resolve()
+    place = _real(folder)
     if place in _held:
         if _is_current(place):
             return
@@ -42,12 +42,12 @@ def hold(folder: str | Path) -> None:
 
 def is_held(folder: str | Path) -> bool:
     """Whether this process has the folder."""
-    return Path(folder).resolve() in _held
+    return _real(folder) in _held
 
 
 def check_free(folder: str | Path) -> None:
     """Raise RunError where another process has the folder. Creates nothing."""
-    place = Path(folder).resolve()
+    place = _real(folder)
     if place in _held or not (place / LOCK).exists():
         return
     lock = _new_lock(place)
@@ -58,8 +58,12 @@ def check_free(folder: str | Path) -> None:
 
 def release(folder: str | Path) -> None:
     """Give the folder back; nothing happens where this process does not have it."""
-    if held := _held.pop(Path(folder).resolve(), None):
+    if held := _held.pop(_real(folder), None):
         held[0].release(force=True)
+
+
+def _real(folder: str | Path) -> Path:
+    return Path(os.path.realpath(folder))  # unlike `resolve` it has an answer for links in a circle, too
 
 
 def _new_lock(place: Path) -> BaseFileLock:

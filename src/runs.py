@@ -29,6 +29,7 @@ from src.checkpoints import (
     load_model_state,
     restore,
 )
+from src.earlier_runs import FIGURES, HISTORY, MOVING, PREVIOUS, SUMMARY, put_back, set_aside
 from src.epoch_means import EpochMeans
 from src.records import History
 from src.run_files import RunError, check_writable, not_writable, remove_leftovers, write_atomic
@@ -38,7 +39,9 @@ __all__ = [
     "CHECKPOINT",
     "CHECKPOINT_BEFORE",
     "CHECKPOINT_FORMAT",
+    "FIGURES",
     "HISTORY",
+    "PREVIOUS",
     "SUMMARY",
     "Progress",
     "RunError",
@@ -51,9 +54,6 @@ __all__ = [
     "versions",
     "write_atomic",
 ]
-
-HISTORY, SUMMARY = "history.csv", "run.json"
-PREVIOUS = "previous"
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class RunFolder:
             run_lock.hold(folder)
             remove_leftovers(folder)
             run = cls(folder)
-            if not keep:
-                run._set_aside()
+            (put_back if keep else set_aside)(folder)
         except OSError as error:
             raise not_writable(path, error) from error
         return run
@@ -141,7 +140,13 @@ class RunFolder:
             self.try_write(HISTORY, history.csv_text())
 
     def has_checkpoint(self) -> bool:
+        """Whether there is one, or the one before it."""
         return any((self.path / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+
+    def check_resumable(self) -> None:
+        """Raise RunError where there is no checkpoint, nor one that `open` puts back. Changes nothing."""
+        if not self.has_checkpoint() and not RunFolder(self.path / PREVIOUS / MOVING).has_checkpoint():
+            raise RunError(f"there is no checkpoint at {str(self.path)!r} to resume from; run without --resume first")
 
     def restore(
         self,
@@ -183,15 +188,3 @@ class RunFolder:
                 f"the checkpoint in {str(self.path)!r} is in the middle of an epoch; take it up with `restore`"
             )
         return self.restore(model, optimizer, config, device, data_digest).history
-
-    def _set_aside(self) -> None:
-        results = {CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_DAMAGED, HISTORY, SUMMARY}
-        files = [e for e in self.path.iterdir() if e.name in results or e.suffix in (".png", ".cdq", ".onnx", ".npz")]
-        if not files:
-            return
-        previous = self.path / PREVIOUS
-        taken = [int(entry.name) for entry in previous.glob("*") if entry.name.isdecimal()]
-        target = previous / str(max(taken, default=0) + 1)
-        target.mkdir(parents=True)
-        for entry in files:
-            entry.replace(target / entry.name)

@@ -6,6 +6,7 @@ import platform
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,24 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     """What a result's last digits depend on: device, arithmetic, threads and system."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": device.type,
-        "device_name": name,
+        "device_name": device_name(device),
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
     }
+
+
+@lru_cache(maxsize=8)
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device, where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError, StopIteration):  # Linux has it here
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 @lru_cache(maxsize=1)  # it reads files, and every checkpoint asks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -46,6 +49,29 @@ def _named(name: bytes) -> Callable[[str, bytes], bytes]:
     return lambda entry, old: b"\x80\x02c" + name + b"\n)R." if entry.endswith("data.pkl") else old
 
 
+def _endless(levels: int) -> list[Any]:
+    """2^levels lists for whoever walks through it, a few bytes each in the file."""
+    content: list[Any] = []
+    for _ in range(levels):
+        content = [content, content]
+    return content
+
+
+def _in_itself() -> list[Any]:
+    content: list[Any] = []
+    content.append(content)
+    return content
+
+
+def _twice(data: bytes) -> bytes:
+    """The archive with a second entry of the pickle's name, in letters that torch's reader does not tell apart."""
+    out = io.BytesIO(data)
+    with zipfile.ZipFile(out, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("archive/DATA.pkl", archive.read("archive/data.pkl"))
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -57,6 +83,9 @@ def _named(name: bytes) -> Callable[[str, bytes], bytes]:
         (torch_file(nn.Parameter(torch.zeros(2))), "_rebuild_parameter, which"),
         (rezipped(torch_file(CONTENT), _named(b"builtins\nset")), "builtins.set, which"),
         (rezipped(torch_file(CONTENT), _named(b"os\nsystem")), "os.system, which"),
+        (torch_file({"model": _endless(60)}), "many times as long as the file"),
+        (torch_file({"model": _in_itself()}), "many times as long as the file"),
+        (_twice(torch_file(CONTENT)), "two entries called 'archive/data.pkl'"),
         (torch_file(CONTENT)[:-30], "not a zip file"),
         (b"", "not a zip file"),
     ],
@@ -65,6 +94,20 @@ def test_it_refuses(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(zipfile.BadZipFile, match=words):
         load_checked(tmp_path / "file")
+
+
+def test_torch_reads_what_was_looked_at(tmp_path: Path) -> None:
+    """Two archives in one file: Python's zipfile goes by where the directory lies, torch by where it is said to lie."""
+    good = torch_file({"numbers": [1, 2, 3]})
+    pickled = zipfile.ZipFile(io.BytesIO(good)).read("archive/data.pkl")
+    other = b"\x80\x02cbuiltins\nbytearray\nK\x05\x85R.".ljust(len(pickled), b".")
+    good = rezipped(good, lambda name, old: old)
+    evil = rezipped(good, lambda name, old: other if name.endswith("data.pkl") else old)
+    size, start = struct.unpack("<II", good[-10:-2])
+    both = evil[: start + size] + good  # whose end says that the directory is where the first archive has it
+    (tmp_path / "file").write_bytes(both)
+    assert torch.load(tmp_path / "file", weights_only=True) == bytearray(5)
+    assert load_checked(tmp_path / "file") == {"numbers": [1, 2, 3]}
 
 
 def test_a_changed_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from src.epoch_means import EpochMeans
 from src.evaluation import layer_records
 from src.records import EpochRecord, History, LayerRecord
 from src.run_files import RunError
-from src.runs import CHECKPOINT
+from src.runs import CHECKPOINT, CHECKPOINT_BEFORE
 from tests.histories import make_history
 from tests.quantized_networks import mixed_resnet20
 
@@ -75,6 +75,16 @@ def test_runs_are_found_around_a_folder(runs: Path) -> None:
     assert list(found) == ["out", "out/previous/2", "beside"]
     assert compare.read_run(found["out/previous/2"]).config.seed == 1
     assert list(compare.find_runs(runs / "nothing here")) == ["beside", "out", "out/previous/2"]
+
+
+def test_a_run_that_was_killed_between_two_renames_is_a_run(runs: Path) -> None:
+    """The newest checkpoint was about to take the place of the one before, which is there under its other name."""
+    (runs / "out" / CHECKPOINT).rename(runs / "out" / CHECKPOINT_BEFORE)
+    (runs / "out" / "previous" / ".moving").mkdir()
+    (runs / "out" / "previous" / ".moving" / CHECKPOINT).touch()
+    assert list(compare.find_runs(runs / "out")) == ["out", "out/previous/2", "beside"]
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt is missing or damaged; reading checkpoint\.previous\.pt"):
+        assert len(compare.read_run(runs / "out").history) == 20
 
 
 def test_tables_hold_what_differs_and_what_came_out(runs: Path) -> None:

@@ -619,6 +619,14 @@ def spoil_pipe(root: Path) -> None:
     os.mkfifo(root / "train" / "cat" / "9.png")
 
 
+def spoil_deep_numbers(root: Path) -> None:
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(root / "train" / "cat" / "0.tif")
+
+
+def spoil_deeper_numbers(root: Path) -> None:
+    Image.fromarray(np.full((40, 40), 30_000, np.int32)).save(root / "train" / "cat" / "0.tif")
+
+
 def spoil_empty(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
@@ -653,6 +661,8 @@ def spoil_other_classes(root: Path) -> None:
         (spoil_no_image, r"train/dog/1\.png is no readable image"),
         (spoil_bomb, r"train/cat/0\.png has 15000 x 6000 pixels: need at most 89478485"),
         (spoil_larger_bomb, r"train/cat/0\.png: Image size \(200000000 pixels\).*shrink"),
+        (spoil_deep_numbers, r"train/cat/0\.tif has 32 bits a pixel: need 8, or a PNG or TIFF of 16"),
+        (spoil_deeper_numbers, r"train/cat/0\.tif has 32 bits a pixel"),
         (spoil_pipe, r"train/cat/9\.png is no ordinary file: remove it"),
         (spoil_empty, r"pets/train is missing: need train/ and test/ \(or val/\)"),
         (spoil_no_test, r"pets/test is missing: need"),
@@ -667,6 +677,16 @@ def test_a_bad_folder_is_refused(tree: Path, spoil: Callable[[Path], None], mess
     spoil(tree)
     with pytest.raises(DataError, match=message):
         load_data(f"folder:{tree}")
+
+
+@pytest.mark.parametrize("name", ["", "absent", "x" * 300, "~nobody-has-this-name/pictures", "a\0b"])
+def test_a_folder_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="no such folder; give folder:PATH with PATH/train/CLASS"):
+        load_data(f"folder:{name}")
+
+
+def test_a_home_that_nobody_has_holds_no_data() -> None:
+    assert load_data("auto", "~nobody-has-this-name/data").notice
 
 
 def test_more_than_a_thousand_classes_are_remarked(tmp_path: Path) -> None:

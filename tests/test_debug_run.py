@@ -27,10 +27,10 @@ import torch
 from experiments import debug_run, pipeline
 from experiments.diagnosis.findings import STAGES
 from experiments.verdict import FAILED, Finding, Verdict
-from src import training
+from src import runs, training
 from src.data import load_data
 from src.records import SCALARS, History
-from src.runs import RunFolder, load_checkpoint
+from src.runs import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FIGURES = {"accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png"}
@@ -501,7 +501,7 @@ def test_a_table_or_figure_that_cannot_be_written_or_drawn_is_a_warning(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such colour")
 
-    monkeypatch.setattr(RunFolder, "_set_aside", lambda _: None)
+    monkeypatch.setattr(runs, "set_aside", lambda _: None)
     monkeypatch.setattr(pipeline.figures, "sparsity_curves", broken)
     assert run(words(folder)) == 2
     captured = capsys.readouterr()
@@ -529,6 +529,91 @@ def test_out_of_memory_says_which_batch_size_would_do(
     assert "does not hold a batch of 50 images; try batches of 25: --batch-size 25, or BATCH_SIZE = 25" in told
     assert f"the state after epoch 1 of 2 is in {tmp_path}" in told
     assert len(histories(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("where", "kept"), [("load_data", ""), ("evaluate_run", "the training is complete and kept")])
+def test_out_of_memory_outside_of_the_steps_is_one_message(
+    where: str, kept: str, finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.setattr(pipeline, where, exhausted)
+    assert run(words(tmp_path / "run", "--resume")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: the memory does not hold the ")
+    assert kept in told
+
+
+def test_a_network_of_which_nothing_is_left_is_judged_too(
+    finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real = pipeline.evaluate_run
+
+    def emptied(run: pipeline.Run) -> Any:
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.mul_(parameter.dim() < 1)  # all but the logits
+        return real(run)
+
+    shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.setattr(pipeline, "evaluate_run", emptied)
+    assert run(words(tmp_path / "run", "--resume")) == finished.status
+    results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    assert (results["structured_macs"], results["structured_mac_ratio"]) == (0, None)
+    assert "Structured:   infx fewer MACs" in capsys.readouterr().out
+
+
+# --- nobody listens
+
+
+class Broken(io.TextIOWrapper):
+    """A stream whose reader is gone."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__(io.BytesIO())
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_a_run_that_nobody_listens_to_goes_on(
+    error: int, finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Broken(error))
+        patch.setattr(sys, "stderr", Broken(error))
+        assert run(words(tmp_path)) == finished.status
+    assert histories(tmp_path) == histories(finished.folder)
+    assert set(contents(tmp_path)) == FILES
+
+
+def test_a_broken_pipe_is_said_once_and_costs_nothing(finished: Done, tmp_path: Path) -> None:
+    """The first line is read and then nothing more, as by `| head -1`; the folder's name cannot be encoded."""
+    shutil.copytree(finished.folder, tmp_path / "r\udcff")
+    command = [sys.executable, "-m", "experiments.debug_run", *words(tmp_path / "r\udcff", "--resume")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert process.returncode == finished.status, told
+    assert told.count("warning: the standard output cannot be written (Broken pipe); the run goes on without it") == 1
+    assert "Traceback" not in told
+    assert "Exception" not in told
+
+
+def test_a_run_without_any_streams(finished: Done, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    command = [sys.executable, "-m", "experiments.debug_run", *words(tmp_path / "run", "--resume")]
+    (tmp_path / "run" / "run.json").unlink()
+    done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], cwd=ROOT, check=False)
+    assert done.returncode == finished.status
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["epochs"] == 2
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] == 2
 
 
 def test_the_commands_exit_status_is_the_functions() -> None:

@@ -11,8 +11,13 @@ import gzip
 import importlib.util
 import pickle
 import shutil
+import socket
+import socketserver
 import tarfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +149,76 @@ def test_a_useless_source_is_named_with_its_fault(host: Host, tmp_path: Path, wa
     assert left in ([], ["fake.tar.gz.part"])
     assert all(0 < (tmp_path / name).stat().st_size <= len(PAYLOAD) for name in left)
     assert attempt(tmp_path, host.url(way), host.url("good"))[0].read_bytes() == PAYLOAD
+
+
+def _trickle(connection: socket.socket) -> None:
+    """Headers without end, a letter now and then."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        connection.sendall(b"x")
+        time.sleep(0.03)
+
+
+def _continue(connection: socket.socket) -> None:
+    while True:
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.01)
+
+
+def _absurd_range(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 206 Partial\r\nContent-Range: bytes " + b"9" * 5000 + b"-1/*\r\n\r\n")
+
+
+def _noise(connection: socket.socket) -> None:
+    connection.sendall(b"\x1b[31m\x00\xff" * 500 + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (_trickle, "no answer within 1 s"),
+        (_continue, "no answer within 1 s"),
+        (_absurd_range, "answers with the range 'bytes 9999"),
+        (_noise, "no connection: [31m"),
+    ],
+)
+def test_an_answer_that_never_begins_or_makes_no_sense(
+    answer: Callable[[socket.socket], None], reason: str, host: Host, tmp_path: Path
+) -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            with suppress(OSError):
+                answer(self.request)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/fake.tar.gz"
+        lines: list[str] = []
+        archive = described(PAYLOAD, FILES, url, host.url("good"))
+        patience = Patience(timeout=0.1, rounds=1, pause=0.0, window=5.0)
+        assert fetch(tmp_path, lines.append, archive, patience).read_bytes() == PAYLOAD
+        server.shutdown()
+    assert lines[0].startswith(f"{url}: ")
+    assert reason in lines[0]
+    assert len(lines[0]) < 400
+    assert lines[0].isprintable()
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[::1", "ftp://x/y", "//x/y", "here"])
+def test_an_override_that_is_no_address_is_refused(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR10_URL", address)
+    with pytest.raises(DataError, match="need an http:// or https:// address of fake"):
+        attempt(tmp_path)
+
+
+def test_a_folder_in_the_archives_place_is_said_before_the_download(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "fake.tar.gz").mkdir()
+    with pytest.raises(DataError, match="is a folder: need the archive itself there, or nothing; remove it"):
+        attempt(tmp_path, host.url("good"))
+    assert host.seen == []
 
 
 def test_a_refused_answer_costs_nothing_of_the_part(host: Host, tmp_path: Path) -> None:

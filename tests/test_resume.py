@@ -92,7 +92,8 @@ def everything(run: Run) -> dict[str, Any]:
     for number, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer {number} {name}": tensor.clone() for name, tensor in state.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    return {"tensors": tensors | {"scores": scores}, "records": records, "groups": groups}
+    histograms = run.snapshots.to_bytes() if run.snapshots else b""
+    return {"tensors": tensors | {"scores": scores}, "records": records, "groups": groups, "histograms": histograms}
 
 
 def assert_equal(run: Run, expected: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ def unbroken(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> dict[
 # --- exact resume
 
 
-@pytest.mark.parametrize(("steps", "every"), [(4, None), (6, None), (5, 3), (7, 1), (11, 3)])
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (3, 2), (4, None), (6, None), (5, 3), (7, 1), (11, 3)])
 def test_killed_anywhere_and_resumed_it_ends_the_same(
     steps: int, every: int | None, data: ImageData, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -186,6 +187,49 @@ def test_an_epoch_that_is_taken_up_has_the_steps_that_are_left(data: ImageData) 
     taken = list(training.train_epoch(run.model, run.optimizer, data, run.objective, start=3, **settings))
     assert [(step.index, step.steps) for step in taken] == [(3, 4)]
     assert list(training.train_epoch(run.model, run.optimizer, data, run.objective, start=4, **settings)) == []
+
+
+def test_another_optimizer_is_refused_and_nothing_is_changed(data: ImageData, tmp_path: Path) -> None:
+    killed(new_run(data), tmp_path, 5)
+    run = new_run(data, seed=7)
+    run.optimizer = torch.optim.SGD(run.optimizer.param_groups[0]["params"], lr=1e-3, momentum=0.9)
+    before = everything(run)
+    with pytest.raises(RunError, match="of another optimizer, or of other parameters; build the same one"):
+        TrainingLoop.open(run, tmp_path, resume=True)
+    assert_equal(run, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("model", "linear.weight"), 1.5, "of another architecture: .* 1 of another shape"),
+        (("model", 7), torch.zeros(1), "of another architecture: .* 1 unknown"),
+        (("config", "peak"), torch.zeros(1), "does not fit this run: Object of type Tensor"),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(2), r"other parameters \(exp_avg of parameter 0\)"),
+        (("optimizer", "state", 0), None, "does not fit this run"),
+        (("optimizer", "param_groups", 0, "weight_decay"), torch.zeros(2), "of another optimizer"),
+        (("history", "records", 0, "accuracy"), "good", "holds something else than numbers"),
+        (("history", "records", 0, "epoch"), 2, "its epochs are not 1, 2, 3"),
+        (("history", "records", 0), 3, "not a history of this version"),
+        (("unfinished", "images"), 0, "not the sums of an epoch"),
+        (("random", "torch"), torch.zeros(3), "not the states of random generators"),
+    ],
+)
+def test_a_checkpoint_with_other_contents_is_refused_and_nothing_is_changed(
+    place: tuple[Any, ...], value: object, message: str, data: ImageData, tmp_path: Path
+) -> None:
+    killed(new_run(data), tmp_path, 6, checkpoint_every=1)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    inner: Any = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    torch.save(state, tmp_path / "checkpoint.pt")
+    run = new_run(data, seed=7)
+    before = everything(run)
+    with pytest.raises(RunError, match=message):
+        TrainingLoop.open(run, tmp_path, resume=True)
+    assert_equal(run, before)
 
 
 # --- interruptions
@@ -438,9 +482,11 @@ def test_another_machine_or_library_is_said(data: ImageData, tmp_path: Path) -> 
     killed(new_run(data), tmp_path, 5)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     state["versions"]["torch"], state["machine"]["threads"] = "1.0", 64
+    state["machine"] |= {"device_name": "Abacus", "precision": "bfloat16"}
     torch.save(state, tmp_path / "checkpoint.pt")
     said: list[str] = []
     TrainingLoop.open(new_run(data), tmp_path, resume=True, report=said.append)
     now = f"torch 1.0 then, {torch.__version__.partition('+')[0]}"
     assert said[0].startswith(f"NOTICE: {now}")
-    assert "threads 64 then, 1 now: the last digits may differ" in said[0]
+    assert "device name Abacus then, " in said[0]
+    assert "precision bfloat16 then, float32 now; threads 64 then, 1 now: the last digits may differ" in said[0]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from resnet import BasicBlock, ResNet
+from src import run_lock
 from src.quantizer import DeadZoneLDZCompander
 from src.records import EpochRecord, History, LayerRecord
 from src.runs import (
@@ -147,6 +148,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_without_a_name_or_behind_a_broken_link(tmp_path: Path) -> None:
+    (tmp_path / "nowhere").symlink_to("absent")
+    (tmp_path / "circle").symlink_to("circle")
+    for take in (check_writable, RunFolder.open):
+        for name in ("nowhere", "circle"):
+            with pytest.raises(RunError, match=f"{name}' is a link to nowhere; name a folder, or repair the link"):
+                take(tmp_path / name)
+        with pytest.raises(RunError, match="has no name; name a folder"):
+            take("")
+    run_lock.release(tmp_path / "circle")  # it was not held
+
+
 def test_checking_creates_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
@@ -172,6 +185,55 @@ def test_an_earlier_run_is_set_aside_once(tmp_path: Path) -> None:
     kept = contents(tmp_path)
     assert kept.pop("previous/2/history.csv") == b"second"
     assert set(kept) == {f"previous/1/{name}" for name in names} | {"notes.txt"}  # no run is ever deleted
+
+
+def test_only_what_a_run_leaves_is_set_aside(tmp_path: Path) -> None:
+    own = dict.fromkeys(("photo.png", "table.npz", "notes.txt", "accuracy_curve.png", "network.onnx"), b"mine")
+    for name, data in own.items():
+        (tmp_path / name).write_bytes(data)
+    run = RunFolder.open(tmp_path)
+    assert contents(tmp_path) == own  # there was no run here
+    run.write("run.json", "first")
+    RunFolder.open(tmp_path)
+    moved = {"accuracy_curve.png", "network.onnx", "run.json"}  # as a run and an export call their files
+    assert set(contents(tmp_path)) == {f"previous/1/{name}" for name in moved} | own.keys() - moved
+
+
+@pytest.mark.parametrize("moved", range(5))
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_that_was_half_set_aside_stays_together(
+    keep: bool, moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is killed between two files, or before the last step. The next one begins anew, or resumes."""
+    names = ("history.csv", "checkpoint.pt", "checkpoint.previous.pt", "snapshots.npz")
+    files = {name: name.encode() for name in names}
+    folder = RunFolder.open(tmp_path)
+    for name, data in files.items():
+        folder.write(name, data)
+    (tmp_path / "previous" / "7").mkdir(parents=True)
+
+    class Killed(BaseException):
+        pass
+
+    def replace(path: Path, target: Path, calls: list[int] = []) -> Path:  # noqa: B006  (one list for all calls)
+        calls.append(1)
+        if len(calls) > moved:
+            raise Killed
+        os.replace(path, target)
+        return target
+
+    def rename(path: Path, target: Path) -> Path:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(Killed):
+            RunFolder.open(tmp_path)
+    folder.check_resumable()
+    RunFolder.open(tmp_path, keep=keep)
+    assert contents(tmp_path) == (files if keep else {f"previous/8/{name}": data for name, data in files.items()})
+    assert not (tmp_path / "previous" / ".moving").exists()
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
@@ -234,7 +296,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, share: float, how: str) -> None:
     if how == "cut":
         path.write_bytes(data[:position])
     else:
-        for index in range(position, min(position + 40, len(data))):
+        for index in range(position, min(position + 70, len(data))):  # the gaps between tensors are shorter
             data[index] ^= 0xFF
         path.write_bytes(data)
     refused(folder, "cannot be read .*damaged or not a checkpoint; start without --resume")
@@ -313,7 +375,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
 def test_optimizer_or_history_that_do_not_fit(tmp_path: Path) -> None:
     folder, _, _ = saved(tmp_path)
     altered(folder, lambda state: state["optimizer"]["param_groups"].pop() and None)
-    refused(folder, "does not fit this run: .*start without --resume")
+    refused(folder, "of another optimizer, or of other parameters; build the same one, or start without --resume")
     folder, _, _ = saved(tmp_path)
     altered(folder, lambda state: state["history"]["records"][0].pop("loss") and None)
     refused(folder, "does not fit this run: not a history of this version")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.peak_memory import peak_memory
 from resnet import BasicBlock, ResNet, resnet110
 from src.quantizer import DeadZoneLDZCompander
 from src.run_files import write_atomic
@@ -198,10 +199,36 @@ def test_damage_is_told_and_nothing_is_unpickled(tmp_path: Path) -> None:
         ("sizes", arrays(good)["sizes"] + 1),
         ("count_bytes", arrays(good)["count_bytes"][..., :-1]),
         ("layers", np.array([{}], dtype=object)),
+        ("bits", arrays(good)["bits"] + 100),  # 2^100 levels to draw
+        ("zeros", arrays(good)["zeros"][0]),
+        ("channels", arrays(good)["channels"] + 8),
     ):
         np.savez(path, **{**arrays(good), name: wrong})
         with pytest.raises(SnapshotError, match="cannot be read"):
             Snapshots.load(path)
+
+
+def test_a_small_file_that_stands_for_gigabytes_is_refused_cheaply(tmp_path: Path) -> None:
+    model, names = network()
+    snapshots = Snapshots(names)
+    snapshots.add(model, 0)
+    good, path = arrays(snapshots.to_bytes()), tmp_path / SNAPSHOTS
+    absurd = {
+        "zeros that were compressed": {"count_bytes": np.zeros((4, 30_000, len(names), 123), np.uint8)},
+        "channels that are not there": {"channels": np.full(len(names), 3 * 10**7)},
+    }
+    for what, changes in absurd.items():
+        np.savez_compressed(path, **{**good, **changes})
+        messages: list[str] = []
+
+        def read(messages: list[str] = messages) -> None:
+            with pytest.raises(SnapshotError) as caught:
+                Snapshots.load(path)
+            messages.append(str(caught.value))
+
+        used = peak_memory(read, torch.device("cpu"))["step_bytes"]
+        assert "cannot be read" in messages[0]
+        assert used < 2**26, f"{what}: {used / 2**20:.0f} MiB"
 
 
 def test_wrong_layers_and_names_are_told(tmp_path: Path) -> None:

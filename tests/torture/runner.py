@@ -162,7 +162,8 @@ def differences(
     ]
     if not equal(_without_seconds(one["history"]), _without_seconds(other["history"])):
         found.append("history")
-    found += [name for name in FIGURES if (folder / name).read_bytes() != (unbroken / name).read_bytes()]
+    drawn = (*FIGURES, "snapshots.npz")
+    found += [name for name in drawn if (folder / name).read_bytes() != (unbroken / name).read_bytes()]
     if _rows(folder) != _rows(unbroken):
         found.append("history.csv")
     results = [json.loads((place / "run.json").read_text())["results"] for place in (folder, unbroken)]
