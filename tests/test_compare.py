@@ -110,6 +110,13 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     assert axes.get_lines()[1].get_xdata() == pytest.approx([100 * read[0].relative_bops[-1]])
     assert "32" in axes.get_xlabel()
     assert f"{100 * read[0].relative_bops[-1]:.1f} %" in plane.get_label()
+    early = replace(
+        read[2], relative_bops=np.array([0.26, 0.25, 0.24]), columns={n: v[:3] for n, v in read[2].columns.items()}
+    )
+    ticks = compare_figures.run_plane([early]).axes[1].get_xticks()
+    assert len([tick for tick in ticks if 20 < tick <= 100]) >= 3, (
+        "a cost can be read also where a run has saved little"
+    )
     alone = compare_figures.run_curves(read[2:])
     assert "ends at 42.5 % accuracy after 5 epochs" in alone.get_label()
     with pytest.raises(ValueError, match="at least one run"):

@@ -213,6 +213,12 @@ def test_titles_are_broken_between_words_into_lines_that_fit() -> None:
     assert len(lines) == 2
     assert max(map(len, lines)) < 1.4 * min(map(len, lines)), "no word alone on a line"
     assert style.wrapped("", style.WIDTH, style.TITLE) == []
+    for words in range(1, 9):  # whatever stands before it, a number keeps its unit
+        line = "word " * words + "92.8 % zeros of 14.6 million weights"
+        lines = style.wrapped(line, 3.0, style.TITLE, "bold")
+        assert " ".join(lines) == line
+        assert any("92.8 %" in one for one in lines)
+        assert any("14.6 million" in one for one in lines)
     assert style.wrapped("x" * 300, style.WIDTH, style.TITLE) == ["x" * 300]
     one, two = (style.header_height(title) for title in ("short", text))
     assert two - one == pytest.approx(style.LINE * style.TITLE / 72)
