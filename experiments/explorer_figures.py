@@ -66,7 +66,7 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[2].subgridspec(len(networks), columns)
     heading = figure.add_subplot(outer[1])
     heading.axis("off")
-    heading.text(0, 0, _caption(trace), fontsize=style.SMALL, color=style.MUTED)
+    heading.text(0.01, 0, _caption(trace), fontsize=style.SMALL, color=style.MUTED)
     _draw_image(figure.add_subplot(upper[0]), trace)
     _draw_scores(figure.add_subplot(upper[1]), trace)
     limits = np.max([np.abs(trace.maps[name]).max(axis=(1, 2)) for name in (FLOAT, QUANTIZED)], axis=0)  # (K,)
@@ -195,7 +195,7 @@ def _said(answers: Mapping[str, tuple[str, float]]) -> str:
 
 
 def _caption(trace: ImageTrace) -> str:
-    return f"Channels behind {trace.stage.layer}, by number: blue positive, orange negative, hatched removed"
+    return f"Channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
 
 
 def _agreement(trace: ImageTrace) -> str:

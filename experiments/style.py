@@ -119,7 +119,7 @@ def tighten(figure: Figure) -> None:
     """Little room between the panels of a figure from `canvas`: for grids of images."""
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(h_pad=0.03, w_pad=0.03, hspace=0.02, wspace=0.02)
+        engine.set(h_pad=0.03, w_pad=0.06, hspace=0.02, wspace=0.02)
 
 
 def header_height(title: str, subtitle: str = "", width: float = WIDTH) -> float:

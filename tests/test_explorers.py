@@ -175,7 +175,7 @@ def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNet
     trace = networks.trace(3, "layer1.0.conv1")
     figure = explorer_figures.image_figure(trace, subtitle="a note")
     heading, picture, scores, *maps = figure.axes
-    assert "behind layer1.0.conv1, by number" in heading.texts[0].get_text()
+    assert "Channels behind layer1.0.conv1: " in heading.texts[0].get_text()
     np.testing.assert_array_equal(picture.get_images()[0].get_array(), trace.image.transpose(1, 2, 0))
     drawn = {str(line.get_label()): np.asarray(line.get_xdata()) for line in scores.get_lines()}
     for network in (FLOAT, QUANTIZED, COMPACTED):
