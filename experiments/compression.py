@@ -23,6 +23,7 @@ from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
+from experiments.lessons import names_left
 from experiments.pipeline import Run
 from experiments.timing import time_in_turns
 from metrics import QuantizationComparison
@@ -81,7 +82,7 @@ class Compression:
             for stage in self.stages
         ]
         styled = pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "right"})
-        return styled.set_properties(subset=["stage"], **{"text-align": "left"})
+        return names_left(styled)
 
     def proof(self) -> str:
         """The equality checks in words."""

@@ -120,7 +120,7 @@ def layer_table(result: EvalResult) -> Styler:
     table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
     formats = {"weights": "{:,.0f}", "bits": "{:.1f}", "zeros": "{:.1%}"} | dict.fromkeys(table.columns[4:], "{:,.0f}")
     styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], color="#cfe3f3", vmin=0, vmax=1)
-    return styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"})
+    return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"}))
 
 
 def ratio_table(result: EvalResult) -> Styler:
@@ -148,7 +148,7 @@ def ratio_table(result: EvalResult) -> Styler:
         "fewer BOPs": "{:.2f}x",
         "share of FP32 BOPs": "{:.2%}",
     }
-    return table.style.hide(axis="index").format(formats)
+    return names_left(table.style.hide(axis="index").format(formats))
 
 
 @torch.no_grad()
@@ -207,6 +207,12 @@ def verdict_table(verdict: Verdict) -> Styler:
 def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:
     """A small table without row numbers."""
     return _left_aligned(pd.DataFrame(list(rows)))
+
+
+def names_left(styled: Styler) -> Styler:
+    """The first column of a table of numbers, which says what they are numbers of, starts at the left."""
+    styled = styled.set_properties(subset=[styled.columns[0]], **{"text-align": "left"})
+    return styled.set_table_styles([{"selector": "th.col0", "props": "text-align: left"}], overwrite=False)
 
 
 def _left_aligned(table: pd.DataFrame) -> Styler:

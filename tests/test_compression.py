@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,10 @@ def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
     result, _ = pipeline.evaluate_run(run)
     assert f"{result.structured_stats.total_macs:,}" in lessons.layer_table(result).to_html()
     assert f"{result.structured_mac_ratio:.2f}x" in lessons.ratio_table(result).to_html()
+    for table in (lessons.layer_table(result), lessons.ratio_table(result)):
+        assert re.search(r"th\.col0 \{\s*text-align: left", table.to_html()), (
+            "names start at the left, as their heading"
+        )
     verdict = pipeline.verdict(run)
     assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.findings)
     assert "logit_bit" in lessons.optimizer_table(run.optimizer, run.objective).to_html()

@@ -216,7 +216,7 @@ def test_every_figure_fits_a_phone_a_page_and_its_own_edges(name: str) -> None:
     own = [text for text in own if text.get_text()]
     for part in [*figure.texts, *own, *(text for legend in legends for text in legend.get_texts())]:
         box = part.get_window_extent()
-        inside = -1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 and -1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1
+        inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
         assert inside, f"{part.get_text()!r} is cut off"
     assert figure.get_label().endswith("."), "alt text in sentences"
     assert len(figure.get_label()) > 40
