@@ -40,8 +40,11 @@ def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     """Accuracy, zeros, dead filters and bits by epoch, a line a run."""
     _check(runs)
     best = max(runs, key=lambda run: run.columns["accuracy"][-1])
+    ends = {percent(run.columns["accuracy"][-1]) for run in runs}
     title = f"{_quoted(best)} ends at {percent(best.columns['accuracy'][-1])} accuracy"
     title += f", the best of {len(runs)} runs" if len(runs) > 1 else f" after {_epochs(best)}"
+    if len(runs) > 1 and len(ends) == 1:
+        title = f"All {len(runs)} runs end at {ends.pop()} accuracy"
     figure = style.canvas(title, subtitle, height=5.2 + 0.24 * _legend_rows(runs))
     panels = figure.subplot_mosaic(
         [["keys", "keys"], [PANELS[0][0], PANELS[1][0]], [PANELS[2][0], PANELS[3][0]]],

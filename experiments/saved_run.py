@@ -15,7 +15,7 @@ from experiments.presets import ConfigError, RunConfig
 from src.data import ImageData, load_data
 from src.devices import pick_device
 from src.records import History
-from src.runs import CHECKPOINT, SUMMARY, RunError, load_checkpoint, load_model_state
+from src.runs import CHECKPOINT, CHECKPOINT_BEFORE, SUMMARY, RunError, load_checkpoint, load_model_state
 from src.snapshots import SNAPSHOTS, Snapshots
 
 
@@ -59,7 +59,7 @@ def load_run(folder: str | Path, *, data_root: str | Path | None = None, device:
     the data is not the run's; DataError, SnapshotError for damaged files.
     """
     path = Path(folder)
-    if not (path / CHECKPOINT).is_file():
+    if not holds_run(path):
         raise RunError(f"{str(folder)!r} holds no run to explore: {contents(path)}; name a folder with {CHECKPOINT}")
     place = pick_device(device)
     state = load_checkpoint(path / CHECKPOINT, place)
@@ -110,13 +110,20 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return found
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint, or the one before it, which is read where the newer one is missing."""
+    return any((folder / name).is_file() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+
+
 def contents(folder: Path) -> str:
     """What lies in a folder, for an error message."""
     if not folder.exists():
         return "there is no such folder"
     if not folder.is_dir():
         return "it is a file"
-    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    names = sorted(
+        entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if not entry.name.startswith(".")
+    )
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"in it are {', '.join(names[:12])}{more}" if names else "it is empty"
 

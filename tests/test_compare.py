@@ -20,7 +20,7 @@ from src.epoch_means import EpochMeans
 from src.evaluation import layer_records
 from src.records import EpochRecord, History, LayerRecord
 from src.run_files import RunError
-from src.runs import CHECKPOINT
+from src.runs import CHECKPOINT, CHECKPOINT_BEFORE
 from tests.histories import make_history
 from tests.quantized_networks import mixed_resnet20
 
@@ -154,6 +154,55 @@ def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.Ca
     (runs / "no run" / "deeper").mkdir()
     with pytest.raises(RunError, match="no run to compare around"):
         compare.explorer(runs / "no run" / "deeper")
+
+
+def test_a_run_whose_newer_checkpoint_is_gone_is_compared_all_the_same(runs: Path) -> None:
+    (runs / "out" / CHECKPOINT).rename(runs / "out" / CHECKPOINT_BEFORE)
+    assert "out" in compare.find_runs(runs / "out")
+    with pytest.warns(UserWarning, match="missing or damaged"):
+        assert len(compare.read_run(runs / "out").history) == 20
+
+
+def test_a_damaged_checkpoint_is_told_without_advice_on_training(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "out" / CHECKPOINT).write_bytes((runs / "out" / CHECKPOINT).read_bytes()[:2000])
+    assert compare.main([str(runs / "out"), str(runs / "beside"), "--output", str(runs / "x.png")]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be read" in told
+    assert f"leave '{runs / 'out'}' out" in told
+    assert "--resume" not in told
+
+
+def test_runs_on_different_images_are_not_compared_in_silence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(runs / "digits", configure("smoke"), 20, '{"data": {"name": "digits"}}')
+    assert compare.main([str(runs / "out"), str(runs / "digits"), "--output", str(runs / "x.png")]) == 0
+    told = capsys.readouterr().out
+    assert "NOTICE: these runs were trained on different images (out on cifar10, digits on digits)" in told
+    same = [compare.read_run(runs / name) for name in ("out", "beside")]
+    assert compare.notices(same) == []
+    other = [replace(run, data_digest=digest) for run, digest in zip(same, ("aa", "bb"), strict=True)]
+    assert len(compare.notices(other)) == 1, "one name, other images"
+    renamed = [replace(same[0], data_digest="aa"), replace(same[0], data_digest="aa", data_name="auto")]
+    assert compare.notices(renamed) == compare.differing_settings(renamed) == []
+
+
+def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main([str(runs / "out"), "--output", str(runs / "plot.svg")]) == 2
+    assert "figures are written as PNG; name a .png file or a folder" in capsys.readouterr().err
+    assert not (runs / "plot.svg").exists()
+
+
+def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
+    first = compare.read_run(runs / "out").series()
+    title = compare_figures.run_curves([first, replace(first, label="again")]).get_label()
+    assert "All 2 runs end at 80.0 % accuracy" in title
+
+
+def test_hidden_files_are_not_contents(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(RunError, match="it is empty"):
+        compare.read_run(tmp_path)
 
 
 def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
