@@ -217,6 +217,13 @@ def test_head_shows_the_facts_that_the_notebook_has_published() -> None:
     assert head.settings == (("command", "run it"), ("model", "resnet20"), ("epochs", "3"), ("preset", "smoke"))
 
 
+def test_versions_have_one_order_also_after_the_notebook_was_saved() -> None:
+    versions = {"python": "3.11.7", "torch": "2.6.0", "torchvision": "0.21", "numpy": "2.1"}
+    for written in (versions, dict(sorted(versions.items()))):
+        rows = dict(header(recorded({"versions": written})).rows)
+        assert rows["Versions"] == "python 3.11.7, torch 2.6.0, numpy 2.1, torchvision 0.21"
+
+
 def test_later_facts_replace_earlier_ones_of_the_same_name() -> None:
     book = recorded({"machine": {"device": "cpu"}, "versions": {"python": "3.11.7"}}, {"machine": {"device": "cuda"}})
     rows = dict(header(book).rows)
