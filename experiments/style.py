@@ -18,7 +18,7 @@ import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -175,6 +175,12 @@ def finish(figure: Figure, alt: str) -> Figure:
 def percent(share: float, digits: int = 1) -> str:
     """0.527 -> '52.7 %'."""
     return f"{100 * share:.{digits}f} %"
+
+
+def wash(color: str, share: float = 0.28) -> str:
+    """A thin coat of a colour, in CSS: text of the theme's own colour is readable on it, light or dark."""
+    red, green, blue = (round(255 * part) for part in to_rgb(color))
+    return f"rgba({red}, {green}, {blue}, {share:g})"
 
 
 def percent_axis(axis: Axis) -> None:

@@ -102,6 +102,16 @@ def test_areas_differ_in_lightness_where_nothing_but_colour_tells_them_apart() -
             assert apart >= LEAST_LIGHTNESS, f"{use}: {one} and {other} are {apart:.1f} apart in L*"
 
 
+@pytest.mark.parametrize("color", [style.BLUE, style.GREEN, style.VERMILLION])
+def test_text_on_a_wash_is_readable_in_the_light_and_in_the_dark(color: str) -> None:
+    """WCAG contrast of at least 7 with the ink of JupyterLab's and the page's themes, light and dark."""
+    *rgb, share = (float(part) for part in style.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
+    for paper, ink in (("#ffffff", "#1f2430"), ("#f5f5f5", "#000000"), ("#212121", "#ffffff"), ("#15181e", "#dfe3ea")):
+        ground = share * np.array(rgb) / 255 + (1 - share) * np.array(mcolors.to_rgb(paper))
+        bright, dark = sorted((float(np.dot(linear(c), (0.2126, 0.7152, 0.0722))) for c in (ground, ink)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= 7, f"{color} on {paper}"
+
+
 def test_lines_of_similar_lightness_differ_in_their_dashes() -> None:
     assert len({str(dash) for dash in style.RUN_DASHES[:5]}) == 5
     for (one, dash), (other, other_dash) in combinations(zip(style.RUNS, style.RUN_DASHES, strict=True), 2):
