@@ -2,8 +2,9 @@
 
     python -m experiments.compare debug_output debug_output/previous/1 --output comparison.png
 
-A run is a folder with `checkpoint.pt` or `history.csv`, and `run.json` where it was finished. --output names a PNG (the
-curves; the plane of accuracy against cost goes to the same name with "_plane") or a folder for both and a table.
+A run is a folder with `checkpoint.pt` (or the one before it), and `run.json` where it was finished. --output names a
+PNG (the curves; the plane of accuracy against cost goes to the same name with "_plane") or a folder for both and a
+table.
 Exit status: 0, or 2 for bad input.
 """
 
@@ -30,11 +31,15 @@ from src.runs import CHECKPOINT, PREVIOUS, RunFolder, load_checkpoint
 
 NOT_COMPARED = frozenset({"given", "data_root"})
 MANY = 6
+OTHER_IMAGES = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".eps")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """One run as its folder tells it. verdict: its state in run.json, or "not finished"; classes: of its last layer."""
+    """One run as its folder tells it. verdict: its state in run.json, or "not finished"; classes: of its last layer.
+
+    data_digest: of the images and labels it was trained on, "" where it is not known.
+    """
 
     label: str
     folder: Path
@@ -42,6 +47,7 @@ class SavedRun:
     history: History
     classes: int
     data_name: str
+    data_digest: str
     verdict: str
 
     def series(self) -> Series:
@@ -56,7 +62,11 @@ def read_run(folder: str | Path, label: str = "") -> SavedRun:
     path = Path(folder)
     if not RunFolder(path).has_checkpoint():
         raise RunError(f"{str(folder)!r} holds no run to compare: {contents(path)}; name a folder with {CHECKPOINT}")
-    state = load_checkpoint(path / CHECKPOINT)
+    try:
+        state = load_checkpoint(path / CHECKPOINT)
+    except RunError as error:
+        reason = str(error).removesuffix("; start without --resume")
+        raise RunError(f"{reason}; leave {str(folder)!r} out") from error
     summary = read_summary(path)
     try:
         history = History.from_json(state["history"])
@@ -73,6 +83,7 @@ def read_run(folder: str | Path, label: str = "") -> SavedRun:
         history=history,
         classes=len(last) if last is not None else 10,
         data_name=str(summary.get("data", {}).get("name", config.data)),
+        data_digest=str(state.get("data_digest", "")),
         verdict=str(summary.get("verdict", {}).get("state", "not finished")),
     )
 
@@ -94,13 +105,22 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
 def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     """Rows of a table: each setting that is not the same in all runs, and what it is in each."""
     settings = {run.label: {**vars(run.config), "data": run.data_name} for run in runs}
-    names = [name for name in settings[runs[0].label] if name not in NOT_COMPARED]
+    same_data = len({run.data_digest or run.label for run in runs}) == 1  # whatever it was called
+    names = [n for n in settings[runs[0].label] if n not in NOT_COMPARED and not (same_data and n == "data")]
     rows = []
     for name in names:
         values = {label: _plain(setting[name]) for label, setting in settings.items()}
         if len(set(values.values())) > 1:
             rows.append({"setting": name, **values})
     return rows
+
+
+def notices(runs: Sequence[SavedRun]) -> list[str]:
+    """What a reader must know before the runs are compared: that they were not trained on the same images."""
+    if len({run.data_digest or run.data_name for run in runs}) < 2:
+        return []
+    on = ", ".join(f"{run.label} on {run.data_name}" for run in runs)
+    return [f"NOTICE: these runs were trained on different images ({on}): their accuracies cannot be compared"]
 
 
 def results(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
@@ -176,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [
             read_run(folder, label) for folder, label in zip(options.folders, _labels(options.folders), strict=True)
         ]
+        _check_output(Path(options.output))
         tables = "\n\n".join(
-            f"{heading}\n{text_table(rows)}"
-            for heading, rows in (("Settings that differ", differing_settings(runs)), ("Results", results(runs)))
+            [f"{heading}\n{text_table(rows)}" for heading, rows in _tables(runs).items()] + notices(runs)
         )
         print(tables)
         print(f"\nFigures: {', '.join(map(str, _save(runs, Path(options.output), tables)))}")
@@ -187,6 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     return 0
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() in OTHER_IMAGES and not output.is_dir():
+        raise RunError(f"--output {str(output)!r}: figures are written as PNG; name a .png file or a folder")
 
 
 def _save(runs: Sequence[SavedRun], output: Path, tables: str) -> list[Path]:
@@ -211,14 +236,22 @@ def _labels(folders: Sequence[str]) -> list[str]:
     raise RunError(f"a folder is named twice among {', '.join(folders)}: name different runs")
 
 
+def _tables(runs: Sequence[SavedRun]) -> dict[str, list[dict[str, str]]]:
+    """Both tables by heading; one run has nothing to differ from."""
+    settings = {"Settings that differ": differing_settings(runs)} if len(runs) > 1 else {}
+    return {**settings, "Results": results(runs)}
+
+
 def _shown_tables(runs: Sequence[SavedRun], refused: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Both tables as a display's data and metadata; one run has nothing to differ from."""
-    tables = {"Results": results(runs)} | ({"Settings that differ": differing_settings(runs)} if len(runs) > 1 else {})
+    """The tables as a display's data and metadata, and what a reader must know about them."""
     page, text = [], []
-    for heading, rows in tables.items():
+    for heading, rows in _tables(runs).items():
         shown = lessons.plain_table(rows).to_html() if rows else "<p>None: all settings are the same.</p>"
         page.append(f"<p><b>{heading}</b></p>{shown}")
         text.append(f"{heading}\n{text_table(rows)}")
+    for notice in notices(runs):
+        page.append(f"<p>{html.escape(notice)}</p>")
+        text.append(notice)
     for reason in refused:
         page.append(f"<p>Not read: {html.escape(reason)}</p>")
         text.append(f"Not read: {reason}")

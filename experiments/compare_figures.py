@@ -21,6 +21,8 @@ PANELS = (
     ("structured_sparsity", "Dead filters", 100.0),
     ("mean_bits", "Bits, mean of the layers", 1.0),
 )
+LEAST_DEAD = 5.0
+"""Per cent; an axis of shares that are all 0 still says so."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     """Accuracy, zeros, dead filters and bits by epoch, a line a run."""
     _check(runs)
     best = max(runs, key=lambda run: run.columns["accuracy"][-1])
+    ends = {percent(run.columns["accuracy"][-1]) for run in runs}
     title = f"{_quoted(best)} ends at {percent(best.columns['accuracy'][-1])} accuracy"
     title += f", the best of {len(runs)} runs" if len(runs) > 1 else f" after {_epochs(best)}"
+    if len(runs) > 1 and len(ends) == 1:
+        title = f"All {len(runs)} runs end at {ends.pop()} accuracy"
     figure = style.canvas(title, subtitle, height=5.2 + 0.24 * _legend_rows(runs))
     panels = figure.subplot_mosaic(
         [["keys", "keys"], [PANELS[0][0], PANELS[1][0]], [PANELS[2][0], PANELS[3][0]]],
@@ -55,8 +60,11 @@ def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
         style.epoch_axis(axes, max(run.epochs for run in runs))
         if scale == 100:
             style.percent_axis(axes.yaxis)
-        axes.set_ylim(0, 100 if name == "accuracy" else None)
-    panels["unstructured_sparsity"].set_ylim(0, 100)
+        axes.set_ylim(0, None)
+    for name in (PANELS[0][0], PANELS[1][0]):
+        panels[name].set_ylim(0, style.FULL)
+    dead = panels[PANELS[2][0]]
+    dead.set_ylim(0, max(dead.get_ylim()[1], LEAST_DEAD))
     for name in (PANELS[0][0], PANELS[1][0]):
         panels[name].set_xlabel("")
     style.legend_row(panels["keys"], _keys(runs), columns=_columns(runs))
@@ -94,8 +102,10 @@ def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
         )
     axes.set_xscale("log")
     left = 100 * low * 0.85
-    axes.set(xlim=(max(left, 1e-3), 105 * max(1.0, *(float(r.relative_bops.max()) for r in runs))), ylim=(0, 100))
-    axes.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick >= left])
+    axes.set(
+        xlim=(max(left, 1e-3), 105 * max(1.0, *(float(r.relative_bops.max()) for r in runs))), ylim=(0, style.FULL)
+    )
+    axes.set_xticks([tick for tick in (0.1, 0.3, 1, 2, 3, 5, 10, 20, 30, 50, 100) if tick >= left])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(

@@ -23,6 +23,7 @@ from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
+from experiments.lessons import names_left
 from experiments.pipeline import Run
 from experiments.timing import time_in_turns
 from metrics import QuantizationComparison
@@ -72,8 +73,8 @@ class Compression:
                 "stage": stage.name,
                 "parameters": f"{stage.parameters:,}",
                 "MACs": f"{stage.macs:,}",
-                "BOPs, channels": f"{stage.structured_bops / 1e9:.2f} G",
-                "BOPs, non-zero": "-" if stage.unstructured_bops is None else f"{stage.unstructured_bops / 1e9:.2f} G",
+                "BOPs, channels": _giga(stage.structured_bops),
+                "BOPs, non-zero": "-" if stage.unstructured_bops is None else _giga(stage.unstructured_bops),
                 "bytes": f"{stage.stored_bytes:,}",
                 "accuracy": "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
                 "ms for 64 images": f"{stage.milliseconds:.1f}",
@@ -81,7 +82,7 @@ class Compression:
             for stage in self.stages
         ]
         styled = pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "right"})
-        return styled.set_properties(subset=["stage"], **{"text-align": "left"})
+        return names_left(styled)
 
     def proof(self) -> str:
         """The equality checks in words."""
@@ -162,6 +163,10 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
         names.append(layer.name)
         fates.append(fate)
     return names, fates
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
 
 
 def _count(model: nn.Module) -> int:

@@ -22,6 +22,9 @@ from experiments.palettes import LIVENESS
 from experiments.style import percent
 from src.records import History, LayerRecord
 
+SHORT_DASHES = (0, (1.5, 0.8))
+"""Dashes of which a legend's short line shows more than one."""
+
 
 @style.styled
 def dashboard(history: History, *, coefficient_plan: Sequence[float] | None = None, subtitle: str = "") -> Figure:
@@ -79,9 +82,9 @@ def draw_sparsity(axes: Axes, history: History, *, plan: Sequence[float] | None)
     dot = style.marker(len(x))
     style.grid(axes)
     right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)
-    if len(planned):
-        ahead = np.arange(1, len(planned) + 1)
-        right.plot(ahead, planned, color=style.COEFFICIENT, lw=1.2, ls=":", label="coefficient, planned")
+    if len(planned) > len(x):
+        ahead = np.arange(max(len(x), 1), len(planned) + 1)
+        right.plot(ahead, planned[ahead - 1], color=style.COEFFICIENT, lw=1.2, ls=":", label="coefficient, planned")
     right.plot(x, coefficient, color=style.COEFFICIENT, lw=1.8, ls=(0, (4, 2)), label="coefficient (right)")
     for column, color, label in (
         ("unstructured_sparsity", style.ZEROS, "zero weights"),
@@ -91,7 +94,7 @@ def draw_sparsity(axes: Axes, history: History, *, plan: Sequence[float] | None)
     peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
     right.set_ylim(0, 1.15 * peak if peak > 0 else 1.0)
     right.yaxis.set_major_formatter("{x:g}")
-    axes.set(ylim=(0, 100), ylabel="share")
+    axes.set(ylim=(0, style.FULL), ylabel="share")
     style.percent_axis(axes.yaxis)
     style.epoch_axis(axes, history.epochs)
     return right
@@ -146,7 +149,7 @@ def _draw_loss(axes: Axes, history: History) -> Axes:
     right = style.right_axis(axes, "test accuracy", style.ACCURACY)
     accuracy = 100 * history.column("accuracy")
     right.plot(x, accuracy, color=style.ACCURACY, lw=2.2 if dot else 1.4, ls="-", marker=dot, label="accuracy (right)")
-    right.set_ylim(0, 100)
+    right.set_ylim(0, style.FULL)
     style.percent_axis(right.yaxis)
     return right
 
@@ -170,15 +173,19 @@ def _draw_bits(axes: Axes, history: History) -> None:
 
 
 def _name_ends(axes: Axes, history: History) -> None:
-    """At the end of the lines: how many layers are there, or which one."""
+    """At the end of the lines: how many layers are there, or which one.
+
+    Bits fall, so that above the highest end and below the others there are the fewest lines.
+    """
     ends = np.round(history.layer_column("bits")[-1] * 4) / 4
     late = len(history) > history.epochs / 2
     for value in np.unique(ends):
         members = [name for name, end in zip(history.layer_names, ends, strict=True) if end == value]
         text = members[0] if len(members) == 1 else f"{len(members)} layers"
+        above = value == ends.max() or value < axes.get_ylim()[0] + 1  # or there is no room below
         note = axes.annotate(
-            text, (len(history), value), (0, 4), textcoords="offset points", va="bottom", fontsize=style.SMALL,
-            ha="right" if late else "left", annotation_clip=False,
+            text, (len(history), value), (0, 4 if above else -4), textcoords="offset points", fontsize=style.SMALL,
+            va="bottom" if above else "top", ha="right" if late else "left", annotation_clip=False,
         )  # fmt: skip
         note.set_path_effects([withStroke(linewidth=3, foreground=style.WHITE)])
 
@@ -193,7 +200,7 @@ def _legends(panels: Sequence[Axes]) -> None:
     shares: list[tuple[str, str, Any]] = [
         ("zeros", style.ZEROS, "-"),
         ("dead", style.CHANNELS, "-"),
-        ("coefficient", style.COEFFICIENT, (0, (4, 2))),
+        ("coefficient", style.COEFFICIENT, SHORT_DASHES),
     ]
     for axes, lines in zip(panels, (loss, shares), strict=False):
         keys = [Line2D([], [], color=color, lw=2.2, ls=dash, label=label) for label, color, dash in lines]
@@ -201,7 +208,7 @@ def _legends(panels: Sequence[Axes]) -> None:
     depths = [
         Line2D([], [], color=style.DEPTH(0.0), lw=5, label="first layer"),
         Line2D([], [], color=style.DEPTH(1.0), lw=2, label="last"),
-        Line2D([], [], color=style.INK, lw=2.2, ls=(0, (3, 1.5)), label="mean"),
+        Line2D([], [], color=style.INK, lw=2.2, ls=SHORT_DASHES, label="mean"),
     ]
     style.legend_above(panels[2], columns=3, handles=depths, tight=True)
 

@@ -6,7 +6,7 @@ text in `get_label()`. Axis letters: E epochs, O output channels, K shown channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -58,13 +58,15 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     """
     truth = trace.class_names[trace.label]
     answers = {name: trace.said(name) for name in trace.scores}
-    said = ", ".join(f"{name} {answer} ({share:.0%})" for name, (answer, share) in answers.items())
-    title = f"Test image {trace.number} is “{truth}”: {said}"
+    title = f"Test image {trace.number} is “{truth}”: {_said(answers)}"
     networks = list(trace.maps)
-    figure = style.canvas(title, subtitle, height=3.0 + 0.78 * len(networks))
+    figure = style.canvas(title, subtitle, height=3.1 + 0.78 * len(networks))
     columns = len(trace.channels)
-    outer = figure.add_gridspec(2, 1, height_ratios=[2.3, 0.78 * len(networks)])
-    upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[1].subgridspec(len(networks), columns)
+    outer = figure.add_gridspec(3, 1, height_ratios=[2.3, 0.1, 0.78 * len(networks)])
+    upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[2].subgridspec(len(networks), columns)
+    heading = figure.add_subplot(outer[1])
+    heading.axis("off")
+    heading.text(0.01, 0, _caption(trace), fontsize=style.SMALL, color=style.MUTED)
     _draw_image(figure.add_subplot(upper[0]), trace)
     _draw_scores(figure.add_subplot(upper[1]), trace)
     limits = np.max([np.abs(trace.maps[name]).max(axis=(1, 2)) for name in (FLOAT, QUANTIZED)], axis=0)  # (K,)
@@ -78,7 +80,6 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
                 axes.set_ylabel(name, fontsize=style.SMALL, rotation=0, ha="right", va="center")
     kept = len(trace.stage.kept)
     style.tighten(figure)
-    figure.supxlabel(_caption(trace), fontsize=style.SMALL, color=style.MUTED)
     alt = f"{title}. Below, {columns} channels behind {trace.stage.layer} in {len(networks)} networks; removal keeps "
     alt += f"{kept} of its {trace.stage.channels} channels. {_agreement(trace)}"
     return style.finish(figure, alt)
@@ -118,6 +119,9 @@ def _draw_dead(axes: Axes, now: LayerSnapshot, course: Sequence[LayerSnapshot]) 
     _mark_epoch(axes, now)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(rows[-1], rows[0]), xlabel="epoch", ylabel="output channel")
     axes.set_title("Filters: black is dead", pad=6)
+    if alive.all():
+        middle = ((edges[0] + edges[-1]) / 2, len(now.dead) / 2)
+        axes.text(*middle, "none dies", ha="center", va="center", color=style.MUTED, backgroundcolor=style.WHITE)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
@@ -126,7 +130,7 @@ def _draw_course(axes: Axes, now: LayerSnapshot, course: Sequence[LayerSnapshot]
     epochs = [snapshot.epoch for snapshot in course]
     style.grid(axes)
     axes.plot(epochs, [100 * snapshot.sparsity for snapshot in course], color=style.ZEROS, lw=2.4, label="zeros")
-    axes.set(ylim=(0, 100), xlabel="epoch")
+    axes.set(ylim=(0, style.FULL), xlabel="epoch")
     axes.tick_params(axis="y", colors=style.ZEROS)
     style.percent_axis(axes.yaxis)
     right = style.right_axis(axes, "", style.BITS)
@@ -156,7 +160,7 @@ def _mark_epoch(axes: Axes, now: LayerSnapshot) -> None:
 def _draw_image(axes: Axes, trace: ImageTrace) -> None:
     axes.imshow(np.moveaxis(trace.image, 0, -1), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(trace.class_names[trace.label], fontsize=style.SMALL)
+    axes.set_xlabel(f"label: {trace.class_names[trace.label]}", fontsize=style.SMALL)
 
 
 def _draw_scores(axes: Axes, trace: ImageTrace) -> None:
@@ -166,7 +170,7 @@ def _draw_scores(axes: Axes, trace: ImageTrace) -> None:
     for name, scores in trace.scores.items():
         axes.plot(scores[shown], np.arange(len(shown)), ls="", label=name, zorder=3, **MARKS[name])  # type: ignore[arg-type]
     axes.set_yticks(range(len(shown)), [names[i] if len(names[i]) <= 12 else names[i][:11] + "…" for i in shown])
-    axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="logit")
+    axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="logit of each class")
     axes.tick_params(axis="y", length=0)
     style.legend_above(axes, columns=3)
 
@@ -181,8 +185,17 @@ def _draw_map(axes: Axes, values: np.ndarray, limit: float) -> None:
     axes.imshow(values, cmap=BALANCED, vmin=-limit, vmax=limit, interpolation="nearest")
 
 
+def _said(answers: Mapping[str, tuple[str, float]]) -> str:
+    """{"float": ("cat", 0.9), "quantized": ("cat", 0.8)} -> 'all say “cat” (float 90 %, quantized 80 %)'."""
+    classes = {answer for answer, _ in answers.values()}
+    if len(classes) == 1:
+        shares = ", ".join(f"{name} {percent(share, 0)}" for name, (_, share) in answers.items())
+        return f"all say “{classes.pop()}” ({shares})"
+    return ", ".join(f"{name} says “{answer}” ({percent(share, 0)})" for name, (answer, share) in answers.items())
+
+
 def _caption(trace: ImageTrace) -> str:
-    return f"channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
+    return f"Channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
 
 
 def _agreement(trace: ImageTrace) -> str:

@@ -26,6 +26,7 @@ __all__ = ["LoadedRun", "images", "kernels", "layers", "load_run", "quantizer", 
 
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
 FRESH = "a fresh layer (Kaiming)"
+WIDE = {"width": "min(34em, 95%)"}  # of a control: room to aim at one of hundreds of epochs or images
 
 
 def weight_samples(seed: int = 0, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -64,14 +65,16 @@ def quantizer(samples: Mapping[str, Tensor], weights: str = "", dead_zone: float
     ipywidgets = widgets()
 
     def draw(weights: str, dead_zone: float, bits: int) -> Figure:
-        note = f"weights: {weights}; error: RMS of quantized − weight, over the RMS of the weights"
+        note = f"{weights}; error: RMS of q(w) − w, over the RMS of w"  # one line, whatever the weights
         return quantizer_figure(samples[weights], dead_zone, bits, subtitle=note)
 
     live.explorer(
         draw,
         weights=_dropdown("weights", list(samples), weights or next(iter(samples))),
-        dead_zone=ipywidgets.FloatSlider(value=dead_zone, min=0.01, max=0.95, step=0.01, description="dead zone"),
-        bits=ipywidgets.IntSlider(value=bits, min=2, max=8, description="bits"),
+        dead_zone=ipywidgets.FloatSlider(
+            value=dead_zone, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE
+        ),
+        bits=ipywidgets.IntSlider(value=bits, min=2, max=8, description="bits", layout=WIDE),
     )
 
 
@@ -89,7 +92,7 @@ def layers(snapshots: Snapshots, subtitle: str = "", layer: str = "") -> None:
     live.explorer(
         draw,
         layer=_dropdown("layer", snapshots.layer_names, first),
-        epoch=ipywidgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch"),
+        epoch=ipywidgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE),
     )
 
 
@@ -121,12 +124,12 @@ def images(model: nn.Module, data: ImageData, number: int = 0, layer: str = "") 
     most = max(networks.stages.values(), key=lambda stage: np.float64(1 - len(stage.kept) / stage.channels))
     live.explorer(
         draw,
-        image=ipywidgets.IntSlider(value=number, min=0, max=last, description="test image"),
-        layer=_dropdown("behind", list(networks.stages), layer or most.layer),
+        image=ipywidgets.IntSlider(value=number, min=0, max=last, description="test image", layout=WIDE),
+        layer=_dropdown("layer", list(networks.stages), layer or most.layer),
     )
 
 
 def _dropdown(label: str, names: Any, first: str) -> Any:
     ipywidgets = widgets()
 
-    return ipywidgets.Dropdown(options=list(names), value=first, description=label)
+    return ipywidgets.Dropdown(options=list(names), value=first, description=label, layout=WIDE)

@@ -48,10 +48,10 @@ def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None
     axes.plot(x, 100 * test, color=style.ACCURACY, lw=2.6 if dot else 1.4, marker=dot, ms=9, label="test images")
     if chance is not None:
         axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
-    axes.set(ylim=(0, 100), ylabel="accuracy")
+    axes.set(ylim=(0, style.FULL), ylabel="accuracy")
     style.percent_axis(axes.yaxis)
     style.epoch_axis(axes, history.epochs)
-    style.legend_above(axes, columns=2)
+    style.legend_above(axes)
     return style.finish(figure, f"Line chart by epoch. {alt}")
 
 
@@ -232,12 +232,17 @@ def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[boo
 def before_after(
     names: Sequence[str], before: Sequence[int], after: Sequence[int], label: str, *, subtitle: str = ""
 ) -> Figure:
-    """Paired bars of a cost (`label`: 'MACs' or 'BOPs') of each layer, with the share that is left above the pair."""
+    """Paired bars of a cost (`label`: 'MACs' or 'BOPs') of each layer, with the share that is left above the pair.
+
+    A layer that kept everything has no number.
+    """
     old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     scale, unit = (1e9, "billion") if old.max(initial=0.0) >= 5e8 else (1e6, "million")
     left, right = f"{old.sum() / scale:.3g}", f"{new.sum() / scale:.3g}"
     ratio = f"{old.sum() / new.sum():.3g} times fewer" if new.sum() else "nothing is left"
     title = f"{label}: {left} {unit} before, {right} {unit} after, {ratio}"
+    if (new == old).all():
+        title = f"{label}: {left} {unit} before and after, nothing was removed"
     figure = style.canvas(title, subtitle, height=4.0)
     axes = figure.subplots()
     style.grid(axes)
@@ -245,12 +250,12 @@ def before_after(
     axes.bar(x - 0.2, old / scale, width=0.4, color=style.PALE, edgecolor=style.GREY, lw=0.6, label="before")
     axes.bar(x + 0.2, new / scale, width=0.4, color=style.BLUE, label="after")
     for at, value, kept in zip(x, old, new, strict=True):
-        if len(names) <= NUMBERED and value:
+        if len(names) <= NUMBERED and kept < value:
             _note(axes, f"{100 * kept / value:.0f}", (at, max(value, kept) / scale))
     axes.set(ylabel=f"{unit} {label} an image", ylim=(0, 1.12 * max(old.max(initial=0.0) / scale, 1e-9)))
     style.layer_axis(axes, names)
     keys = axes.get_legend_handles_labels()[0]
-    style.legend_above(axes, handles=[*keys, *_number_key("per cent that is left", len(names) <= NUMBERED)])
+    style.legend_above(axes, handles=[*keys, *_number_key("per cent that is left, if not all", len(names) <= NUMBERED)])
     return style.finish(figure, f"Paired bars, one pair a layer. {title}.")
 
 

@@ -169,7 +169,7 @@ def decay_forms(
         axes.set(xlabel="training step", ylabel=label, xlim=(float(steps[0]), float(steps[-1])))
         axes.set_ylim(0, None)
         style.legend_above(axes, columns=1 if share_of_zeros else 4)
-    alt = f"Line chart over {len(steps)} steps. {title}."
+    alt = f"Line chart over {steps[-1] - steps[0]:g} steps. {title}."
     if share_of_zeros:
         style.percent_axis(panels[1].yaxis)
         alt += (

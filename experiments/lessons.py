@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
+from experiments import style
 from experiments.evaluator import EvalResult
 from experiments.lesson_figures import Curve
 from experiments.verdict import FAILED, PASSED, Verdict
@@ -119,8 +120,12 @@ def layer_table(result: EvalResult) -> Styler:
     }
     table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
     formats = {"weights": "{:,.0f}", "bits": "{:.1f}", "zeros": "{:.1%}"} | dict.fromkeys(table.columns[4:], "{:,.0f}")
-    styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], color="#cfe3f3", vmin=0, vmax=1)
-    return styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"})
+    styled = (
+        table.style.hide(axis="index")
+        .format(formats)
+        .bar(subset=["zeros"], color=style.wash(style.BLUE), vmin=0, vmax=1)
+    )
+    return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"}))
 
 
 def ratio_table(result: EvalResult) -> Styler:
@@ -148,7 +153,7 @@ def ratio_table(result: EvalResult) -> Styler:
         "fewer BOPs": "{:.2f}x",
         "share of FP32 BOPs": "{:.2%}",
     }
-    return table.style.hide(axis="index").format(formats)
+    return names_left(table.style.hide(axis="index").format(formats))
 
 
 @torch.no_grad()
@@ -199,14 +204,22 @@ def verdict_table(verdict: Verdict) -> Styler:
         }
         for finding in order
     ]
-    colors = {PASSED: "color: #1b6e3c", FAILED: "color: #a3262a; font-weight: bold"}
-    styled = _left_aligned(pd.DataFrame(rows)).map(lambda status: colors.get(status, ""), subset=["result"])
+    looks = {PASSED: style.GREEN, FAILED: style.VERMILLION}
+    css = {status: f"background-color: {style.wash(color)}" for status, color in looks.items()}
+    css[FAILED] += "; font-weight: bold"
+    styled = _left_aligned(pd.DataFrame(rows)).map(lambda status: css.get(status, ""), subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})
 
 
 def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:
     """A small table without row numbers."""
     return _left_aligned(pd.DataFrame(list(rows)))
+
+
+def names_left(styled: Styler) -> Styler:
+    """The first column of a table of numbers, which says what they are numbers of, starts at the left."""
+    styled = styled.set_properties(subset=[styled.columns[0]], **{"text-align": "left"})
+    return styled.set_table_styles([{"selector": "th.col0", "props": "text-align: left"}], overwrite=False)
 
 
 def _left_aligned(table: pd.DataFrame) -> Styler:

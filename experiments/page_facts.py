@@ -73,7 +73,7 @@ def header(notebook: NotebookNode) -> Header:
         ("Network", _network(facts)),
         ("Settings", _settings(config)),
         ("Device", _device(machine)),
-        ("Versions", ", ".join(f"{name} {value}" for name, value in versions.items())),
+        ("Versions", ", ".join(f"{name} {versions[name]}" for name in sorted(versions, key=_version_order))),
     ]
     settings = [(name, _plain(value)) for name, value in config.items() if name != "given"]
     if run.get("command"):
@@ -137,6 +137,12 @@ def _device(machine: Mapping[str, Any]) -> str:
     return _joined(
         [f"{kind} ({name})" if name else kind, machine.get("precision", ""), threads, machine.get("system", "")]
     )
+
+
+def _version_order(name: str) -> tuple[int, str]:
+    """Python and torch first; a saved notebook has its keys in the order of the alphabet."""
+    first = ("python", "torch")
+    return (first.index(name) if name in first else len(first), name)
 
 
 def _joined(parts: list[str]) -> str:

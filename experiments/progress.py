@@ -36,6 +36,7 @@ class Reporter(ABC):
         """epochs: planned in total; first_epoch, and first_step of the next: how many were done before (resumed)."""
         self.epochs, self.steps_per_epoch, self.first_epoch = epochs, max(steps_per_epoch, 1), first_epoch
         self._done = first_epoch * self.steps_per_epoch + first_step
+        self._tested = first_epoch
         self._begin = self._last = self._clock()
         self._seconds_per_step = self._weight = 0.0
         self._next = float("-inf")
@@ -54,18 +55,20 @@ class Reporter(ABC):
     def epoch_done(self, record: EpochRecord) -> None:
         """An epoch was trained and tested; call it before printing a line of one's own."""
         self._advance(record.epoch * self.steps_per_epoch)
+        self._tested = record.epoch
         self._note = f"test accuracy {100 * record.accuracy:.1f} %"
         if self._clock() >= self._next:
             self._draw(" · ".join([f"Epoch {record.epoch}/{self.epochs} done", self._note, *self._times()]))
 
     def close(self, message: str = "") -> None:
-        """The last state: how many epochs were done in how long, and `message`."""
-        done = self._done // self.steps_per_epoch - self.first_epoch
+        """The last state: how many epochs were trained and tested in how long, and `message`."""
+        done = self._tested - self.first_epoch
         spent = duration(self._clock() - self._begin)
-        finished = self._done >= self.epochs * self.steps_per_epoch
         text = f"{done} epoch{'s' if done != 1 else ''} in {spent}"
-        if not finished:
-            text = f"Stopped after {self._done // self.steps_per_epoch} of {self.epochs} epochs, {spent}"
+        if self.first_epoch >= self.epochs:
+            text = f"All {self.epochs} epochs were trained before"
+        elif self._tested < self.epochs:
+            text = f"Stopped after {self._tested} of {self.epochs} epochs, {spent}"
         self._show(" · ".join(part for part in (text, self._note, message) if part), final=True)
 
     def __enter__(self) -> Self:

@@ -116,7 +116,9 @@ def contents(folder: Path) -> str:
         return "there is no such folder"
     if not folder.is_dir():
         return "it is a file"
-    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    names = sorted(
+        entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir() if not entry.name.startswith(".")
+    )
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"in it are {', '.join(names[:12])}{more}" if names else "it is empty"
 

@@ -62,7 +62,7 @@ def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Cur
 
     Their legends list the curves from the first to the last.
     """
-    title = "The dead zone decides what becomes 0, the bits how fine the rest is"
+    title = "The dead zone decides what becomes\N{NO-BREAK SPACE}0, the bits how fine the rest is"
     figure = style.canvas(title, subtitle, height=4.3)
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
     groups = (("The dead zone", dead_zone_curves), ("The bits", bit_curves))
@@ -100,7 +100,8 @@ def staircase_explorer_figure(
     used, held = np.unique(quantized, return_counts=True)
     zeros = float((quantized == 0).mean())
     error = float(np.sqrt(np.mean((quantized - values) ** 2)) / max(np.sqrt(np.mean(values**2)), 1e-12))
-    title = f"{bits} bits: {percent(zeros)} zeros, {len(used)} of {2**bits - 1} levels used, error {percent(error)}"
+    title = f"Dead zone ±{dead_zone_half:.3g}{' R' if range_ == 1 else ''}, {bits} bits: {percent(zeros)} zeros, "
+    title += f"{len(used)} of {2**bits - 1} levels used, error {percent(error)}"
     figure = style.canvas(title, subtitle, height=5.7)
     panels = figure.subplot_mosaic(
         [["keys", "keys"], ["stairs", "before"], ["error", "after"]], height_ratios=[0.12, 1.35, 1]
@@ -130,7 +131,7 @@ def staircase_explorer_figure(
     style.legend_row(panels["keys"], keys)
     alt = (
         f"Staircase with its error, beside the weights before and after. {title} (RMS of the error over the RMS of the "
-        f"weights); the dead zone is ±{dead_zone_half:.3g}, the range R {range_:.3g}."
+        f"weights); the range R is {range_:.3g}."
     )
     return style.finish(figure, alt)
 

@@ -9,6 +9,7 @@ figure is 6.6 inches wide, 634 pixels on a page; shrunk to a phone's 390 its sma
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
@@ -17,7 +18,7 @@ import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -60,6 +61,7 @@ DEPTH = LinearSegmentedColormap.from_list("depth", ["#16325C", "#0072B2", "#56B4
 """Colours of layers from the first (dark) to the last (bright); lightness rises throughout."""
 
 SMALL, TEXT, TITLE = 11.0, 11.5, 13.5
+FULL = 103.0  # upper end of an axis of per cents: a mark at 100 % is whole
 LINE = 1.25  # height of a line of text in units of its size
 
 _SETTINGS: dict[str, Any] = {
@@ -117,7 +119,7 @@ def tighten(figure: Figure) -> None:
     """Little room between the panels of a figure from `canvas`: for grids of images."""
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(h_pad=0.03, w_pad=0.03, hspace=0.02, wspace=0.02)
+        engine.set(h_pad=0.03, w_pad=0.06, hspace=0.02, wspace=0.02)
 
 
 def header_height(title: str, subtitle: str = "", width: float = WIDTH) -> float:
@@ -138,9 +140,12 @@ def headline(figure: Figure, title: str, subtitle: str = "") -> None:
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
-    """`text` in lines that fit into a figure `width` inches wide: as few as it takes, broken between words, even."""
+    """`text` in lines that fit into a figure `width` inches wide: as few as it takes, broken between words, even.
+
+    A number stays with its unit ("92.8 %", "14.6 million"), and words joined by a no-break space stay together.
+    """
     font, room = FontProperties(size=size, weight=weight), 72 * (width - 0.24)
-    words = text.split()
+    words = re.split(r"(?<!\d) +|(?<=\d) +(?!%|million|billion)", text.strip(" ")) if text.strip() else []
     widths = [text_to_path.get_text_width_height_descent(f"{word} ", font, False)[0] for word in words]
     lines = _filled(words, widths, room)
     while len(lines) > 1 and len(evener := _filled(words, widths, 0.95 * room)) == len(lines) and room > max(widths):
@@ -170,6 +175,12 @@ def finish(figure: Figure, alt: str) -> Figure:
 def percent(share: float, digits: int = 1) -> str:
     """0.527 -> '52.7 %'."""
     return f"{100 * share:.{digits}f} %"
+
+
+def wash(color: str, share: float = 0.28) -> str:
+    """A thin coat of a colour, in CSS: text of the theme's own colour is readable on it, light or dark."""
+    red, green, blue = (round(255 * part) for part in to_rgb(color))
+    return f"rgba({red}, {green}, {blue}, {share:g})"
 
 
 def percent_axis(axis: Axis) -> None:

@@ -120,6 +120,13 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     assert axes.get_lines()[1].get_xdata() == pytest.approx([100 * read[0].relative_bops[-1]])
     assert "32" in axes.get_xlabel()
     assert f"{100 * read[0].relative_bops[-1]:.1f} %" in plane.get_label()
+    early = replace(
+        read[2], relative_bops=np.array([0.26, 0.25, 0.24]), columns={n: v[:3] for n, v in read[2].columns.items()}
+    )
+    ticks = compare_figures.run_plane([early]).axes[1].get_xticks()
+    assert len([tick for tick in ticks if 20 < tick <= 100]) >= 3, (
+        "a cost can be read also where a run has saved little"
+    )
     alone = compare_figures.run_curves(read[2:])
     assert "ends at 42.5 % accuracy after 5 epochs" in alone.get_label()
     with pytest.raises(ValueError, match="at least one run"):
@@ -157,6 +164,55 @@ def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.Ca
     (runs / "no run" / "deeper").mkdir()
     with pytest.raises(RunError, match="no run to compare around"):
         compare.explorer(runs / "no run" / "deeper")
+
+
+def test_a_run_whose_newer_checkpoint_is_gone_is_compared_all_the_same(runs: Path) -> None:
+    (runs / "out" / CHECKPOINT).rename(runs / "out" / CHECKPOINT_BEFORE)
+    assert "out" in compare.find_runs(runs / "out")
+    with pytest.warns(UserWarning, match="missing or damaged"):
+        assert len(compare.read_run(runs / "out").history) == 20
+
+
+def test_a_damaged_checkpoint_is_told_without_advice_on_training(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "out" / CHECKPOINT).write_bytes((runs / "out" / CHECKPOINT).read_bytes()[:2000])
+    assert compare.main([str(runs / "out"), str(runs / "beside"), "--output", str(runs / "x.png")]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be read" in told
+    assert f"leave '{runs / 'out'}' out" in told
+    assert "--resume" not in told
+
+
+def test_runs_on_different_images_are_not_compared_in_silence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(runs / "digits", configure("smoke"), 20, '{"data": {"name": "digits"}}')
+    assert compare.main([str(runs / "out"), str(runs / "digits"), "--output", str(runs / "x.png")]) == 0
+    told = capsys.readouterr().out
+    assert "NOTICE: these runs were trained on different images (out on cifar10, digits on digits)" in told
+    same = [compare.read_run(runs / name) for name in ("out", "beside")]
+    assert compare.notices(same) == []
+    other = [replace(run, data_digest=digest) for run, digest in zip(same, ("aa", "bb"), strict=True)]
+    assert len(compare.notices(other)) == 1, "one name, other images"
+    renamed = [replace(same[0], data_digest="aa"), replace(same[0], data_digest="aa", data_name="auto")]
+    assert compare.notices(renamed) == compare.differing_settings(renamed) == []
+
+
+def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main([str(runs / "out"), "--output", str(runs / "plot.svg")]) == 2
+    assert "figures are written as PNG; name a .png file or a folder" in capsys.readouterr().err
+    assert not (runs / "plot.svg").exists()
+
+
+def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
+    first = compare.read_run(runs / "out").series()
+    title = compare_figures.run_curves([first, replace(first, label="again")]).get_label()
+    assert "All 2 runs end at 80.0 % accuracy" in title
+
+
+def test_hidden_files_are_not_contents(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(RunError, match="it is empty"):
+        compare.read_run(tmp_path)
 
 
 def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

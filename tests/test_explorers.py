@@ -174,7 +174,8 @@ def test_the_float_network_has_the_latent_weights_and_statistics_of_its_own(netw
 def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNetworks) -> None:
     trace = networks.trace(3, "layer1.0.conv1")
     figure = explorer_figures.image_figure(trace, subtitle="a note")
-    picture, scores, *maps = figure.axes
+    heading, picture, scores, *maps = figure.axes
+    assert "Channels behind layer1.0.conv1: " in heading.texts[0].get_text()
     np.testing.assert_array_equal(picture.get_images()[0].get_array(), trace.image.transpose(1, 2, 0))
     drawn = {str(line.get_label()): np.asarray(line.get_xdata()) for line in scores.get_lines()}
     for network in (FLOAT, QUANTIZED, COMPACTED):
@@ -189,7 +190,13 @@ def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNet
         else:
             np.testing.assert_allclose(axes.get_images()[0].get_array(), values)
     answer, share = trace.said(COMPACTED)
-    assert f"compacted {answer} ({share:.0%})" in figure.get_label()
+    assert all(trace.said(network)[0] == answer for network in trace.scores)
+    assert f"all say “{answer}” (" in figure.get_label()
+    assert f"compacted {100 * share:.0f} %)" in figure.get_label()
+    other = dict(trace.scores, compacted=-trace.scores[COMPACTED])
+    parted = explorer_figures.image_figure(replace(trace, scores=other)).get_label()
+    assert f"quantized says “{answer}” (" in parted
+    assert f"compacted says “{replace(trace, scores=other).said(COMPACTED)[0]}” (" in parted
     assert f"removal keeps {len(trace.stage.kept)} of its 4 channels" in figure.get_label()
     with pytest.raises(ValueError, match="test image 99: need a number from 0 to 19"):
         networks.trace(99, "layer1.0.conv1")
@@ -239,7 +246,11 @@ def test_the_quantizer_figure_counts_what_the_quantizer_does() -> None:
 @pytest.mark.parametrize(
     ("name", "moves", "told"),
     [
-        ("quantizer", [("weights", "normal"), ("bits", 2)], ["4 bits: ", "4 bits: ", "2 bits: "]),
+        (
+            "quantizer",
+            [("weights", "normal"), ("bits", 2)],
+            ["±0.25 R, 4 bits: ", "±0.25 R, 4 bits: ", "±0.25 R, 2 bits: "],
+        ),
         (
             "layers",
             [("epoch", 1), ("layer", "layer1.0.conv2")],

@@ -186,6 +186,26 @@ def test_a_stopped_run_says_how_far_it_came() -> None:
     assert log.getvalue().endswith("Stopped after 1 of 20 epochs, 1 min 15 s · test accuracy 50.0 % · interrupted\n")
 
 
+def test_an_epoch_counts_when_it_was_tested() -> None:
+    """Stopped between the last step of epoch 2 and its test: one epoch is done, as in the history."""
+    log = io.StringIO()
+    progress = live.TerminalProgress(log, clock=Clock())
+    progress.start(3, 2)
+    progress.step(1, 2)
+    progress.epoch_done(record(1))
+    progress.step(2, 2)
+    progress.close()
+    assert "Stopped after 1 of 3 epochs" in log.getvalue()
+
+
+def test_a_finished_run_that_is_taken_up_is_said_to_be_finished() -> None:
+    log = io.StringIO()
+    progress = live.TerminalProgress(log, clock=Clock())
+    progress.start(24, 30, first_epoch=24)
+    progress.close()
+    assert log.getvalue() == "100 % · All 24 epochs were trained before\n"
+
+
 def test_a_log_gets_a_line_every_thirty_seconds_and_a_terminal_one_line() -> None:
     clock, log, terminal = Clock(), io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]

@@ -143,6 +143,19 @@ def test_table_of_an_output_can_scroll_and_text_is_escaped() -> None:
     assert re.search(r"\.output\.html, \.scroll \{[^}]*overflow-x: auto", page)
 
 
+def test_only_colours_that_cover_the_page_need_white_paper() -> None:
+    for css, expected in (
+        ("color: #a3262a", True),
+        ("background: linear-gradient(90deg, #cfe3f3 50%, transparent 50%)", True),
+        ("background-color: rgba(0, 158, 115, 0.28)", False),
+        ("background: linear-gradient(90deg, rgba(0, 114, 178, 0.28) 50%, transparent 50%)", False),
+        ("text-align: left", False),
+    ):
+        shown = new_output("display_data", data={"text/html": f"<style>#t {{{css}}}</style><p id='t'>x</p>"})
+        page = to_html(new_notebook(cells=[new_code_cell("1", outputs=[shown])]))
+        assert ('class="output html paper"' in page) == expected, css
+
+
 def test_lines_that_stand_in_columns_are_not_wrapped_and_sentences_are() -> None:
     columns = page_of(new_output("stream", text="Epoch 1/2 | Loss: 2.3 | Acc: 10%\nEpoch 2/2 | Loss: 1.3 | Acc: 30%\n"))
     sentences = page_of(new_output("stream", text="NOTICE: this is not CIFAR-10.\nIt is small.\n"))
@@ -215,6 +228,13 @@ def test_head_shows_the_facts_that_the_notebook_has_published() -> None:
     assert rows["Settings"] == "preset smoke, epochs 3"
     assert rows["Device"] == rows["Versions"] == "not recorded"
     assert head.settings == (("command", "run it"), ("model", "resnet20"), ("epochs", "3"), ("preset", "smoke"))
+
+
+def test_versions_have_one_order_also_after_the_notebook_was_saved() -> None:
+    versions = {"python": "3.11.7", "torch": "2.6.0", "torchvision": "0.21", "numpy": "2.1"}
+    for written in (versions, dict(sorted(versions.items()))):
+        rows = dict(header(recorded({"versions": written})).rows)
+        assert rows["Versions"] == "python 3.11.7, torch 2.6.0, numpy 2.1, torchvision 0.21"
 
 
 def test_later_facts_replace_earlier_ones_of_the_same_name() -> None:

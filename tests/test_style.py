@@ -19,8 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from experiments import compare_figures, compression_figures, diagram, display, figures, lesson_figures, style
+from experiments import (
+    compare_figures,
+    compression_figures,
+    diagram,
+    display,
+    explorer_figures,
+    figures,
+    lesson_figures,
+    style,
+)
+from experiments.image_trace import ImageTrace, Stage
 from src.records import History, LayerRecord
+from src.snapshots import EDGES, LayerSnapshot
 from tests.histories import make_history
 
 LEAST_DIFFERENCE = 20.0
@@ -91,6 +102,16 @@ def test_areas_differ_in_lightness_where_nothing_but_colour_tells_them_apart() -
             assert apart >= LEAST_LIGHTNESS, f"{use}: {one} and {other} are {apart:.1f} apart in L*"
 
 
+@pytest.mark.parametrize("color", [style.BLUE, style.GREEN, style.VERMILLION])
+def test_text_on_a_wash_is_readable_in_the_light_and_in_the_dark(color: str) -> None:
+    """WCAG contrast of at least 7 with the ink of JupyterLab's and the page's themes, light and dark."""
+    *rgb, share = (float(part) for part in style.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
+    for paper, ink in (("#ffffff", "#1f2430"), ("#f5f5f5", "#000000"), ("#212121", "#ffffff"), ("#15181e", "#dfe3ea")):
+        ground = share * np.array(rgb) / 255 + (1 - share) * np.array(mcolors.to_rgb(paper))
+        bright, dark = sorted((float(np.dot(linear(c), (0.2126, 0.7152, 0.0722))) for c in (ground, ink)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= 7, f"{color} on {paper}"
+
+
 def test_lines_of_similar_lightness_differ_in_their_dashes() -> None:
     assert len({str(dash) for dash in style.RUN_DASHES[:5]}) == 5
     for (one, dash), (other, other_dash) in combinations(zip(style.RUNS, style.RUN_DASHES, strict=True), 2):
@@ -129,6 +150,24 @@ NAMES = [layer.name for layer in many_layers(18)]
 SHORT, LONG, DEEP = make_history(20), make_history(3000, 3000), wide_history(108, 30)
 SUBTITLE = "resnet20 on handwritten digits (embedded stand-in for CIFAR-10), 512 training images; preset smoke, seed 0"
 IMAGES = np.random.default_rng(0).integers(0, 255, (16, 3, 32, 32), dtype=np.uint8)
+
+
+def snapshot(epoch: int) -> LayerSnapshot:
+    counts = np.full(len(EDGES) + 1, 7)
+    return LayerSnapshot("layer3.2.conv2", epoch, counts, 0.03, 0.015, 6, 0.928, np.arange(64) < 53)
+
+
+def trace(names: tuple[str, ...], answers: tuple[int, ...]) -> ImageTrace:
+    """Three networks that answer the classes `answers`; three of eight channels are gone."""
+    networks = ("float", "quantized", "compacted")
+    scores = {name: np.eye(len(names))[answer] for name, answer in zip(networks, answers, strict=True)}
+    maps = {name: np.zeros((8, 8, 8)) for name in networks}
+    maps["compacted"][:3] = np.nan
+    stage = Stage("layer3.2.conv1", "layer3.2.bn1", 64, np.arange(3, 64))
+    return ImageTrace(9999, IMAGES[0], 0, names, stage, np.arange(8), scores, maps)
+
+
+CLASSES = ("automobile", "airplane", *(f"class {i}" for i in range(8)))
 FIGURES: dict[str, Callable[[], Figure]] = {
     "dashboard": lambda: figures.dashboard(SHORT, coefficient_plan=[0.0] * 20, subtitle=SUBTITLE),
     "dashboard, long": lambda: figures.dashboard(LONG, coefficient_plan=[0.1] * 3000, subtitle=SUBTITLE),
@@ -159,6 +198,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "schedule, long": lambda: lesson_figures.schedule_curve([0.1] * 3000, [0.1] * 3000),
     "decay": lambda: lesson_figures.decay_forms(W, {"decoupled decay": W, "squares in the loss": W}, {"squares": Q}),
     "diagram": diagram.channel_group_diagram,
+    "layer": lambda: explorer_figures.layer_figure(snapshot(8), [snapshot(i) for i in range(20)], subtitle=SUBTITLE),
+    "image": lambda: explorer_figures.image_figure(trace(CLASSES, (0, 0, 0))),
+    "image, networks that differ": lambda: explorer_figures.image_figure(trace(CLASSES, (1, 0, 0))),
     "runs": lambda: compare_figures.run_curves([series(f"debug_output/previous/{i}", 20) for i in range(3)]),
     "runs, long": lambda: compare_figures.run_curves([series(f"run {i}", 3000) for i in range(12)]),
     "plane": lambda: compare_figures.run_plane([series("debug_output", 20), series("debug_output/previous/1", 5)]),
@@ -180,9 +222,11 @@ def test_every_figure_fits_a_phone_a_page_and_its_own_edges(name: str) -> None:
     pixels = smallest.get_fontsize() / 72 * PHONE / width
     assert pixels >= LEAST_TEXT, f"{smallest.get_text()!r} has {pixels:.1f} pixels on a phone"
     legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
-    for part in [*figure.texts, *(text for legend in legends for text in legend.get_texts())]:
+    own = [text for axes in figure.axes for text in [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title]]
+    own = [text for text in own if text.get_text()]
+    for part in [*figure.texts, *own, *(text for legend in legends for text in legend.get_texts())]:
         box = part.get_window_extent()
-        inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
         assert inside, f"{part.get_text()!r} is cut off"
     assert figure.get_label().endswith("."), "alt text in sentences"
     assert len(figure.get_label()) > 40
@@ -213,6 +257,12 @@ def test_titles_are_broken_between_words_into_lines_that_fit() -> None:
     assert len(lines) == 2
     assert max(map(len, lines)) < 1.4 * min(map(len, lines)), "no word alone on a line"
     assert style.wrapped("", style.WIDTH, style.TITLE) == []
+    for words in range(1, 9):  # whatever stands before it, a number keeps its unit
+        line = "word " * words + "92.8 % zeros of 14.6 million weights"
+        lines = style.wrapped(line, 3.0, style.TITLE, "bold")
+        assert " ".join(lines) == line
+        assert any("92.8 %" in one for one in lines)
+        assert any("14.6 million" in one for one in lines)
     assert style.wrapped("x" * 300, style.WIDTH, style.TITLE) == ["x" * 300]
     one, two = (style.header_height(title) for title in ("short", text))
     assert two - one == pytest.approx(style.LINE * style.TITLE / 72)

@@ -148,8 +148,12 @@ def _text_class(text: str) -> str:
 
 
 def _html_class(fragment: str) -> str:
-    """ "paper" where an output brings colours of its own, which were chosen for a white page; "" otherwise."""
-    return "paper" if re.search(r"(?<![-\w])(?:background(?:-color)?|color)\s*:", fragment) else ""
+    """ "paper" where an output brings colours of its own, which were chosen for a white page; "" otherwise.
+
+    Colours that let the page shine through, rgba(...), were chosen for any page.
+    """
+    values = re.findall(r"(?<![-\w])(?:background(?:-color)?|color)\s*:\s*([^;}\"]+)", fragment)
+    return "paper" if any("rgba(" not in value for value in values) else ""
 
 
 def _head_below_title(page: str) -> str:

@@ -25,6 +25,22 @@ for (const button of buttons) {
 for (const fold of folds) fold.addEventListener("toggle", label);
 label();
 
+// What is wider than its place scrolls: it shows on which side there is more, and only it is a stop of the Tab key.
+const boxes = [...document.querySelectorAll("[tabindex='0']")];
+const edges = (box) => {
+  const hidden = box.scrollWidth - box.clientWidth;
+  box.classList.toggle("more-left", hidden > 1 && box.scrollLeft > 1);
+  box.classList.toggle("more-right", hidden > 1 && box.scrollLeft < hidden - 1);
+  if (hidden > 1) box.setAttribute("tabindex", "0");
+  else if (box !== document.activeElement) box.removeAttribute("tabindex");
+};
+const allEdges = () => boxes.forEach(edges);
+for (const box of boxes) box.addEventListener("scroll", () => edges(box), { passive: true });
+for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", allEdges);
+window.addEventListener("resize", allEdges);
+window.addEventListener("load", allEdges);
+allEdges();
+
 // The list of contents of a narrow screen closes when a chapter was chosen.
 for (const link of document.querySelectorAll("details.contents a")) {
   link.addEventListener("click", () => { link.closest("details").open = false; });

@@ -215,6 +215,47 @@ def test_wide_things_scroll_by_themselves_and_can_be_reached_by_keyboard(browser
     page.close()
 
 
+def test_what_scrolls_shows_on_which_side_there_is_more(browser: Browser, file: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(file.as_uri())
+    table = page.locator(".output.html").first
+
+    def hints() -> set[str]:
+        return set((table.get_attribute("class") or "").split()) & {"more-left", "more-right"}
+
+    assert hints() == {"more-right"}
+    assert table.evaluate("(box) => getComputedStyle(box).boxShadow") != "none"
+    table.evaluate("(box) => { box.scrollLeft = 40; }")
+    page.wait_for_function("() => document.querySelector('.output.html.more-left')")
+    assert hints() == {"more-left", "more-right"}
+    table.evaluate("(box) => { box.scrollLeft = box.scrollWidth; }")
+    page.wait_for_function("() => !document.querySelector('.output.html.more-right')")
+    assert hints() == {"more-left"}
+    page.close()
+
+
+def test_only_what_scrolls_is_a_stop_of_the_tab_key(shown: Page) -> None:
+    """A page has a hundred outputs; most of them fit a wide screen, and all of them were stops."""
+    for width in (390, 2400):
+        shown.set_viewport_size({"width": width, "height": 900})
+        shown.wait_for_function(
+            "(few) => (document.querySelectorAll(\"figure[tabindex='0']\").length === 0) === few", arg=width > 390
+        )
+        stops = shown.locator("[tabindex='0']:visible")
+        assert all(stops.evaluate_all("(all) => all.map((box) => box.scrollWidth > box.clientWidth)"))
+        assert shown.locator("pre.columns[tabindex='0']").count() == 1, "wider than any screen"
+
+
+def test_figures_reach_from_edge_to_edge_on_a_phone(browser: Browser, file: Path) -> None:
+    """The smallest text of a figure has 9 pixels where the whole figure has 390."""
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(file.as_uri())
+    box = page.locator("figure.output").first.bounding_box()
+    assert box is not None
+    assert (box["x"], box["width"]) == (0, 390)
+    page.close()
+
+
 def test_dark_screens_get_dark_paper_but_figures_and_coloured_tables_keep_theirs(browser: Browser, file: Path) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto(file.as_uri())
