@@ -71,6 +71,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "the reported accuracy is not the share of right answers on the test set.",
         "count them by hand",
     ),
+    "rate-misreported": (
+        "the recorded learning rate is not the one that the epoch's last step had.",
+        "read it from the optimizer when the epoch is over",
+    ),
     "test-loss-wrong": (
         "the reported test loss is not the mean over all test images.",
         "add up the losses of the images and divide by their number; batches may differ in size",

@@ -21,6 +21,8 @@ def penalty_diagnosis(
     factor = factor_of(found, as_parameters(subject.model, right_slopes))
     if factor is not None and not silent:
         return ["penalty-sign" if factor < 0 else "penalty-scaled", "penalty-wrong"]
+    if not silent and _scaled_by_tensor(found, as_parameters(subject.model, right_slopes)):
+        return ["gradients-scaled", "penalty-wrong"]
     off: dict[str, float] = {}
 
     def rate(key: str, guess: objective.Grouping, latent: bool) -> None:
@@ -52,6 +54,12 @@ def factor_of(found: objective.Gradients, meant: objective.Gradients) -> float |
     k = dot / size if size else 0.0
     parallel = k != 0 and misfit(found, {n: k * g for n, g in meant.items()}) < 0.01
     return k if parallel else None
+
+
+def _scaled_by_tensor(found: objective.Gradients, meant: objective.Gradients) -> bool:
+    """Whether every tensor's gradient is a multiple of the right one, and not all by one factor: hooks do that."""
+    factors = [factor_of({name: found.get(name, 0 * g)}, {name: g}) for name, g in meant.items() if g.abs().max() > 0]
+    return len(factors) > 1 and all(k is not None for k in factors)
 
 
 def _not_a_lasso(subject: Subject, found: objective.Gradients) -> bool:

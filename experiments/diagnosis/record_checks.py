@@ -50,6 +50,7 @@ class Look:
     layers: tuple[LayerRecord, ...]
     latent_zeros: float
     dead_inputs: tuple[int, ...]
+    rate: float = math.nan  # of the optimizer's first group in the last step that was seen
 
 
 def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int, ...]]:
@@ -152,6 +153,9 @@ def _fault_of_means(look: Look, subject: Subject) -> tuple[str, list[str]]:
     if look.right is not None and not abs(record.test_loss - look.right[2]) <= _loss_close(subject) * look.right[2]:
         text = f"test loss {record.test_loss:.4f} recorded, {look.right[2]:.4f} counted"
         return text, ["test-loss-wrong", "report-wrong"]
+    if math.isfinite(look.rate) and not abs(record.learning_rate - look.rate) <= 1e-6 * look.rate + 1e-12:
+        text = f"learning rate {record.learning_rate:.4g} recorded, {look.rate:.4g} in the last step"
+        return text, ["rate-misreported", "report-wrong"]
     rest = record.loss - record.task_loss - record.logit_penalty - record.coefficient * record.group_penalty
     if subject.promise.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
         text = f"loss {record.loss:.4f} is not task + logits + coefficient x groups, by {rest:.4f}"

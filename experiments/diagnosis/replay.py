@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -108,6 +109,7 @@ class Replay:
         seen, twin = armed.seen, armed.twin
         seen.after = state_of_parts(self.subject.model)
         seen.returned, seen.losses = step.losses, step_losses(step.losses)
+        _same_rates(twin.optimizer, self.subject.optimizer)
         if not any(g is not None for g in seen.gradients.values()):  # as in `watched_step`
             seen.gradients = gradients_left(self.subject.model)
         try:
@@ -139,6 +141,13 @@ class Replay:
                     self.found[name].append((epoch, check(steps, twin)))
             except NotApplicable as reason:
                 self._reason = str(reason)
+
+
+def _same_rates(twin: Any, optimizer: Any) -> None:
+    """The loop sets learning rates between the copy and the update; whether they are right is checked elsewhere."""
+    pairs = zip(getattr(twin, "param_groups", []), getattr(optimizer, "param_groups", []), strict=False)
+    for copied, group in pairs:
+        copied["lr"] = group.get("lr")
 
 
 def _without_penalty(twin: Subject, seen: Watched, batch: Batch, epoch: int) -> Steps:

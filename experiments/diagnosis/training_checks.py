@@ -63,6 +63,7 @@ class Watcher:
         self._kinds = {id(p): kind_of(name) for name, p in subject.model.named_parameters()}
         self._continuity = Continuity(subject)
         self._replay = Replay(subject)
+        self._last_rate = math.nan
         self._norms = [m for m in subject.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         self._tracked = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
 
@@ -87,6 +88,9 @@ class Watcher:
                 self.logit_rates.setdefault(kind, set()).add(rate)
             else:
                 self.rates.append((epoch, done, rate))
+        if self.subject.promise.config is not None:
+            groups = getattr(self.subject.optimizer, "param_groups", None)
+            self._last_rate = float(groups[0]["lr"]) if groups else math.nan
         self._epoch_images += step.images
         self._epoch_whole = step.index + 1 == step.steps == len(self._epoch_losses) + len(self._unread)
         self._continuity.step(step)
@@ -103,7 +107,7 @@ class Watcher:
         """After an epoch was measured and before the next one starts."""
         self._read()
         means = StepMeans.of(self._epoch_losses, self._epoch_images) if self._epoch_whole else None
-        self.looks.append(Look(record, means, few_right(self.subject), *counted(self.subject)))
+        self.looks.append(Look(record, means, few_right(self.subject), *counted(self.subject), self._last_rate))
         self._forget_epoch()
         self._continuity.epoch_done()
         self.logits.append(_logits(self.subject))

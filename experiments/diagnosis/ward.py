@@ -63,7 +63,8 @@ class Ward:
             self.add(name, proves, Outcome("no error", _short(str(broken)), False, [broken.cause]))
             return
         except RAISED as error:  # whatever a user's part raises is a finding
-            self.add(name, proves, Outcome("no error", _short(f"{type(error).__name__}: {error}"), False, [_why(error, blame)]))
+            text = _short(f"{type(error).__name__}: {error}")
+            self.add(name, proves, Outcome("no error", text, False, [_why(error, blame)]))
             return
         self.add(name, proves, out)
 
