@@ -21,15 +21,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments import pipeline
 from experiments.console import fail, say
 from experiments.diagnosis.account_checks import account_checks
+from experiments.diagnosis.baseline_checks import baseline_checks
 from experiments.diagnosis.data_checks import data_checks
 from experiments.diagnosis.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
 from experiments.diagnosis.grid_checks import grid_checks
+from experiments.diagnosis.joint_checks import joint_checks
 from experiments.diagnosis.network_checks import network_checks
 from experiments.diagnosis.optimizer_checks import optimizer_checks
 from experiments.diagnosis.penalty_checks import penalty_checks
@@ -39,9 +42,9 @@ from experiments.diagnosis.step_checks import step_checks
 from experiments.diagnosis.subject import Subject, train
 from experiments.diagnosis.training_checks import Watcher
 from experiments.diagnosis.verdict_checks import verdict_checks
-from experiments.diagnosis.ward import Ward, undisturbed
+from experiments.diagnosis.ward import RAISED, Broken, Ward, undisturbed
 from experiments.presets import PRESETS, RunConfig, configure
-from src.records import History
+from src.records import EpochRecord, History
 from src.runs import CHECKPOINT, RunError, RunFolder, check_writable, load_checkpoint, load_model_state
 from src.training import TrainingError
 
@@ -68,9 +71,11 @@ def before(subject: Subject) -> Report:
     with undisturbed(subject):
         quantizer_checks(ward, subject)
         grid_checks(ward, subject)
+        joint_checks(ward, subject)
         optimizer_checks(ward, subject)
         data_checks(ward, subject)
         network_checks(ward, subject)
+        baseline_checks(ward, subject)
         penalty_checks(ward, subject)
     return ward.report()
 
@@ -90,7 +95,7 @@ def while_training(
     watcher, reported = Watcher(subject), Reported()
     history = History(subject.promise.epochs or 1)
     try:
-        for record, path in train(subject, folder, watcher.step):
+        for record, path in train(_telling(subject), folder, watcher.step):
             watcher.epoch(record)
             history.records.append(record)
             reported.checkpoint = path
@@ -98,10 +103,34 @@ def while_training(
                 on_epoch(record)
     except TrainingError as error:
         watcher.failed(error, "loss-not-finite")
-    except Exception as error:  # whatever a part raises is a finding
-        watcher.failed(error, "step-raises" if not history.records and not watcher.steps else "measure-raises")
+    except Broken as error:
+        watcher.failed(error.__cause__ or error, error.cause)
+    except RAISED as error:  # whatever a part raises is a finding
+        watcher.failed(error, "step-raises")
     reported.history = history if history.records else None
     return watcher.report(), reported
+
+
+def _telling(subject: Subject) -> Subject:
+    """The subject whose errors in measuring and saving say that they are from there."""
+
+    def telling(part: Callable[..., Any], cause: str, kind: type) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                found = part(*arguments)
+                if not isinstance(found, kind):
+                    raise TypeError(f"it returned {type(found).__name__}, not {kind.__name__}")
+                return found
+            except TrainingError:
+                raise
+            except RAISED as error:
+                raise Broken(cause, error) from error
+
+        return call
+
+    measure = telling(subject.measure, "measure-raises", EpochRecord) if subject.measure else None
+    save = telling(subject.save, "saving-raises", object) if subject.save else None
+    return replace(subject, measure=measure, save=save)
 
 
 def afterwards(subject: Subject, reported: Reported) -> Report:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experiments.diagnosis import equations
-from experiments.diagnosis.data_checks import Affine, affine_of
-from experiments.diagnosis.penalty_checks import coefficient_outcome
+from experiments.diagnosis.coefficient_checks import coefficient_outcome
+from experiments.diagnosis.images import Affine, affine_of
 from src.quantizer import DeadZoneLDZCompander
 
 

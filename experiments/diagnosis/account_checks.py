@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from experiments.diagnosis.by_hand import ACCURACY_CLOSE, accuracy_by_hand
+from experiments.diagnosis.checkpoint_checks import checkpoint_checks
 from experiments.diagnosis.compression_account import compare_compression
 from experiments.diagnosis.record_checks import record_fault
-from experiments.diagnosis.reported import Reported, Seen, equal_tensors, same_state, state_of, watching
+from experiments.diagnosis.reported import Reported, Seen, same_state, state_of, watching
 from experiments.diagnosis.subject import Subject
-from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, Ward, names, undisturbed
-from src.modes import eval_mode
+from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, Ward, undisturbed
 from src.records import EpochRecord
-from src.runs import load_checkpoint
 from src.training import EpochMeans, Step, StepLosses
 from utils_quantization import latent_weight, quantized_layers
 
@@ -42,7 +41,7 @@ def account_checks(ward: Ward, subject: Subject, reported: Reported) -> None:
     """Add the findings about what was reported. The network is the one that training left."""
     if subject.evaluate is not None and reported.result is None:
         _evaluate(subject, reported)
-    ward.check("checkpoint", "it gives back the network of the history's last epoch", _checkpoint, subject, reported)
+    checkpoint_checks(ward, subject, reported)
     ward.check("last record", "sparsity, dead filters and bits, counted again", _record, subject, reported)
     ward.check("test accuracy", "the share of right answers, counted by hand", _accuracy, subject, reported)
     ward.check("whole test set", "every test image, in eval mode, quantizers on", _whole, subject, reported)
@@ -62,69 +61,6 @@ def _evaluate(subject: Subject, reported: Reported) -> None:
             reported.error = Broken("measure-raises", error)
     reported.seen = seen
     reported.changed = not same_state(before, state_of(subject.model))
-
-
-def _checkpoint(subject: Subject, reported: Reported) -> Outcome:
-    if reported.checkpoint is None:
-        raise NotApplicable("there is no checkpoint")
-    state = load_checkpoint(reported.checkpoint)
-    saved, own = cast(dict[str, Tensor], state["model"]), subject.model.state_dict()
-    parts: list[str] = []
-    likely: list[str | None] = []
-    missing = sorted(own.keys() ^ saved.keys())
-    differing = [name for name in own.keys() & saved.keys() if not equal_tensors(own[name], saved[name])]
-    if missing:
-        parts.append(f"{names(missing)} missing or unknown")
-        likely.append("checkpoint-incomplete")
-    if differing:
-        parts.append(f"{len(differing)} of {len(own)} tensors differ from the network's")
-        rounded = all(_nearly(own[name], saved[name]) for name in differing)
-        other = len(differing) > len(own) / 2 and not rounded
-        likely.append("checkpoint-of-other-epoch" if other else "checkpoint-incomplete")
-    if reported.history is not None and reported.history.records:
-        last, epoch = reported.history.records[-1].epoch, state.get("epoch")
-        kept = [entry.get("epoch") for entry in state["history"].get("records", [])]
-        if epoch is not None and epoch != len(reported.history.records):
-            parts.append(f"it says epoch {epoch}, the history ends with {last}")
-            likely.append("checkpoint-of-other-epoch")
-        elif kept and kept[-1] != last:
-            parts.append(f"its history ends with epoch {kept[-1]}, not {last}")
-            likely.append("history-shifted")
-    if not parts and subject.fresh is not None:
-        parts += _restored(subject, saved)
-        likely.append("checkpoint-incomplete")
-    measured = "; ".join(parts) or f"all {len(own)} tensors, and the same outputs"
-    return Outcome("every tensor as it is", measured, not parts, [*likely, "checkpoint-of-other-epoch"])
-
-
-def _nearly(left: Tensor, right: Tensor) -> bool:
-    """Whether the two differ by no more than half precision rounds."""
-    if left.shape != right.shape or not left.is_floating_point():
-        return False
-    return bool(((left.cpu() - right.cpu()).abs() <= 8e-3 * left.cpu().abs() + 1e-6).all())
-
-
-def _restored(subject: Subject, saved: dict[str, Tensor]) -> list[str]:
-    """Whether a fresh network with the checkpoint's tensors gives the same outputs."""
-    assert subject.fresh is not None
-    with undisturbed(subject):
-        again = subject.fresh()
-    again.load_state_dict(saved)
-    images = _first_test_images(subject, 32)
-    if images is None:
-        return []
-    with torch.no_grad(), eval_mode(subject.model):
-        again = again.to(images.device).eval()
-        difference = float((again(images) - subject.model(images)).abs().max())
-    return [] if difference < 1e-4 else [f"a fresh network with it gives other outputs, by {difference:.2g}"]
-
-
-def _first_test_images(subject: Subject, count: int) -> Tensor | None:
-    if subject.test_batches is None:
-        return None
-    for images, _ in subject.test_batches(subject):
-        return images[:count].to(subject.device)
-    return None
 
 
 def _record(subject: Subject, reported: Reported) -> Outcome:
@@ -214,7 +150,7 @@ def _means(subject: Subject) -> EpochMeans:
     """Means of one made-up step, for a `measure` that wants some."""
     one = torch.ones((), device=subject.device)
     means = EpochMeans()
-    means.add(Step(0, 1, 1, StepLosses(one, one, one, one, one)))
+    means.add(Step(0, 1, 1, StepLosses(total=2 * one, task=one, logits=one, groups=0 * one, correct=one)))
     return means
 
 

@@ -19,7 +19,7 @@ from experiments.diagnosis.quantizer_checks import bits_in_use, expected_weight,
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import Outcome, names
 from experiments.evaluator import EvalResult
-from metrics import ModelStats
+from metrics import LayerStats, ModelStats
 from src.compaction import compact
 from src.modes import eval_mode
 from utils_quantization import latent_weight, quantized_layers
@@ -106,6 +106,10 @@ def compare_compression(subject: Subject, result: EvalResult) -> Outcome:
     if odd_bits:
         wrong.append(f"other bits in {names(odd_bits)}")
         likely += ["bops-wrong-bits", "bits-misreported"]
+    odd_zeros = [s.name for s in (*found.layers, *result.structured_stats.layers) if _zeros_off(s, meant)]
+    if odd_zeros:
+        wrong.append(f"another share of zeros in {names(odd_zeros)}")
+        likely += ["sparsity-wrong", "report-wrong"]
     if abs(found.total_macs - macs) > close:
         wrong.append(f"{found.total_macs:,} MACs of non-zero weights, {macs:,} counted")
         likely += ["bops-dense-density" if abs(found.total_macs - dense) < close else "macs-wrong"]
@@ -120,6 +124,13 @@ def compare_compression(subject: Subject, result: EvalResult) -> Outcome:
     _structured(subject, result, meant, wrong, likely)
     measured = "; ".join(wrong[:2]) or f"{macs:,} MACs, {full / max(bops, 1):.2f} times fewer BOPs"
     return Outcome("as counted from weights, bits and a built network", measured, not wrong, [*likely, "bops-wrong"])
+
+
+def _zeros_off(stats: LayerStats, meant: dict[str, Cost]) -> bool:
+    cost = meant.get(stats.name)
+    if cost is None or not cost.dense:
+        return False
+    return abs(stats.pruning_ratio - (1 - cost.nonzero / cost.dense)) > cost.unsure / cost.dense + 1e-6
 
 
 def _bops_diagnosis(meant: dict[str, Cost], found: float, right: float) -> list[str]:
@@ -188,7 +199,21 @@ def _structured(
     if abs(found.total_bops - bops) > 1e-4 * bops:
         wrong.append(f"{found.total_bops:.4g} BOPs after removal, {bops:.4g} counted")
         likely += ["bops-wrong-bits", "bops-wrong"]
+    odd = [s.name for s in found.layers if s.name in meant and not _channels_fit(s, meant[s.name])]
+    if odd:
+        wrong.append(f"the channels left in {names(odd)} do not give its MACs")
+        likely += ["report-wrong", "macs-wrong"]
     _dead(subject, found, wrong, likely)
+
+
+def _channels_fit(stats: LayerStats, cost: Cost) -> bool:
+    """Whether a layer's MACs are those of its channels left: out x (in, or in and one of ones) x kernel x pixels."""
+    outputs, inputs = stats.null_out.total, stats.null_in.total
+    if not outputs or not inputs:
+        return True
+    each = cost.dense / (outputs * inputs)
+    left = [(outputs - stats.null_out.count) * (inputs - stats.null_in.count + more) * each for more in (0, 1)]
+    return any(abs(stats.macs - macs) < 0.5 for macs in left)
 
 
 def _dead(subject: Subject, found: ModelStats, wrong: list[str], likely: list[str]) -> None:

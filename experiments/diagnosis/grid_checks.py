@@ -6,57 +6,23 @@ equations.py. Where it differs, what it did is compared with the usual mistakes.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from experiments.diagnosis import equations
 from experiments.diagnosis.promise import QuantizerPromise
-from experiments.diagnosis.quantizer_checks import bits_in_use, flat, logits, promised_quantizer
+from experiments.diagnosis.quantizer_cases import TOLERANCE, Answer, Case, answer_to, cases_of
+from experiments.diagnosis.quantizer_checks import bits_in_use, promised_quantizer
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import NotApplicable, Outcome, Ward
-from utils_quantization import latent_weight, quantized_layers, quantizer_of
 
-OTHER_LOGITS = ((0.5, 0.3), (1.2, 0.9), (0.8, -0.62), (-0.9, 1.6))
-"""(theta_dz, theta_bit): small and large dead zones, 2 to 8 bits, both signs."""
-TOLERANCE = 1e-6  # float64 against float64
-SINGLE = 2e-3  # where a quantizer knows only float32
 DIFFERENCES = 0.01  # central differences of step 1e-5 in float64 are good to 1e-5
 MUCH_NEARER = 0.2  # a mistake explains what was found where its misfit is below this share of the equations'
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer's weights and the logits with which its quantizer is examined."""
-
-    layer: str
-    theta_dz: float
-    theta_bit: float
-    weights: equations.Values
-    quantizer: nn.Module
-    training: bool = True
-
-    @property
-    def text(self) -> str:
-        mode = "" if self.training else ", eval mode"
-        return f"{self.layer} at theta_dz {self.theta_dz:.2g}, theta_bit {self.theta_bit:.2g}{mode}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a quantizer made of a case: values (T,), gradients of the weights and the two logits (None: not learned)."""
-
-    values: equations.Values
-    gradients: tuple[equations.Values | None, ...]
-    tolerance: float
 
 
 def grid_checks(ward: Ward, subject: Subject) -> None:
@@ -66,62 +32,18 @@ def grid_checks(ward: Ward, subject: Subject) -> None:
     ward.check("gradient of the logits", "dead zone and bit width learn from the loss", _logit_gradient, subject)
 
 
-def _cases(subject: Subject) -> Iterator[Case]:
-    """Every layer at its own logits; some layers, and one of every kind of quantizer, at other logits too."""
-    layers = list(quantized_layers(subject.model).items())
-    spread = {round(place) for place in np.linspace(0, len(layers) - 1, 3)}
-    kinds: set[type] = set()
-    for place, (name, layer) in enumerate(layers):
-        quantizer = quantizer_of(layer)
-        w = flat(latent_weight(layer))
-        if not w.any():
-            continue  # no range, no grid
-        yield Case(name, *logits(layer), w, quantizer)
-        if place in spread or type(quantizer) not in kinds:
-            kinds.add(type(quantizer))
-            yield Case(name, *logits(layer), w, quantizer, training=False)
-            for theta_dz, theta_bit in OTHER_LOGITS:
-                yield Case(name, theta_dz, theta_bit, w, quantizer)
-
-
-def _run(case: Case, upstream: equations.Values | None = None) -> Answer:
-    """The quantizer's values, and its gradients for `upstream`."""
-    for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32, SINGLE)):
-        try:
-            twin = cast(Any, copy.deepcopy(case.quantizer).cpu().to(dtype).train(case.training))
-            with torch.no_grad():
-                twin.logit_dz.fill_(case.theta_dz)
-                twin.logit_bit.fill_(case.theta_bit)
-            w = torch.tensor(case.weights, dtype=dtype, requires_grad=True)
-            values = twin(w)
-            if upstream is None:
-                return Answer(flat(values), (), tolerance)
-            learnables = [w, twin.logit_dz, twin.logit_bit]
-            wanted = [p for p in learnables if p.requires_grad]
-            loss = (values * torch.tensor(upstream, dtype=values.dtype)).sum()
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
-            by_id = dict(zip(map(id, wanted), grads, strict=True))
-            found = [_or_zeros(by_id[id(p)], p) if id(p) in by_id else None for p in learnables]
-            return Answer(flat(values), tuple(found), tolerance)
-        except RuntimeError:
-            if dtype == torch.float32:
-                raise
-    raise AssertionError  # the loop returns or raises
-
-
-def _or_zeros(gradient: torch.Tensor | None, p: torch.Tensor) -> equations.Values:
-    return np.zeros(p.numel()) if gradient is None else flat(gradient)
-
-
 def _values(subject: Subject) -> Outcome:
     settings = promised_quantizer(subject)
     worst, where, tolerated, votes = 0.0, "", TOLERANCE, Counter[str]()
-    for case in _cases(subject):
+    for case in cases_of(subject):
         g = equations.grid(case.weights, case.theta_dz, bits_in_use(settings, case.theta_bit))
-        answer, again = _run(case), _run(case)
+        answer, again = answer_to(case), answer_to(case)
         if not np.array_equal(answer.values, again.values):
             measured = f"the same weights give different values twice ({case.text})"
             return Outcome("one value for one weight", measured, False, ["evaluation-not-repeatable", "grid-wrong"])
+        if not np.array_equal(answer.values, answer_to(case, after_others=True).values):
+            measured = f"the values depend on the weights it saw before ({case.text})"
+            return Outcome("one value for one weight", measured, False, ["weights-stale", "range-wrong"])
         sure = ~equations.near_a_threshold(case.weights, g, answer.tolerance)
         error = _largest(answer.values, equations.quantized(case.weights, g), sure) / max(g.range, 1e-30)
         if error > answer.tolerance:
@@ -175,6 +97,7 @@ def _values_diagnosis(case: Case, settings: QuantizerPromise, found: equations.V
             for key, other in others
             if abs(other - bits) > 1e-9 and other > 1.6
         ]
+    guesses += [("range-wrong", _by_filter(case, bits))] if len(case.shape) > 1 else []
     off: dict[str, float] = {}
     for key, guess in guesses:
         off[key] = min(_misfit(guess, found), off.get(key, math.inf))
@@ -184,6 +107,12 @@ def _values_diagnosis(case: Case, settings: QuantizerPromise, found: equations.V
     if "not-quantized" in ranked[:1]:
         ranked.insert(0, mode[case.training])
     return ranked[:2] if ranked else [*_parts_of_the_grid(found, g), "grid-wrong"]
+
+
+def _by_filter(case: Case, bits: float) -> equations.Values:
+    """The values where every filter has a range of its own."""
+    rows = case.weights.reshape(case.shape[0], -1)
+    return np.concatenate([equations.quantized(w, equations.grid(w, case.theta_dz, bits)) for w in rows])
 
 
 def _parts_of_the_grid(found: equations.Values, g: equations.Grid) -> list[str]:
@@ -225,9 +154,9 @@ def _worst(subject: Subject, parts: tuple[int, ...]) -> Miss:
     settings = promised_quantizer(subject)
     random = np.random.default_rng(0)
     worst: Miss | None = None
-    for case in _cases(subject):
+    for case in cases_of(subject):
         upstream = random.standard_normal(len(case.weights))
-        answer = _run(case, upstream)
+        answer = answer_to(case, upstream)
         if 0 not in parts and not _on_the_grid(case, settings, answer):
             continue
         right = _expected(case, settings, upstream)
@@ -281,9 +210,9 @@ def finite_differences(subject: Subject) -> Outcome:
     settings = promised_quantizer(subject)
     random, step = np.random.default_rng(2), 1e-5
     worst, where, signs = 0.0, "", 0
-    for case in _cases(subject):
+    for case in cases_of(subject):
         upstream = random.standard_normal(len(case.weights))
-        answer = _run(case, upstream)
+        answer = answer_to(case, upstream)
         if not _on_the_grid(case, settings, answer):
             continue
         own = (case.theta_dz, case.theta_bit)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.diagnosis import equations, objective
-from experiments.diagnosis.data_checks import good_batches
+from experiments.diagnosis.loader_checks import good_batches
 from experiments.diagnosis.quantizer_checks import bits_in_use, flat, logits
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, Ward, names, undisturbed
@@ -22,11 +22,13 @@ from utils_quantization import latent_weight, quantization, quantized_layers, qu
 IMAGES = 128
 HIGHEST_START, PER_LAYER = 5.0, 0.15  # above ln K; over 40 seeds resnet20 (20 layers) starts up to 3.1 above it
 LOWEST_START = 0.5  # below ln K; measured: never below it
+LARGEST_MOMENTUM = 0.5  # above it a statistic is little more than the last batch's; Keras writes 0.9 for 0.1
 NOISE_RATIO = 4.0  # quantization error over random noise of the same size; 0.57 to 1.32 over 120 networks
 
 
 def network_checks(ward: Ward, subject: Subject) -> None:
     """Add the findings about the untrained network."""
+    ward.check("tensors", "all weights are there and finite, on one device", _tensors, subject)
     ward.check("network", "it runs, gives the same outputs twice, and uses all of its layers", _network, subject)
     ward.check("loss at the start", "the untrained network knows nothing: ln(classes)", _first_loss, subject)
     ward.check(
@@ -49,7 +51,27 @@ def scores_of(subject: Subject, images: Tensor, *, enabled: bool | None = None) 
             with quantization(subject.model, enabled=enabled):
                 return cast(Tensor, subject.model(images)).float()
     except Exception as error:
-        raise Broken("model-raises", error) from error
+        raise Broken(_why_it_raises(subject, images), error) from error
+
+
+def _why_it_raises(subject: Subject, images: Tensor) -> str:
+    """Whether images and network are of different types or on different devices."""
+    tensors = [*subject.model.parameters(), *subject.model.buffers()]
+    if len({t.device for t in (images, *tensors)}) > 1 or any(t.is_meta for t in tensors):
+        return "device-mismatch"
+    kinds = {t.dtype for t in (images, *tensors) if t.is_floating_point()}
+    return "dtype-mismatch" if len(kinds) > 1 else "model-raises"
+
+
+def _tensors(subject: Subject) -> Outcome:
+    tensors = dict(subject.model.named_parameters()) | dict(subject.model.named_buffers())
+    devices = sorted({str(tensor.device) for tensor in tensors.values()})
+    lost = [name for name, tensor in tensors.items() if not tensor.is_meta and not torch.isfinite(tensor).all()]
+    parts = [f"{len(tensors)} tensors on {', '.join(devices) or 'no device'}"]
+    parts += [f"not finite: {names(lost)}"] if lost else []
+    mixed = len(devices) > 1 or "meta" in devices
+    likely = ["device-mismatch" if mixed else None, "weights-not-finite"]
+    return Outcome("finite, on one device that holds data", "; ".join(parts), not lost and not mixed, likely)
 
 
 @torch.no_grad()
@@ -73,7 +95,7 @@ def _network(subject: Subject) -> Outcome:
     momentum = [
         name
         for name, m in subject.model.named_modules()
-        if isinstance(m, norms) and m.momentum is not None and not 0 < m.momentum < 1
+        if isinstance(m, norms) and m.momentum is not None and not 0 < m.momentum <= LARGEST_MOMENTUM
     ]
     chances = first.dim() == 2 and bool(torch.allclose(first.sum(1), torch.ones(len(first)).to(first), atol=1e-3))
     chances = chances and bool((first >= 0).all()) and first.shape[1] > 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiments.diagnosis.objective import Gradients, plain
 from experiments.diagnosis.subject import Subject, step_losses
-from experiments.diagnosis.ward import Broken
+from experiments.diagnosis.ward import RAISED, Broken
 from src.training import StepLosses
 from utils_quantization import FakeQuantParametrization
 
@@ -41,38 +41,44 @@ class Watched:
     quantizers_off: set[str] = field(default_factory=set)
     quantizers_seen: set[str] = field(default_factory=set)
     modes_changed: bool = False
+    inside: bool = False  # whether the update itself calls backward, as LBFGS does with its closure
     images: Tensor | None = None  # that the network read first
 
 
 def watched_step(subject: Subject, images: Tensor, labels: Tensor, coefficient: float) -> Watched:
     """Take one step and watch it. Raises Broken where the step raises. The caller restores the state."""
     seen = Watched()
-    seen.before = _state(subject.model)
+    seen.before = state_of_parts(subject.model)
     modes = {module: module.training for module in subject.model.modules()}
-    with _hooks(subject, seen):
+    with watching_step(subject, seen):
         try:
             seen.returned = subject.take_step(images, labels, coefficient)
             seen.losses = step_losses(seen.returned)
-        except Exception as error:
+        except RAISED as error:
             raise Broken("step-raises", error) from error
-    if not seen.updates:  # no torch optimizer, or no update: what backward left behind
-        seen.gradients = _gradients(subject.model)
-    seen.after = _state(subject.model)
+    if not any(g is not None for g in seen.gradients.values()):
+        # No torch optimizer, no update, or one that calls backward itself: what backward left behind.
+        seen.inside = seen.updates > 0
+        seen.gradients = gradients_left(subject.model)
+    seen.after = state_of_parts(subject.model)
     seen.modes_changed = any(module.training != training for module, training in modes.items())
     return seen
 
 
-def _state(model: nn.Module) -> Gradients:
+def state_of_parts(model: nn.Module) -> Gradients:
+    """All parameters and buffers by name, float64 on the CPU."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: plain(tensor) for name, tensor in tensors.items()}
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
+def gradients_left(model: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of every trainable parameter, None where it has none."""
     return {n: None if p.grad is None else plain(p.grad) for n, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
-def _hooks(subject: Subject, seen: Watched) -> Iterator[None]:
+def watching_step(subject: Subject, seen: Watched) -> Iterator[None]:
+    """Inside, what one step of the subject does is written down in `seen`."""
     handles: list[Any] = []
 
     def before_update(*_: Any) -> None:
@@ -82,7 +88,7 @@ def _hooks(subject: Subject, seen: Watched) -> Iterator[None]:
             seen.updates += 1
             return
         seen.updates = 1
-        seen.gradients = _gradients(subject.model)
+        seen.gradients = gradients_left(subject.model)
 
     if isinstance(subject.optimizer, torch.optim.Optimizer):
         handles.append(subject.optimizer.register_step_pre_hook(before_update))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -22,15 +23,34 @@ CLOSE = 1e-6
 
 
 @dataclass(frozen=True)
+class StepMeans:
+    """Means over the steps of an epoch, all of which were seen: losses, and the share of right answers."""
+
+    loss: float
+    task_loss: float
+    logit_penalty: float
+    group_penalty: float
+    train_accuracy: float
+
+    @classmethod
+    def of(cls, steps: Sequence[tuple[float, ...]], images: int) -> StepMeans:
+        """steps: total, task, logits, groups and right answers of each; images: of all of them."""
+        total, task, logits, groups, right = (math.fsum(values) for values in zip(*steps, strict=True))
+        count = len(steps)
+        return cls(total / count, task / count, logits / count, groups / count, right / max(images, 1))
+
+
+@dataclass(frozen=True)
 class Look:
     """The network at the end of an epoch: its record, and the quantized layers counted a second time."""
 
     record: EpochRecord
-    loss: float  # mean over the steps that were seen
-    right: tuple[int, int] | None  # right answers and test images, where there are few
+    means: StepMeans | None  # where all steps were seen
+    right: tuple[int, int, float] | None  # right answers, test images and test loss, where there are few
     layers: tuple[LayerRecord, ...]
     latent_zeros: float
     dead_inputs: tuple[int, ...]
+    rate: float = math.nan  # of the optimizer's first group in the last step that was seen
 
 
 def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int, ...]]:
@@ -58,13 +78,13 @@ def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int
     return tuple(layers), latent / max(total, 1), tuple(inputs)
 
 
-def few_right(subject: Subject) -> tuple[int, int] | None:
-    """Right answers by hand, where the test set is small enough to be read after every epoch."""
+def few_right(subject: Subject) -> tuple[int, int, float] | None:
+    """Right answers, images and loss by hand, where the test set is small enough to be read after every epoch."""
     data = subject.data
     if data is None or subject.test_batches is None or len(data.test_labels) > FEW_TEST_IMAGES:
         return None
     try:
-        return accuracy_by_hand(subject, subject.precision)[:2]
+        return accuracy_by_hand(subject, subject.precision)
     except Exception:  # the pipeline's own evaluation will say so
         return None
 
@@ -81,13 +101,13 @@ def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) 
 def accuracy_is_off(look: Look, subject: Subject) -> bool:
     if look.right is None:
         return False
-    right, count = look.right
+    right, count, _ = look.right
     return abs(look.record.accuracy - right / count) > ACCURACY_CLOSE[subject.precision] + 0.5 / count
 
 
 def record_fault(subject: Subject, record: EpochRecord) -> tuple[str, list[str]]:
     """What of a record is not what the network shows now, and the likely causes; "" where all is."""
-    return fault_of_look(Look(record, math.nan, None, *counted(subject)), subject)
+    return fault_of_look(Look(record, None, None, *counted(subject)), subject)
 
 
 def fault_of_look(look: Look, subject: Subject) -> tuple[str, list[str]]:
@@ -96,11 +116,9 @@ def fault_of_look(look: Look, subject: Subject) -> tuple[str, list[str]]:
         counted_share = look.right[0] / look.right[1]
         text = f"accuracy {100 * record.accuracy:.2f}% recorded, {100 * counted_share:.2f}% counted"
         return text, ["accuracy-wrong", "quantizers-off-in-evaluation"]
-    if math.isfinite(look.loss) and abs(record.loss - look.loss) > 0.01 * abs(look.loss) + 1e-4:
-        text = f"loss {record.loss:.4f} recorded, {look.loss:.4f} is the steps' mean"
-        return text, ["loss-misreported", "report-wrong"]
-    if not layers:
-        return "", []
+    text, keys = _fault_of_means(look, subject)
+    if text or not layers:
+        return text, keys
     sizes = {n: latent_weight(layer).numel() for n, layer in quantized_layers(subject.model).items()}
     total = sum(sizes.values())
     filters = sum(layer.channels for layer in layers)
@@ -121,6 +139,32 @@ def fault_of_look(look: Look, subject: Subject) -> tuple[str, list[str]]:
     if abs(record.mean_bits - bits) > CLOSE:
         return f"{record.mean_bits:.3f} bits recorded, {bits:.3f} counted", ["bits-misreported", "history-stale"]
     return _layer_fault(look)
+
+
+def _fault_of_means(look: Look, subject: Subject) -> tuple[str, list[str]]:
+    """Whether losses, training accuracy and test loss are what the steps and the test set say."""
+    record = look.record
+    for name, mean in asdict(look.means).items() if look.means is not None else ():
+        told = float(getattr(record, name))
+        given = math.isfinite(mean) and (mean != 0 or name in ("loss", "task_loss"))  # 0: the step does not tell
+        if given and not abs(told - mean) <= 0.01 * abs(mean) + 1e-4:
+            text = f"{name.replace('_', ' ')} {told:.4f} recorded, {mean:.4f} is the steps' mean"
+            return text, ["loss-misreported" if "accuracy" not in name else "accuracy-wrong", "report-wrong"]
+    if look.right is not None and not abs(record.test_loss - look.right[2]) <= _loss_close(subject) * look.right[2]:
+        text = f"test loss {record.test_loss:.4f} recorded, {look.right[2]:.4f} counted"
+        return text, ["test-loss-wrong", "report-wrong"]
+    if math.isfinite(look.rate) and not abs(record.learning_rate - look.rate) <= 1e-6 * look.rate + 1e-12:
+        text = f"learning rate {record.learning_rate:.4g} recorded, {look.rate:.4g} in the last step"
+        return text, ["rate-misreported", "report-wrong"]
+    rest = record.loss - record.task_loss - record.logit_penalty - record.coefficient * record.group_penalty
+    if subject.promise.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
+        text = f"loss {record.loss:.4f} is not task + logits + coefficient x groups, by {rest:.4f}"
+        return text, ["loss-misreported", "report-wrong"]
+    return "", []
+
+
+def _loss_close(subject: Subject) -> float:
+    return 2e-3 if subject.precision == torch.float32 else 3e-2
 
 
 def _layer_fault(look: Look) -> tuple[str, list[str]]:

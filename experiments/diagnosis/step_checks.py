@@ -25,7 +25,7 @@ from experiments.diagnosis.step_updates import (
 )
 from experiments.diagnosis.steps_taken import take_steps
 from experiments.diagnosis.subject import Subject
-from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, Ward
+from experiments.diagnosis.ward import RAISED, Broken, NotApplicable, Outcome, Ward
 
 
 def step_checks(ward: Ward, subject: Subject) -> None:
@@ -36,6 +36,11 @@ def step_checks(ward: Ward, subject: Subject) -> None:
         text = f"no step could be taken: {reason}"
         likely = [reason.cause] if isinstance(reason, Broken) else ["loader-shapes"]
         ward.add("a step runs", "the step function works on a batch", Outcome("no error", text, False, likely))
+        return
+    except RAISED as error:
+        text = f"no step could be watched: {type(error).__name__}: {error}"
+        outcome = Outcome("no error", text, False, ["model-raises", "step-raises"])
+        ward.add("a step runs", "the step function works on a batch", outcome)
         return
     ward.check("a step runs", "the step function works on a batch", step_runs, steps, subject, blame="step-raises")
     if steps.plain is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.diagnosis import objective
 from experiments.diagnosis.optimizer_checks import kind_of
-from experiments.diagnosis.penalty_checks import as_parameters, factor_of, misfit
+from experiments.diagnosis.penalty_diagnosis import as_parameters, factor_of, misfit
 from experiments.diagnosis.promise import LOGITS
 from experiments.diagnosis.steps_taken import (
     Steps,
@@ -157,7 +157,7 @@ def penalty_gradient_fits(steps: Steps, subject: Subject) -> Outcome:
         return Outcome("a gradient", f"norm {size:.3g}", size > 0, ["penalty-detached", "penalty-not-in-loss"])
     grouping = objective.channel_grouping(subject)
     weights = grouping.weights(subject.model)
-    slopes = of_weights(_through_quantizers(subject, grouping.lasso(weights)[1]))
+    slopes = of_weights(through_quantizers(subject, grouping.lasso(weights)[1]))
     total = sum(float(g.square().sum()) for g in slopes.values())
     fitted = sum(float((extra[n] * slopes[n]).sum()) for n in slopes if n in extra) / max(total, 1e-30)
     miss = misfit(extra, slopes)
@@ -186,13 +186,13 @@ def _shape(subject: Subject, grouping: objective.Grouping, extra: objective.Grad
     for key, guess in {"penalty-on-latent": grouping, **objective.other_groupings(subject)}.items():
         latent = key == "penalty-on-latent"
         slopes = guess.lasso(guess.weights(subject.model, latent))[1]
-        slopes = as_parameters(subject.model, slopes) if latent else _through_quantizers(subject, slopes)
+        slopes = as_parameters(subject.model, slopes) if latent else through_quantizers(subject, slopes)
         plain_key = key.partition(" ")[0]
         off[plain_key] = min(off.get(plain_key, math.inf), misfit(extra, of_weights(slopes)))
     return [*sorted(off, key=lambda key: off[key])[:2], "penalty-wrong"]
 
 
-def _through_quantizers(subject: Subject, slopes: dict[str, Tensor]) -> objective.Gradients:
+def through_quantizers(subject: Subject, slopes: dict[str, Tensor]) -> objective.Gradients:
     """Gradients of the weights that the network reads as gradients of the parameters behind them, by the quantizers'
     own backward: another check says whether that is right."""
     total: Tensor = next(subject.model.parameters()).new_zeros(())

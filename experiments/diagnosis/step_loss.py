@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from experiments.diagnosis.penalty_checks import misfit
+from experiments.diagnosis.penalty_diagnosis import misfit
 from experiments.diagnosis.step_gradients import GRADIENT_CLOSE, fitted_lambdas, penalty_gradient_fits
 from experiments.diagnosis.steps_taken import (
     LOSS_CLOSE,

@@ -15,7 +15,7 @@ from experiments.diagnosis.probe import Watched
 from experiments.diagnosis.steps_taken import Steps, done, gradients_of, is_norm
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.update_rules import expected_update
-from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, names, undisturbed
+from experiments.diagnosis.ward import RAISED, Broken, NotApplicable, Outcome, names, undisturbed
 from src.devices import autocast
 
 OVERFIT_IMAGES = 32
@@ -32,7 +32,7 @@ LARGEST_STEP = 0.7  # of a layer's own root mean square; the presets' first step
 
 def update_by_rule(steps: Steps, subject: Subject) -> Outcome:
     seen = done(steps.plain)
-    learnables = objective.trainable(subject.model)
+    learnables = _kept(subject, seen)
     moved = {n: seen.after[n] - seen.before[n] for n in learnables}
     if not any(float(m.abs().max()) > 0 for m in moved.values()):
         foreign = "foreign-parameter" if len(_absent(subject, list(moved))) == len(moved) else None
@@ -59,6 +59,12 @@ def update_by_rule(steps: Steps, subject: Subject) -> Outcome:
     likely += ["learning-rate-zero" if zero and len(zero) == len(odd) and _rate_is_zero(subject, zero[0]) else None]
     likely += ["update-wrong", "changes-too-much"]
     return Outcome("the optimizer's rule for every parameter", measured, not odd, likely, max(misses.values()) / 0.02)
+
+
+def _kept(subject: Subject, seen: Watched) -> dict[str, nn.Parameter]:
+    """The learnables that were there before the step and after it."""
+    both = seen.before.keys() & seen.after.keys()
+    return {n: p for n, p in objective.trainable(subject.model).items() if n in both}
 
 
 def _absent(subject: Subject, members: list[str]) -> list[str]:
@@ -97,8 +103,10 @@ def _too_small(subject: Subject, seen: Watched, name: str, p: nn.Parameter) -> b
 
 def size_of_step(steps: Steps, subject: Subject) -> Outcome:
     seen = done(steps.plain)
+    if seen.inside:
+        raise NotApplicable("the optimizer calls backward itself, so that one update may be many")
     ratios: dict[str, float] = {}
-    for name, p in objective.trainable(subject.model).items():
+    for name, p in _kept(subject, seen).items():
         if p.dim() > 1:
             rms = float(seen.before[name].square().mean().sqrt())
             ratios[name] = float((seen.after[name] - seen.before[name]).square().mean().sqrt()) / max(rms, 1e-9)
@@ -116,14 +124,16 @@ def size_of_step(steps: Steps, subject: Subject) -> Outcome:
 
 def only_what_it_should(steps: Steps, subject: Subject) -> Outcome:
     seen = done(steps.plain)
-    learnables = objective.trainable(subject.model)
+    learnables = _kept(subject, seen)
     changed = {n for n in seen.before if not torch.equal(seen.before[n], seen.after.get(n, seen.before[n]))}
     still = [n for n, p in learnables.items() if n not in changed and not _too_small(subject, seen, n, p)]
     norms = {n: m for n, m in subject.model.named_modules() if is_norm(m)}
     statistics = {f"{n}.{b}" for n in norms for b in ("running_mean", "running_var", "num_batches_tracked")}
     frozen_norms = [n for n in norms if f"{n}.running_mean" not in changed]
-    off = [n for n, m in norms.items() if n not in frozen_norms and _statistic_miss(seen, n, m) > 0.05]
-    extra = sorted(changed - set(learnables) - statistics)
+    off = [
+        n for n, m in norms.items() if not seen.inside and n not in frozen_norms and _statistic_miss(seen, n, m) > 0.05
+    ]
+    extra = sorted((changed | (seen.after.keys() ^ seen.before.keys())) - set(learnables) - statistics)
     parts = [f"{len(learnables) - len(still)} of {len(learnables)} learnables moved"]
     parts += [f"not moved: {names(still)}"] if still else []
     parts += [f"statistics of {names(frozen_norms)} stood still"] if frozen_norms else []
@@ -171,7 +181,7 @@ def overfit_one_batch(subject: Subject) -> Outcome:
         for _ in range(OVERFIT_STEPS):
             try:
                 subject.take_step(images, labels, 0.0)
-            except Exception as error:
+            except RAISED as error:
                 raise Broken("step-raises", error) from error
         losses.append(_batch_loss(subject, images, labels))
     last = losses[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,8 +69,17 @@ def take_steps(subject: Subject) -> Steps:
 
 
 def own_task(subject: Subject, steps: Steps, *, quantized: bool = True) -> tuple[float, objective.Gradients]:
-    loss = objective.task_loss(subject, steps.images, steps.labels, quantized=quantized)
-    return float(loss.detach()), objective.gradients(loss, subject.model)
+    bare = without_hooks(subject)
+    loss = objective.task_loss(bare, steps.images, steps.labels, quantized=quantized)
+    return float(loss.detach()), objective.gradients(loss, bare.model)
+
+
+def without_hooks(subject: Subject) -> Subject:
+    """The subject with a copy of its network, whose parameters have no hooks that change their gradients."""
+    try:
+        return replace(subject, model=copy.deepcopy(subject.model))
+    except Exception:  # a network of one's own that cannot be copied
+        return subject
 
 
 def done(seen: Watched | None) -> Watched:

@@ -110,7 +110,10 @@ class Subject:
         step: fn(images, labels), or fn(images, labels, coefficient), which makes one update and returns the loss; it
         may hold model and optimizer itself. parts: any other field of Subject.
         """
-        takes = len(inspect.signature(step).parameters)
+        try:
+            takes = len(inspect.signature(step).parameters)
+        except (TypeError, ValueError):  # a function that does not say: it gets images and labels
+            takes = 2
 
         def stepping(
             model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, objective: Any, coefficient: float, _: Any

@@ -13,17 +13,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from experiments.diagnosis.coefficient_checks import coefficient_outcome
 from experiments.diagnosis.continuity import Continuity
 from experiments.diagnosis.findings import TRAINING, Report
-from experiments.diagnosis.penalty_checks import coefficient_outcome
+from experiments.diagnosis.learning_checks import learning_checks
+from experiments.diagnosis.optimizer_checks import kind_of
 from experiments.diagnosis.promise import LOGITS, factor_of
-from experiments.diagnosis.record_checks import Look, accuracy_is_off, counted, fault_of_look, few_right, same_layers
+from experiments.diagnosis.record_checks import (
+    Look,
+    StepMeans,
+    accuracy_is_off,
+    counted,
+    fault_of_look,
+    few_right,
+    same_layers,
+)
+from experiments.diagnosis.replay import Replay
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import NotApplicable, Outcome, Ward, names
 from src.records import EpochRecord
 from src.training import Step
-
-FEWEST_STEPS = 60  # updates below which accuracy is not judged
 
 
 class Watcher:
@@ -46,11 +55,15 @@ class Watcher:
         self.missed = False  # whether there were steps that nobody told of
         self._next = (0, 0)  # epoch and index of the step that comes next where none is missed
         self._unread: list[tuple[int, Tensor]] = []  # losses that the device may still be computing
-        self._epoch_losses: list[float] = []
+        self._epoch_losses: list[tuple[float, ...]] = []
+        self._epoch_images = 0
         self._epoch_whole = False
         self.raised: tuple[str, str] | None = None
-        self.norms_in_eval = 0
-        self._continuity = Continuity()
+        self._learned = {name for name, p in subject.model.named_parameters() if p.requires_grad}
+        self._kinds = {id(p): kind_of(name) for name, p in subject.model.named_parameters()}
+        self._continuity = Continuity(subject)
+        self._replay = Replay(subject)
+        self._last_rate = math.nan
         self._norms = [m for m in subject.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         self._tracked = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
 
@@ -65,42 +78,53 @@ class Watcher:
         self._next = (epoch, step.index + 1) if step.index + 1 < step.steps else (epoch + 1, 0)
         self.steps += 1
         parts = step.losses
-        losses = torch.stack([parts.total, parts.task, parts.logits, parts.groups]).detach().float()
+        told = [parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)]
+        losses = torch.stack(told).detach().float()
         self._unread.append((epoch, losses))
         epochs = self.subject.promise.epochs or 1
-        groups_now = {g.get("name"): float(g["lr"]) for g in getattr(self.subject.optimizer, "param_groups", [])}
-        for leaf in LOGITS:
-            if leaf in groups_now:
-                self.logit_rates.setdefault(leaf, set()).add(groups_now[leaf])
-        rate = groups_now.get("weights")
-        if rate is not None:
-            self.rates.append((epoch, (epoch + step.index / max(step.steps, 1)) / epochs, rate))
-        self.norms_in_eval += any(not m.training for m in self._norms)
-        self._continuity.step(self.subject.model, step.index)
+        done = (epoch + step.index / max(step.steps, 1)) / epochs
+        for kind, rate in self._rates_now():
+            if kind in LOGITS:
+                self.logit_rates.setdefault(kind, set()).add(rate)
+            else:
+                self.rates.append((epoch, done, rate))
+        if self.subject.promise.config is not None:
+            groups = getattr(self.subject.optimizer, "param_groups", None)
+            self._last_rate = float(groups[0]["lr"]) if groups else math.nan
+        self._epoch_images += step.images
         self._epoch_whole = step.index + 1 == step.steps == len(self._epoch_losses) + len(self._unread)
+        self._continuity.step(step)
+        self._replay.step(epoch, step)
+
+    def _rates_now(self) -> set[tuple[str, float]]:
+        """The kinds of parameters that the optimizer holds, each with the learning rates it has."""
+        groups = getattr(self.subject.optimizer, "param_groups", [])
+        if not groups or "lr" not in groups[0]:
+            return set()
+        return {(self._kinds.get(id(p), "weights"), float(g["lr"])) for g in groups for p in g["params"]}
 
     def epoch(self, record: EpochRecord) -> None:
         """After an epoch was measured and before the next one starts."""
         self._read()
-        mean = sum(self._epoch_losses) / len(self._epoch_losses) if self._epoch_whole else math.nan
-        self.looks.append(Look(record, mean, few_right(self.subject), *counted(self.subject)))
+        means = StepMeans.of(self._epoch_losses, self._epoch_images) if self._epoch_whole else None
+        self.looks.append(Look(record, means, few_right(self.subject), *counted(self.subject), self._last_rate))
         self._forget_epoch()
-        self._continuity.epoch_done(self.subject.model)
+        self._continuity.epoch_done()
         self.logits.append(_logits(self.subject))
 
     def _read(self) -> None:
         """Losses as numbers. Waits for the device, hence not at every step."""
         for epoch, losses in self._unread:
-            total, task, logits, groups = losses.tolist()
+            total, task, logits, groups, correct = losses.tolist()
             self.losses.append(total)
-            self._epoch_losses.append(total)
+            self._epoch_losses.append((total, task, logits, groups, correct))
             if groups > 0:
                 self.applied.setdefault(epoch, []).append((total - task - logits) / groups)
         self._unread = []
 
     def _forget_epoch(self) -> None:
         self._read()
-        self._epoch_losses, self._epoch_whole = [], False
+        self._epoch_losses, self._epoch_images, self._epoch_whole = [], 0, False
 
     def failed(self, error: BaseException, cause: str) -> None:
         """Training stopped with an error."""
@@ -112,17 +136,15 @@ class Watcher:
         ward = Ward(TRAINING)
         ward.check("training runs", "no error, and every loss is finite", self._finite)
         ward.check("records follow the epochs", "each record describes the network as its epoch left it", self._records)
-        ward.check("epochs go on", "an epoch starts where the one before it ended", self._continuity.outcome)
+        self._continuity.add(ward)
+        self._replay.add(ward)
         ward.check("coefficient applied", "the penalty's weight follows its schedule", self._coefficient)
         ward.check("learning rate applied", "the weights' learning rate follows its schedule", self._rate)
         ward.check("BatchNorm learns", "its statistics are updated in every step", self._norm_statistics)
         ward.check(
             "logits move", "dead zones open and bits fall, no faster than the optimizer can", self._logit_movement
         )
-        ward.check("the loss falls", "the network learns its training set", self._falls)
-        ward.check("above chance", "the test accuracy leaves chance", self._chance)
-        ward.check("no collapse", "accuracy does not break down", self._collapse)
-        ward.check("no layer dies", "every layer keeps a live filter", self._alive)
+        learning_checks(ward, self.subject, self.looks, self.steps, self.first_epoch)
         return ward.report()
 
     def _finite(self) -> Outcome:
@@ -233,14 +255,19 @@ class Watcher:
     def _logit_movement(self) -> Outcome:
         """Adam moves a parameter by at most a few learning rates a step; squares in the loss draw it to 0 steadily."""
         promised = self.subject.promise
-        if promised.groups is None or promised.optimizer != "AdamW" or not self.logits[0] or self.steps < 20:
+        if (
+            promised.groups is None
+            or promised.optimizer != "AdamW"
+            or not self.logits[0]
+            or min(self.steps / 20, len(self.logits) - 1) < 1
+        ):
             raise NotApplicable("no logits are promised to move, or too few steps were seen")
         if self.missed:
             raise NotApplicable("some steps were not seen")
         parts, ok = list[str](), True
         likely: list[str | None] = []
         for leaf, weight in (("logit_dz", promised.lambda_dz), ("logit_bit", promised.lambda_bit)):
-            members = [n for n in self.logits[0] if n.endswith(leaf)]
+            members = [n for n in self.logits[0] if n.endswith(leaf) and n in self._learned]
             rate, decay = promised.groups[leaf].learning_rate, promised.groups[leaf].decay
             if not members or not rate:
                 continue
@@ -257,62 +284,14 @@ class Watcher:
             raise NotApplicable("no logit is learned")
         return Outcome("towards 0, at most 1.3 learning rates a step", "; ".join(parts), ok, likely)
 
-    def _falls(self) -> Outcome:
-        looks = self._seen(2)
-        first, last = looks[0].record.task_loss, min(look.record.task_loss for look in looks[1:])
-        if self.first_epoch:
-            raise NotApplicable(f"the watch began with epoch {self.first_epoch + 1}")
-        if self.steps < FEWEST_STEPS:
-            raise NotApplicable(f"{first:.2f} -> {last:.2f} in {self.steps} steps, too few to tell")
-        chance = math.log(self.subject.promise.num_classes or 10)
-        ok = last < first and last < chance
-        likely = ["labels-shuffled", "learning-rate-too-large", "learning-rate-zero", "stuck-at-chance"]
-        return Outcome(f"below {min(first, chance):.2f}", f"{first:.2f} -> {last:.2f}", ok, likely)
-
-    def _chance(self) -> Outcome:
-        looks, classes = self._seen(2), self.subject.promise.num_classes
-        best = max(look.record.accuracy for look in looks)
-        if classes is None or self.steps < FEWEST_STEPS:
-            raise NotApplicable(f"{100 * best:.1f}% after {self.steps} steps, too few to tell")
-        floor = min(1.5 / classes, (1 + 1 / classes) / 2)
-        likely = [
-            "labels-shuffled",
-            "stuck-at-chance",
-            "learning-rate-too-large",
-            "test-labels-wrong",
-            "batchnorm-in-eval",
-        ]
-        return Outcome(f"above {100 * floor:.0f}%", f"{100 * best:.1f}% at best", best > floor, likely)
-
-    def _collapse(self) -> Outcome:
-        looks, classes = self._seen(4), self.subject.promise.num_classes or 10
-        accuracies = [look.record.accuracy for look in looks]
-        best, last = max(accuracies), max(accuracies[-2:])
-        if best < 3 / classes:
-            raise NotApplicable(f"the best epoch reached {100 * best:.1f}%, which is no height to fall from")
-        likely = ["accuracy-collapsed", "coefficient-too-large", "penalty-dominates", "learning-rate-too-large"]
-        fell = accuracies.index(best)
-        if any(look.record.coefficient > 0 for look in looks[fell:]):
-            likely = ["coefficient-too-large", "accuracy-collapsed", "penalty-dominates", "learning-rate-too-large"]
-        measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
-        return Outcome(f"above {50 * best:.0f}%, half of the best", measured, last > best / 2, likely)
-
-    def _alive(self) -> Outcome:
-        last = self._seen()[-1]
-        if not last.layers:
-            raise NotApplicable("no layer is quantized")
-        dead = [layer.name for layer in last.layers if all(layer.dead)]
-        return Outcome(
-            "a live filter in every layer", names(dead) or "all live", not dead, ["layer-died", "coefficient-too-large"]
-        )
-
 
 def _logits(subject: Subject) -> dict[str, float]:
+    """All logits by name, learned or not."""
     with torch.no_grad():
         return {
             name: float(p)
             for name, p in subject.model.named_parameters()
-            if name.rpartition(".")[2] in ("logit_dz", "logit_bit") and p.numel() == 1 and p.requires_grad
+            if name.rpartition(".")[2] in LOGITS and p.numel() == 1
         }
 
 

@@ -16,6 +16,9 @@ from experiments.diagnosis.causes import CAUSES, causes
 from experiments.diagnosis.findings import FAILED, NOT_APPLICABLE, PASSED, Finding, Report
 from experiments.diagnosis.subject import Subject
 
+RAISED = (Exception, SystemExit)
+"""What a part of somebody's pipeline may raise; an interruption by the user goes on up."""
+
 
 class NotApplicable(Exception):
     """A check needs something that this pipeline does not have; the message says what."""
@@ -59,8 +62,9 @@ class Ward:
         except Broken as broken:
             self.add(name, proves, Outcome("no error", _short(str(broken)), False, [broken.cause]))
             return
-        except Exception as error:  # whatever a user's part raises is a finding
-            self.add(name, proves, Outcome("no error", _short(f"{type(error).__name__}: {error}"), False, [blame]))
+        except RAISED as error:  # whatever a user's part raises is a finding
+            text = _short(f"{type(error).__name__}: {error}")
+            self.add(name, proves, Outcome("no error", text, False, [_why(error, blame)]))
             return
         self.add(name, proves, out)
 
@@ -105,11 +109,13 @@ def _keep_model(model: nn.Module) -> Callable[[], None]:
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     learns = {name: p.requires_grad for name, p in model.named_parameters()}
-    held = [(m, dict(m._parameters), dict(m._buffers), _flags(m)) for m in model.modules()]
+    held = [(m, dict(m._modules), dict(m._parameters), dict(m._buffers), _flags(m)) for m in model.modules()]
 
     @torch.no_grad()
     def put_back() -> None:
-        for module, parameters, buffers, flags in held:
+        for module, inside, parameters, buffers, flags in held:
+            module._modules.clear()
+            module._modules.update(inside)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()
@@ -118,7 +124,7 @@ def _keep_model(model: nn.Module) -> Callable[[], None]:
                 if module.__dict__.get(name) is not value:
                     module.__dict__[name] = value
         for name, tensor in tensors.items():
-            if not torch.equal(tensor, values[name]):
+            if not tensor.is_meta and not torch.equal(tensor, values[name]):
                 tensor.copy_(values[name])
         for name, p in model.named_parameters():
             p.requires_grad_(learns[name])
@@ -169,6 +175,12 @@ def copy_except(thing: Any, kept: dict[int, Any]) -> Any:
     import copy
 
     return copy.deepcopy(thing, dict(kept))
+
+
+def _why(error: BaseException, blame: str) -> str:
+    """The cause of an error: torch says in its message where tensors lie on different devices, or on none."""
+    elsewhere = any(words in str(error).lower() for words in ("meta tensor", "same device"))
+    return "device-mismatch" if elsewhere else blame
 
 
 def _short(text: str, most: int = 300) -> str:

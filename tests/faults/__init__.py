@@ -11,10 +11,14 @@ from experiments.presets import RunConfig
 from tests.faults import (
     attachment_faults,
     data_faults,
+    late_faults,
     measure_faults,
+    network_faults,
     optimizer_faults,
     penalty_faults,
     quantizer_faults,
+    sampling_faults,
+    saving_faults,
     step_faults,
 )
 from tests.faults.fault import Fault, broken, healthy, small_config
@@ -26,9 +30,10 @@ THEMES: dict[str, tuple[Fault, ...]] = {
     "attachment": attachment_faults.FAULTS,
     "optimizer": optimizer_faults.FAULTS,
     "penalty and schedule": penalty_faults.FAULTS,
-    "data": data_faults.FAULTS,
-    "network and training step": step_faults.FAULTS,
-    "measuring and saving": measure_faults.FAULTS,
+    "data": data_faults.FAULTS + sampling_faults.FAULTS,
+    "network and training step": step_faults.FAULTS + network_faults.FAULTS,
+    "in mid-run": late_faults.FAULTS,
+    "measuring and saving": measure_faults.FAULTS + saving_faults.FAULTS,
 }
 FAULTS: dict[str, Fault] = {fault.name: fault for faults in THEMES.values() for fault in faults}
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.quantizer import DeadZoneLDZCompander, clip_through, relu_through, round_through, weight_ranges
+from src.quantizer import (
+    DeadZoneLDZCompander,
+    clip_through,
+    quantize,
+    relu_through,
+    round_through,
+    weight_ranges,
+)
 
 
 class PlainQuantizer(DeadZoneLDZCompander):
@@ -170,6 +177,45 @@ class NoisyQuantizer(PlainQuantizer):
 
     def round(self, x: Tensor) -> Tensor:
         return super().round(x + torch.rand_like(x) - 0.5)
+
+
+class RangeOfFilter(PlainQuantizer):
+    """R is the quantile of each filter; a flat tensor has only one."""
+
+    def range_of(self, w: Tensor) -> Tensor:
+        if w.dim() < 2:
+            return super().range_of(w)
+        ranges = weight_ranges(list(w.flatten(1)))
+        return ranges.view(-1, *[1] * (w.dim() - 1))
+
+
+class RangeRemembered(PlainQuantizer):
+    """R is a running average over all the weights that the quantizer has seen in training mode."""
+
+    def range_of(self, w: Tensor) -> Tensor:
+        now = super().range_of(w)
+        if self.training:
+            before = self.__dict__.get("_average", now)
+            self.__dict__["_average"] = 0.9 * before.to(now.dtype) + 0.1 * now
+        return self.__dict__.get("_average", now)
+
+
+class BitsOfNeighbour(DeadZoneLDZCompander):
+    """Alone a layer has its own bits; where all are computed at once, those of the layer before."""
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        bits = torch.stack([quantizer.get_bitwidth() for quantizer in quantizers])
+        return quantize(weights, torch.stack([quantizer.logit_dz for quantizer in quantizers]), bits.roll(1))
+
+
+class PrunedStopTogether(DeadZoneLDZCompander):
+    """Where all layers are computed at once, a pruned weight gets no gradient."""
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        values = [quantizer(w) for quantizer, w in zip(quantizers, weights, strict=True)]
+        return [value * (value.detach() != 0) for value in values]
 
 
 class OneForAll:

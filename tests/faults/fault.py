@@ -109,7 +109,11 @@ def build(config: RunConfig, data: ImageData, parts: Parts) -> Subject:
     """`build_subject`, compared with the dense network that the faultless parts would make."""
     subject = build_subject(config, data, parts)
     baseline = small_network(config, data)
-    return replace(subject, evaluate=lambda s: evaluated(s, Evaluator(baseline)))
+    return replace(
+        subject,
+        evaluate=lambda s: evaluated(s, Evaluator(baseline)),
+        baseline=lambda: small_network(config, data),
+    )
 
 
 def evaluated(subject: Subject, evaluator: Evaluator) -> Any:

@@ -156,6 +156,17 @@ def frozen_logits(subject: Subject) -> Subject:
     return subject
 
 
+def classifier_apart(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The classifier has the weights' rate at the start, in a group that the schedule does not know."""
+    groups = training.parameter_groups(model, **config.group_kwargs)
+    own = [p for name, p in model.named_parameters() if name.startswith("linear")]
+    kept = {id(p) for p in own}
+    groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in kept]
+    rate = config.learning_rate
+    apart = {"name": "classifier", "lr": rate, "base_lr": rate, "weight_decay": 0.0, "params": own}
+    return training.make_optimizer([*groups, apart])
+
+
 FAULTS = (
     Fault(
         "logits missing",
@@ -308,5 +319,11 @@ FAULTS = (
         "The falling factor of the weights' rate acts on the logits as well.",
         ("learning-rate-schedule", "logits-rate", "wrong-learning-rate"),
         subject=logits_follow_the_schedule,
+    ),
+    Fault(
+        "classifier outside the schedule",
+        "The classifier is in a group of its own, whose rate never falls.",
+        ("learning-rate-schedule",),
+        parts=lambda parts: replace(parts, optimizer=classifier_apart),
     ),
 )

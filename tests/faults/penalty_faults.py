@@ -44,6 +44,24 @@ def on_latent(of: Penalty) -> Penalty:
     return latent
 
 
+def unguarded(model: nn.Module) -> Penalty:
+    """The coupled group lasso with a plain square root."""
+    groups = channel_groups(model)
+
+    def penalty(network: nn.Module) -> Tensor:
+        sums = torch.zeros(len(groups))
+        for member in groups.members:
+            weight = getattr(network.get_submodule(member.module), member.parameter)
+            squares = (
+                weight.square().transpose(0, member.dim).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
+            )
+            index = torch.from_numpy(member.groups)
+            sums = sums.index_add(0, index[index >= 0], squares[index >= 0])
+        return sums.sqrt().sum()
+
+    return penalty
+
+
 def slices_shifted(groups: ChannelGroups) -> ChannelGroups:
     """What reads channel c is in the group of channel c + 1."""
     shifted = [replace(m, groups=np.roll(m.groups, 1)) if m.role == "slice" else m for m in groups.members]
@@ -279,5 +297,11 @@ FAULTS = (
         "lambda of the dead-zone logits is 0.1 instead of 0.01.",
         ("lambda-wrong",),
         subject=objective(lambda_dz=0.1),
+    ),
+    Fault(
+        "root not guarded at zero",
+        "The gradient of the square root is 0 / 0 as soon as a group is dead.",
+        ("penalty-not-differentiable",),
+        parts=lambda parts: replace(parts, penalty=unguarded),
     ),
 )

@@ -153,4 +153,28 @@ FAULTS = (
         ("evaluation-not-repeatable",),
         parts=attaching(broken.NoisyQuantizer),
     ),
+    Fault(
+        "a range for every filter",
+        "R is the quantile of a filter's weights instead of the layer's.",
+        ("range-wrong",),
+        parts=attaching(broken.RangeOfFilter),
+    ),
+    Fault(
+        "range is a running average",
+        "R is an average over all the weights that the quantizer has seen, so it lags behind.",
+        ("weights-stale", "range-wrong"),
+        parts=attaching(broken.RangeRemembered),
+    ),
+    Fault(
+        "bits of the layer before",
+        "Where all layers are computed at once, each gets the bits of the layer before it.",
+        ("joint-quantization",),
+        parts=attaching(broken.BitsOfNeighbour),
+    ),
+    Fault(
+        "pruned weights stop together",
+        "Where all layers are computed at once, a pruned weight gets no gradient.",
+        ("joint-quantization",),
+        parts=attaching(broken.PrunedStopTogether),
+    ),
 )
