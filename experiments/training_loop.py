@@ -183,7 +183,7 @@ class TrainingLoop:
         checkpoint stays.
         """
         run, folder = self.run, self.folder.path
-        if folder.is_dir() and (not run.means.steps or not (folder / SNAPSHOTS).exists()):
+        if folder.is_dir() and (not run.means.steps or not self.saved or not (folder / SNAPSHOTS).exists()):
             # Before the checkpoint: what is ahead of it is cut off when the run is taken up, what is behind is lost.
             self.folder.try_write(SNAPSHOTS, self._snapshots.to_bytes())
         self.folder.save_progress(
@@ -254,7 +254,7 @@ class TrainingLoop:
             except (RunError, TrainingError) as failure:
                 self._report(f"error: {failure}")
         if isinstance(error, RunError):
-            self._report(f"{self.kept}; {self._go_on}")
+            self._report(f"{self.kept}; {self._go_on}" if self.saved else self.kept)
         ending = isinstance(error, Terminated) and display.in_notebook()
         if isinstance(error, KeyboardInterrupt):
             self._report(self._stopped("the notebook with RESUME = True goes on" if ending else self._go_on))

@@ -137,6 +137,19 @@ def test_killed_anywhere_and_resumed_it_ends_the_same(
     assert_equal(run, unbroken)
 
 
+def test_histograms_that_another_run_left_are_not_taken_over(
+    data: ImageData, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
+    """The other run wrote them, and then no checkpoint, for want of room perhaps."""
+    killed(new_run(data, seed=3), tmp_path, 5)
+    for name in ("checkpoint.pt", "history.csv"):
+        (tmp_path / name).unlink()
+    killed(new_run(data), tmp_path, 3, checkpoint_every=2)
+    run = new_run(data)
+    train(TrainingLoop.open(run, tmp_path, resume=True))
+    assert_equal(run, unbroken)
+
+
 def test_resumed_again_and_again_it_ends_the_same(data: ImageData, unbroken: dict[str, Any], tmp_path: Path) -> None:
     killed(new_run(data), tmp_path, 2, checkpoint_every=1)
     for _ in range(3):
@@ -468,6 +481,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_trace(
     torch.set_num_threads(1)
     train(loop)
     assert_equal(run, unbroken)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be written")
+def test_where_nothing_could_be_written_no_resuming_is_promised(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    said: list[str] = []
+    loop = TrainingLoop.open(new_run(data), tmp_path, report=said.append, go_on="--resume goes on")
+    with pytest.raises(RunError, match=r"after epoch 1 of 3 could not be written .*make room"):
+        train(loop)
+    assert said == ["nothing was written yet"]
 
 
 def test_a_checkpoint_in_mid_epoch_is_refused_by_a_loop_over_whole_epochs(data: ImageData, tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def steps_kept(folder: Path) -> int:
     """Steps that the newest checkpoint of a run holds; 0 where there is none yet."""
     if not any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
         return 0
-    state = load_checkpoint(folder / "checkpoint.pt")
+    # Killed between two renames, a run has only the one before it; reading that is said, and is no fault.
+    state = load_checkpoint(folder / "checkpoint.pt", report=lambda _: None)
     return int(state["epoch"]) * STEPS_PER_EPOCH + int(state["step"])
 
 
