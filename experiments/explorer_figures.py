@@ -186,10 +186,14 @@ def _draw_map(axes: Axes, values: np.ndarray, limit: float) -> None:
 
 
 def _said(answers: Mapping[str, tuple[str, float]]) -> str:
-    """{"float": ("cat", 0.9), "quantized": ("cat", 0.8)} -> 'all say “cat” (float 90 %, quantized 80 %)'."""
+    """{"float": ("cat", 0.9), "quantized": ("cat", 0.8)} -> 'all say “cat” (float 90 %, quantized 80 %)'.
+
+    A network stays in one line with its share.
+    """
+    space = "\N{NO-BREAK SPACE}"
     classes = {answer for answer, _ in answers.values()}
     if len(classes) == 1:
-        shares = ", ".join(f"{name} {percent(share, 0)}" for name, (_, share) in answers.items())
+        shares = ", ".join(f"{name}{space}{percent(share, 0)}" for name, (_, share) in answers.items())
         return f"all say “{classes.pop()}” ({shares})"
     return ", ".join(f"{name} says “{answer}” ({percent(share, 0)})" for name, (answer, share) in answers.items())
 

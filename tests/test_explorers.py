@@ -192,7 +192,7 @@ def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNet
     answer, share = trace.said(COMPACTED)
     assert all(trace.said(network)[0] == answer for network in trace.scores)
     assert f"all say “{answer}” (" in figure.get_label()
-    assert f"compacted {100 * share:.0f} %)" in figure.get_label()
+    assert f"compacted\N{NO-BREAK SPACE}{100 * share:.0f} %)" in figure.get_label()
     other = dict(trace.scores, compacted=-trace.scores[COMPACTED])
     parted = explorer_figures.image_figure(replace(trace, scores=other)).get_label()
     assert f"quantized says “{answer}” (" in parted
