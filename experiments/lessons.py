@@ -204,11 +204,17 @@ def verdict_table(verdict: Verdict) -> Styler:
         }
         for finding in order
     ]
-    looks = {PASSED: style.GREEN, FAILED: style.VERMILLION}
-    css = {status: f"background-color: {style.wash(color)}" for status, color in looks.items()}
-    css[FAILED] += "; font-weight: bold"
-    styled = _left_aligned(pd.DataFrame(rows)).map(lambda status: css.get(status, ""), subset=["result"])
+    styled = _left_aligned(pd.DataFrame(rows)).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})
+
+
+def result_css(status: str) -> str:
+    """How a table shows what passed and what failed, in both themes."""
+    looks = {
+        PASSED: f"background-color: {style.wash(style.GREEN)}",
+        FAILED: f"background-color: {style.wash(style.VERMILLION)}; font-weight: bold",
+    }
+    return looks.get(status, "")
 
 
 def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:

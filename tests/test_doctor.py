@@ -354,7 +354,12 @@ def test_figure_and_table_show_what_failed() -> None:
     figure = report_figure(report, subtitle="a test")
     assert "1 of 2 checks failed" in figure.get_label()
     assert "one thing" in " ".join(text.get_text() for text in figure.axes[0].texts)
-    assert "learning rate is 0" in report_table(report).to_html()
+    table = report_table(report).to_html()
+    assert "learning rate is 0" in table
+    assert "rgba(" in table
+    assert "color: #" not in table, "a text colour of its own would be unreadable on a dark page"
+    marked = report_table(Report((replace(early, measured="in `weights` <3"),))).to_html()
+    assert "in <code>weights</code> &lt;3" in marked
 
 
 def test_bad_input_of_the_command_is_exit_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

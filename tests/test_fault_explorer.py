@@ -57,7 +57,9 @@ def test_a_choice_replaces_the_answer_and_the_figure(shown: SHOWN, menu: list[ip
     first = shown[0][0]["text/html"]
     assert "This breaks a &lt;fault&gt;." in first
     assert "1 of 2 checks failed. Most likely: a learning rate is 0" in first
-    assert first.count("<tr>") == 2, "the header, and what failed alone"
+    assert first.count("<table") == 1, "what failed, alone"
+    assert "FAILED before training: a check" in first
+    assert "all well" not in first
     assert "1 of 2 checks failed" in shown[1][0]["text/plain"]
 
     shown.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -9,11 +11,12 @@ from matplotlib.patches import Patch
 
 from experiments import style
 from experiments.diagnosis.findings import FAILED, NOT_APPLICABLE, PASSED, STAGES, Finding, Report
-from experiments.lessons import plain_table
+from experiments.lessons import plain_table, result_css
 
 COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, NOT_APPLICABLE: style.FAINT}
 WORDS = {PASSED: "passed", FAILED: "failed", NOT_APPLICABLE: "not applicable"}
-NAMED = 3  # failed checks named beside their stage
+NAMED = 3  # failed checks named beside their stage, causes named of each
+TOP = "text-align: left; vertical-align: top; white-space: normal; overflow-wrap: break-word"
 
 
 @style.styled
@@ -57,14 +60,12 @@ class ReportTable:
         self._report, self._only_failed = report, only_failed
 
     def to_html(self) -> str:
-        parts = [_table([_row(f) | _advice(f) for f in self._report.failed])] if self._report.faulty else []
+        parts = [_card(finding) for finding in self._report.failed]
         for stage in () if self._only_failed else STAGES:
             rest = [f for f in self._report.worst_first if f.stage == stage and not f.failed]
             if rest:
                 summary = f"{stage}: {_counted(rest)}"
-                parts.append(
-                    f'<details class="stage"><summary>{summary}</summary>{_table([_row(f) for f in rest])}</details>'
-                )
+                parts.append(f'<details class="stage"><summary>{summary}</summary>{_table(rest)}</details>')
         return "\n".join(parts)
 
     _repr_html_ = to_html
@@ -78,29 +79,47 @@ def report_table(report: Report, only_failed: bool = False) -> ReportTable:
     return ReportTable(report, only_failed)
 
 
-def _row(finding: Finding) -> dict[str, str | int | float]:
-    return {
-        "result": finding.status,
-        "when": finding.stage,
-        "check": finding.name,
-        "proves": finding.proves,
-        "expected": finding.expected,
-        "measured": finding.measured,
+def _card(finding: Finding) -> str:
+    """A failed check with one line for each of its parts: a row of eight columns would run off the page."""
+    causes = "".join(f"<li>{_text(cause.text)}</li>" for cause in finding.causes[:NAMED])
+    parts = {
+        "proves": _text(finding.proves),
+        "expected": _text(finding.expected),
+        "measured": _text(finding.measured),
+        "likely causes": f'<ol style="margin: 0; padding-left: 1.3em">{causes}</ol>',
+        "what to do": _text(finding.remedy),
     }
+    rows = [
+        f'<tr><th scope="row" style="{TOP}">{name}</th><td style="{TOP}">{text}</td></tr>'
+        for name, text in parts.items()
+        if text
+    ]
+    head = f'<th colspan="2" style="{TOP}; {result_css(FAILED)}">{FAILED} {finding.stage}: {_text(finding.name)}</th>'
+    return f'<table style="margin: 0 0 1em"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _advice(finding: Finding) -> dict[str, str | int | float]:
-    likely = " ".join(f"{number}. {cause.text}" for number, cause in enumerate(finding.causes[:NAMED], 1))
-    return {"likely causes, in order": likely, "what to do": finding.remedy}
+def _table(findings: Sequence[Finding]) -> str:
+    rows = [
+        {
+            "result": finding.status,
+            "check": finding.name,
+            "proves": finding.proves,
+            "expected": finding.expected,
+            "measured": finding.measured,
+        }
+        for finding in findings
+    ]
+    styled = plain_table(rows).map(result_css, subset=["result"]).format(_text)
+    wrapped = {"white-space": "normal", "vertical-align": "top", "overflow-wrap": "break-word"}
+    return str(styled.set_properties(**wrapped).to_html())
+
+
+def _text(text: str) -> str:
+    """As HTML, with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 def _counted(findings: Sequence[Finding]) -> str:
     passed = sum(finding.status == PASSED for finding in findings)
     skipped = len(findings) - passed
     return f"{passed} passed" + (f", {skipped} not applicable" if skipped else "")
-
-
-def _table(rows: list[dict[str, str | int | float]]) -> str:
-    colors = {PASSED: "color: #1b6e3c", FAILED: "color: #a3262a; font-weight: bold"}
-    styled = plain_table(rows).map(lambda status: colors.get(status, ""), subset=["result"])
-    return str(styled.set_properties(**{"white-space": "normal", "vertical-align": "top"}).to_html())
