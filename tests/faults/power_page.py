@@ -92,10 +92,10 @@ LIMITS = """## What it cannot see
   where it changes an evaluation that is repeated at once.
 - **Slowness and memory.** They are the benchmark's affair (`make bench`).
 - **A step that nobody took apart.** One step of every epoch is computed a second time; what goes wrong in other steps
-  alone shows only if records, schedule or figures then disagree. Where the loader does not give the same batch when it
-  is asked again, only modes and updates are compared.
-- **Less than a check tolerates.** A loss is compared to 0.1 %, a gradient to 2 %: a loss in half precision, which is off
-  by 0.04 %, passes.
+  alone shows only if records, schedule or figures then disagree. Where the loader does not give the same batch when
+  asked again, only modes and updates are compared.
+- **Less than a check tolerates.** A loss is compared to 0.1 %, a gradient to 2 %: a loss in half precision, off by
+  0.04 %, passes.
 - **A network that is wrong in its baseline, too.** What lies between the layers is compared with the baseline alone.
 """
 
