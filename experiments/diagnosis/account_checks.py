@@ -23,9 +23,9 @@ from torch import Tensor
 from experiments.diagnosis.by_hand import ACCURACY_CLOSE, accuracy_by_hand
 from experiments.diagnosis.checkpoint_checks import checkpoint_checks
 from experiments.diagnosis.compression_account import compare_compression
-from experiments.diagnosis.record_checks import record_fault
+from experiments.diagnosis.record_checks import Look, counted, fault_of_look, few_right, record_fault
 from experiments.diagnosis.reported import Reported, Seen, same_state, state_of, watching
-from experiments.diagnosis.subject import Subject
+from experiments.diagnosis.subject import Subject, run_test_batches
 from experiments.diagnosis.ward import Broken, NotApplicable, Outcome, Ward, undisturbed
 from src.records import EpochRecord
 from src.training import EpochMeans, Step, StepLosses
@@ -247,7 +247,9 @@ def _stressed_record(subject: Subject) -> Outcome:
         few = _small(subject)
         again = _measured_again(few)
         assert again is not None
-        fault, likely = record_fault(few, again[0])
+        # A test loader of its own does not know of the few images.
+        right = few_right(few) if subject.test_batches is run_test_batches else None
+        fault, likely = fault_of_look(Look(again[0], None, right, *counted(few)), few)
     record = again[0]
     measured = fault or (
         f"{100 * record.unstructured_sparsity:.1f}% zeros, {100 * record.structured_sparsity:.1f}% dead, "

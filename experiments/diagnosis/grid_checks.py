@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from experiments.diagnosis import equations
 from experiments.diagnosis.promise import QuantizerPromise
-from experiments.diagnosis.quantizer_cases import TOLERANCE, Answer, Case, answer_to, cases_of
+from experiments.diagnosis.quantizer_cases import TOLERANCE, Answer, Case, answer_to, cases_of, stands_still
 from experiments.diagnosis.quantizer_checks import bits_in_use, promised_quantizer
 from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import NotApplicable, Outcome, Ward
@@ -41,6 +41,9 @@ def _values(subject: Subject) -> Outcome:
         if not np.array_equal(answer.values, again.values):
             measured = f"the same weights give different values twice ({case.text})"
             return Outcome("one value for one weight", measured, False, ["evaluation-not-repeatable", "grid-wrong"])
+        if stands_still(case):
+            measured = f"other weights give the same values ({case.text})"
+            return Outcome("other values for other weights", measured, False, ["weights-stale"])
         if not np.array_equal(answer.values, answer_to(case, after_others=True).values):
             measured = f"the values depend on the weights it saw before ({case.text})"
             return Outcome("one value for one weight", measured, False, ["weights-stale", "range-wrong"])

@@ -98,5 +98,13 @@ def answer_to(case: Case, upstream: equations.Values | None = None, *, after_oth
     raise AssertionError  # the loop returns or raises
 
 
+@torch.no_grad()
+def stands_still(case: Case) -> bool:
+    """Whether the quantizer answers -3 w as it has answered w: it keeps a result."""
+    twin = copy.deepcopy(case.quantizer).cpu().train(case.training)
+    w = torch.tensor(case.weights, dtype=torch.float32).view(case.shape)
+    return torch.equal(twin(w), twin(-3 * w))
+
+
 def _or_zeros(gradient: torch.Tensor | None, p: torch.Tensor) -> equations.Values:
     return np.zeros(p.numel()) if gradient is None else flat(gradient)

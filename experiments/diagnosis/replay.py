@@ -23,7 +23,7 @@ from experiments.diagnosis.step_updates import update_by_rule
 from experiments.diagnosis.steps_taken import Steps, other_images, own_task
 from experiments.diagnosis.subject import Batch, Subject, step_losses
 from experiments.diagnosis.ward import NotApplicable, Outcome, Ward, undisturbed
-from src.training import Step
+from src.training import Step, StepLosses
 
 SPREAD = 8  # the step that is taken apart is among the first so many of its epoch, another one in every epoch
 CHECKS = {
@@ -143,6 +143,12 @@ class Replay:
                 self._reason = str(reason)
 
 
+def _applied(losses: StepLosses, promised: float) -> float:
+    """The coefficient that the step's own losses hold; whether it is the promised one is checked elsewhere."""
+    total, task, logits, groups = (float(part) for part in (losses.total, losses.task, losses.logits, losses.groups))
+    return (total - task - logits) / groups if groups > 0 else promised
+
+
 def _same_rates(twin: Any, optimizer: Any) -> None:
     """The loop sets learning rates between the copy and the update; whether they are right is checked elsewhere."""
     pairs = zip(getattr(twin, "param_groups", []), getattr(optimizer, "param_groups", []), strict=False)
@@ -163,8 +169,9 @@ def _without_penalty(twin: Subject, seen: Watched, batch: Batch, epoch: int) -> 
         grouping = channel_grouping(twin)
         value, slopes = grouping.lasso(grouping.weights(twin.model))
         extra = through_quantizers(twin, slopes)
-        less = {n: g if g is None else g - promised[epoch] * extra[n] for n, g in seen.gradients.items() if n in extra}
-        total = seen.losses.total - promised[epoch] * value
+        weight = _applied(seen.losses, promised[epoch])
+        less = {n: g if g is None else g - weight * extra[n] for n, g in seen.gradients.items() if n in extra}
+        total = seen.losses.total - weight * value
         seen = replace(seen, gradients=less, losses=replace(seen.losses, total=total))
     steps = Steps(*batch, plain=seen)
     with undisturbed(twin):
