@@ -78,7 +78,7 @@ def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     cheapest = min(runs, key=lambda run: run.relative_bops[-1])
     title = (
         f"{_quoted(cheapest)} ends at {percent(cheapest.relative_bops[-1])} of the dense network's bit operations, "
-        f"with {percent(cheapest.columns['accuracy'][-1])} accuracy"
+        f"zeros left out, with {percent(cheapest.columns['accuracy'][-1])} accuracy"
     )
     figure = style.canvas(title, subtitle, height=4.5 + 0.24 * _legend_rows(runs))
     panels = figure.subplot_mosaic([["keys"], ["plane"]], height_ratios=[0.05 * _legend_rows(runs), 1])

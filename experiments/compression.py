@@ -9,11 +9,11 @@ packed      that network in one file of entropy-coded integers (src/packing.py),
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from experiments.evaluator import EvalResult
 from experiments.lessons import names_left
 from experiments.pipeline import Run
-from experiments.timing import time_in_turns
+from experiments.timing import spread, time_in_turns
 from metrics import QuantizationComparison
 from src.account import account
 from src.compact_network import CompactNetwork
@@ -39,7 +39,10 @@ KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table. Costs are per image; what does not apply to a stage is None."""
+    """One row of the table. Costs are per image; what does not apply to a stage is None.
+
+    relative_time: of a forward pass over the dense network's, as `relative_times` has it.
+    """
 
     name: str
     parameters: int
@@ -48,7 +51,7 @@ class Stage:
     unstructured_bops: float | None
     stored_bytes: int
     accuracy: float | None
-    milliseconds: float
+    relative_time: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Compression:
                 "BOPs, non-zero": "-" if stage.unstructured_bops is None else _giga(stage.unstructured_bops),
                 "bytes": f"{stage.stored_bytes:,}",
                 "accuracy": "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
-                "ms for 64 images": f"{stage.milliseconds:.1f}",
+                "time / FP32's": _ratio(stage.relative_time),
             }
             for stage in self.stages
         ]
@@ -104,7 +107,7 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     read_back = unpack(path).to(run.device)
     sample, _ = next(test_batches(run.data, 64))
     networks = {"FP32 at the start": baseline.eval(), "quantized": model, "compacted": network, "packed": read_back}
-    speed = latencies(networks, sample)
+    speed = relative_times(networks, sample)
     predictions = {name: predict(net, run.data)[0] for name, net in networks.items() if name != "FP32 at the start"}
     accuracy = {name: int((found == run.data.test_labels).sum()) / len(found) for name, found in predictions.items()}
     structured, unstructured = result.structured_stats, result.unstructured_stats
@@ -138,12 +141,16 @@ def differences(model: nn.Module, network: CompactNetwork, run: Run) -> dict[str
     return found
 
 
-def latencies(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
-    """Milliseconds of one forward pass of `images`, by name: the median of `rounds`, the networks taking turns."""
+def relative_times(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, dict[str, Any]]:
+    """Time of one forward pass of `images` over the first network's in the same round: median and quartiles, by name.
+
+    The networks take turns, so that a machine that slows down slows all of them.
+    """
     takes = {name: partial(network, images) for name, network in networks.items()}
     with torch.inference_mode():
         seconds = time_in_turns(takes, rounds, images.device)
-    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+    first = next(iter(seconds.values()))
+    return {name: spread([a / b for a, b in zip(times, first, strict=True)]) for name, times in seconds.items()}
 
 
 def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
@@ -163,6 +170,12 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
         names.append(layer.name)
         fates.append(fate)
     return names, fates
+
+
+def _ratio(figures: Mapping[str, Any]) -> str:
+    if figures["low"] == figures["high"]:
+        return f"{figures['median']:.2f}"
+    return f"{figures['median']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
 
 
 def _giga(number: float) -> str:

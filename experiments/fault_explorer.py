@@ -35,7 +35,8 @@ def explore(
 
     def examine(_: object) -> None:
         name = pick.value
-        display.put(*_text(f"The doctor examines a pipeline with this fault: {name} ..."), handle=answer)
+        wait = f"The doctor examines a pipeline with this fault: {name} ... The figure below is still the one before."
+        display.put(*_text(wait), handle=answer)
         try:
             found = diagnose(name)
             display.put(*_answer(what_breaks(name), found), handle=answer)

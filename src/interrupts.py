@@ -23,6 +23,10 @@ SOON = 0.05  # seconds
 class Interrupted(KeyboardInterrupt):
     """An interruption that came between two steps: nothing is half done."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback, which would look like a fault of the cell."""
+        return [f"{type(self).__name__}: stopped between two steps, as asked; nothing is half done"]
+
 
 class Terminated(Interrupted):
     """The process was asked to end (SIGTERM, SIGHUP); `signal` is the number. An exit status is 128 + signal."""

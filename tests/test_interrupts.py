@@ -203,3 +203,16 @@ def test_outside_of_a_block_a_signal_does_what_it_always_does() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         send(signal.SIGINT)
     assert type(caught.value) is KeyboardInterrupt
+
+
+def test_a_notebook_shows_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        result = shell.run_cell("from src.interrupts import Interrupted\nraise Interrupted")
+    finally:
+        InteractiveShell.clear_instance()
+    told = "".join(capsys.readouterr())
+    assert type(result.error_in_exec).__name__ == "Interrupted"
+    assert told.strip() == "Interrupted: stopped between two steps, as asked; nothing is half done"

@@ -28,6 +28,8 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     failed = sum(finding.failed for finding in report.findings)
     passed = sum(finding.status == PASSED for finding in report.findings)
     title = f"{failed} of {len(report.findings)} checks failed" if failed else f"No fault found: {passed} checks passed"
+    skipped = len(report.findings) - failed - passed
+    title += f", {skipped} not applicable" if skipped else ""
     figure = style.canvas(title, subtitle, height=1.2 + 0.62 * max(len(rows), 1))
     axes = figure.subplots()
     for place, row in enumerate(rows):
