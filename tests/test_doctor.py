@@ -382,3 +382,13 @@ def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pyte
     torch.save(state, folder.path / CHECKPOINT)
     assert main(["--run", str(folder.path)]) == 1
     assert "sparsity" in capsys.readouterr().out
+
+
+def test_the_first_check_that_failed_is_heard_however_many_follow() -> None:
+    """One early finding names a source; three of the same stage name what followed from it."""
+    source = Finding("one thing", "", BEFORE, "", "", FAILED, causes("network-differs"))
+    followed = Finding("another", "", BEFORE, "", "", FAILED, causes("penalty-wrong", "penalty-scaled"))
+    report = Report((source, followed, followed, followed))
+    # votes: penalty-wrong 3, penalty-scaled 3/2, network-differs 1
+    assert [cause.key for cause in report.diagnosis] == ["penalty-wrong", "network-differs", "penalty-scaled"]
+    assert [cause.key for cause in Report((followed, source)).diagnosis][0] == "penalty-wrong"

@@ -98,7 +98,8 @@ class Report:
         """The likely causes over all failed findings, most likely first.
 
         A finding speaks for its first cause with weight 1, for its second with 1/2, and so on. An earlier stage sees
-        more directly, so its voice counts for more: 1, 1/2, 1/4, 1/4.
+        more directly, so its voice counts for more: 1, 1/2, 1/4, 1/4. Second is what the first check that failed
+        names, unless it is first anyway: it stood nearest to the source, however many others saw what followed.
         """
         votes: dict[str, float] = {}
         known: dict[str, Cause] = {}
@@ -107,7 +108,12 @@ class Report:
             for place, cause in enumerate(finding.causes):
                 votes[cause.key] = votes.get(cause.key, 0.0) + voice / (place + 1)
                 known.setdefault(cause.key, cause)
-        return tuple(known[key] for key in sorted(votes, key=lambda key: -votes[key]))
+        ranked = sorted(votes, key=lambda key: -votes[key])
+        nearest = next((finding.causes[0].key for finding in self.failed if finding.causes), None)
+        if nearest is not None and nearest != ranked[0]:
+            ranked.remove(nearest)
+            ranked.insert(1, nearest)
+        return tuple(known[key] for key in ranked)
 
     @property
     def headline(self) -> str:

@@ -159,7 +159,8 @@ def _fault_of_means(look: Look, subject: Subject) -> tuple[str, list[str]]:
     rest = record.loss - record.task_loss - record.logit_penalty - record.coefficient * record.group_penalty
     if subject.promise.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
         text = f"loss {record.loss:.4f} is not task + logits + coefficient x groups, by {rest:.4f}"
-        return text, ["loss-misreported", "report-wrong"]
+        # Where its parts are the steps' own, what does not fit is the coefficient.
+        return text, ["loss-misreported" if look.means is None else "coefficient-wrong", "report-wrong"]
     return "", []
 
 

@@ -89,6 +89,13 @@ def undisturbed(subject: Subject) -> Iterator[None]:
             put_back()
 
 
+def reseed(seed: int) -> None:
+    """Other random numbers from here on, from every generator that a pipeline may draw from; use `undisturbed`."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def _keep_random_numbers() -> Callable[[], None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
