@@ -391,4 +391,4 @@ def test_the_first_check_that_failed_is_heard_however_many_follow() -> None:
     report = Report((source, followed, followed, followed))
     # votes: penalty-wrong 3, penalty-scaled 3/2, network-differs 1
     assert [cause.key for cause in report.diagnosis] == ["penalty-wrong", "network-differs", "penalty-scaled"]
-    assert [cause.key for cause in Report((followed, source)).diagnosis][0] == "penalty-wrong"
+    assert Report((followed, source)).diagnosis[0].key == "penalty-wrong"
