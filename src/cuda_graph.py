@@ -39,7 +39,8 @@ class GraphedStep:
     A recording is made for every shape of batch and whatever else changes what is computed: whether the penalty counts,
     the precision, training mode, which quantizers are on, which parameters learn. The model must do the same in every
     step: a forward pass that decides by the values of a tensor cannot be recorded, and is run as `train_step` does,
-    which `report` hears once. Hooks on the model's modules run while recording only.
+    which `report` hears once. A replay runs no Python, so while a module has a hook, to watch it or to change what
+    passes, steps are those of `train_step`, too.
     """
 
     def __init__(self, report: Callable[[str], None] = lambda line: None) -> None:
@@ -59,7 +60,7 @@ class GraphedStep:
         precision: torch.dtype = torch.float32,
     ) -> StepLosses:
         """One update on one batch; see `train_step`."""
-        if self.failure:
+        if self.failure or any(map(_is_hooked, model.modules())):
             return train_step(model, optimizer, images, labels, objective, coefficient, precision)
         if model is not self._model:
             self._recordings.clear()
@@ -93,6 +94,12 @@ class GraphedStep:
         learned = tuple((p.data_ptr(), p.requires_grad) for p in parameters)
         modes = tuple((module.training, getattr(module, "enabled", None)) for module in model.modules())
         return batch, objective, bool(coefficient), precision, learned, modes
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
 
 
 def _record(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import pipeline
+from experiments import doctor, pipeline
 from experiments.pipeline import TrainingLoop
 from experiments.presets import configure
 from experiments.sparsity import coupled_group_lasso
@@ -195,6 +195,38 @@ def test_where_recording_fails(problem: str, monkeypatch: pytest.MonkeyPatch) ->
     assert losses[0] == losses[1]
     assert len(tried) == 1
     assert heard == ["this step cannot be recorded as a CUDA graph and runs without one: not permitted"]
+
+
+def test_what_watches_the_network_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor puts hooks on the network for one step of an epoch; a replay would run none of them."""
+    tried: list[object] = []
+
+    def refuse(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(cuda_graph, "_record", refuse)
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[int]()
+    step, optimizer = GraphedStep(), optimizer_of(model)
+    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
+    hook = model[1].register_forward_hook(lambda *_: seen.append(1))
+    step(model, optimizer, *batch, Objective(), 0.0)
+    hook.remove()
+    assert (seen, tried) == ([1], [])
+    step(model, optimizer, *batch, Objective(), 0.0)
+    assert (len(seen), len(tried)) == (1, 1)
+
+
+@on_cuda
+def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
+    run = small_run()
+    watcher = doctor.Watcher(doctor.Subject.of_run(run))
+    for record in pipeline.train_epochs(run, watcher.step):
+        watcher.epoch(record)
+    report = watcher.report()
+    assert isinstance(run.step, GraphedStep)
+    assert run.step._recordings
+    assert not report.failed, report.text(passed=False)
 
 
 def test_only_a_cuda_device_records() -> None:
