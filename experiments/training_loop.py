@@ -183,12 +183,16 @@ class TrainingLoop:
         checkpoint stays.
         """
         run, folder = self.run, self.folder.path
-        if folder.is_dir() and (not run.means.steps or not self.saved or not (folder / SNAPSHOTS).exists()):
+        due = not run.means.steps or not self.saved or not (folder / SNAPSHOTS).exists()
+        gone = not folder.is_dir()  # the checkpoint makes it again
+        if due and not gone:
             # Before the checkpoint: what is ahead of it is cut off when the run is taken up, what is behind is lost.
             self.folder.try_write(SNAPSHOTS, self._snapshots.to_bytes())
         self.folder.save_progress(
             run.model, run.optimizer, run.history, asdict(run.config), run.data.digest, run.means, run.seconds
         )
+        if due and gone:
+            self.folder.try_write(SNAPSHOTS, self._snapshots.to_bytes())
         self.saved = run.progress.text
 
     @property

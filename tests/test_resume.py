@@ -419,12 +419,15 @@ def test_a_state_that_is_no_number_is_never_written(where: str, data: ImageData,
 # --- the folder under the run
 
 
-def test_a_folder_that_vanishes_is_made_again(data: ImageData, unbroken: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [6, 11])  # in the second epoch, and in the last
+def test_a_folder_that_vanishes_is_made_again(
+    at: int, data: ImageData, unbroken: dict[str, Any], tmp_path: Path
+) -> None:
     folder, run, seen = tmp_path / "run", new_run(data), []
 
     def observer(step: Step) -> None:
         seen.append(step)
-        if len(seen) == 6:
+        if len(seen) == at:
             shutil.rmtree(folder)
 
     with pytest.warns(RuntimeWarning, match="was gone and is made again"):
@@ -433,6 +436,7 @@ def test_a_folder_that_vanishes_is_made_again(data: ImageData, unbroken: dict[st
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 3
     assert (folder / "history.csv").read_text() == run.history.csv_text()
     assert (folder / run_lock.LOCK).exists()
+    assert (folder / "snapshots.npz").exists()
 
 
 def test_a_folder_that_cannot_be_made_again_stops_the_run_and_after_mending_it_goes_on(

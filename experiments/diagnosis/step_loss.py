@@ -23,6 +23,8 @@ from experiments.diagnosis.subject import Subject
 from experiments.diagnosis.ward import NotApplicable, Outcome, undisturbed
 from utils_quantization import quantized_layers
 
+NOTHING = 1e-3  # share of the promised penalty below which none was added
+
 
 def step_runs(steps: Steps, subject: Subject) -> Outcome:
     if steps.error is not None:
@@ -69,7 +71,10 @@ def step_loss(steps: Steps, subject: Subject) -> Outcome:
         if errors[-1] > close:
             misreported = _penalty_gradient_is_right(subject, steps)
             likely += ["loss-misreported"] if misreported else ["penalty-sign"] if more < 0 else []
-            likely += ["coefficient-not-applied" if more > 0.02 * weighted else "penalty-not-in-loss", "penalty-wrong"]
+            likely += [
+                "coefficient-not-applied" if more > NOTHING * weighted else "penalty-not-in-loss",
+                "penalty-wrong",
+            ]
     ok = max(errors) <= close
     return Outcome("task + squared logits + coefficient x penalty", "; ".join(parts), ok, likely, max(errors) / close)
 

@@ -1,10 +1,11 @@
 """Measure the doctor's power: every fault, and healthy runs of every kind, examined in all four stages.
 
-    python -m tests.faults.power [--workers 2] [--seeds 10] [--only TEXT]
+    python -m tests.faults.power [--workers 2] [--seeds 10] [--only TEXT] [--again TEXT]
 
 Writes docs/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is caught with
 its right cause among the first two and no healthy run has a finding, otherwise 1. With `--only`, faults and healthy
-runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written.
+runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written. With
+`--again` their outcomes take the place of the ones that the last whole run left in build/, and the page is written.
 """
 
 from __future__ import annotations
@@ -136,12 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2)")
     parser.add_argument("--seeds", type=int, default=10, help="healthy runs of every kind (default: 10)")
     parser.add_argument("--only", help="examine what holds this text in its name, and write nothing")
+    parser.add_argument("--again", help="examine what holds this text in its name, and put it into the last results")
     options = parser.parse_args(arguments)
     data = ["digits", "cifar10"] if CIFAR10.is_dir() else ["digits"]
     cases = [*fault_cases(), *healthy_cases(options.seeds, data)]
-    if options.only:
-        cases = [case for case in cases if options.only in f"{case.kind}: {case.name}"]
+    part = options.only or options.again
+    if part:
+        cases = [case for case in cases if part in f"{case.kind}: {case.name}"]
     outcomes = _examine_all(cases, options.workers)
+    if options.again:
+        anew = {(outcome.kind, outcome.name): outcome for outcome in outcomes}
+        outcomes = [anew.get((kept.kind, kept.name), kept) for kept in _last_results()]
     bad = [outcome for outcome in outcomes if not outcome.good]
     if not options.only:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{faults - missed} of {faults} faults caught and named; {len(bad) - missed} false alarms in", end=" ")
     print(f"{len(outcomes) - faults} healthy runs")
     return 1 if bad else 0
+
+
+def _last_results() -> list[Outcome]:
+    """What the last whole run found; JSON has lists where an Outcome has tuples."""
+    found = []
+    for kept in json.loads(RESULTS.read_text()):
+        fired = tuple((stage, name, tuple(causes)) for stage, name, causes in kept["fired"])
+        lists = {name: tuple(kept[name]) for name in ("causes", "said")}
+        found.append(Outcome(**{**kept, **lists, "fired": fired, "checks": tuple(map(tuple, kept["checks"]))}))
+    return found
 
 
 def _examine_all(cases: Sequence[Case], workers: int) -> list[Outcome]:
