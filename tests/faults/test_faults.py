@@ -6,8 +6,10 @@ starts, so the two stages before it are left out there; `python -m tests.faults.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from experiments.diagnosis.causes import CAUSES
 from experiments.diagnosis.findings import Report
 from experiments.doctor import afterwards, examine, while_training
-from tests.faults import FAULTS, THEMES, break_it, healthy, small_config
+from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
 from tests.faults.demonstration import EPOCHS, MENU, diagnose, what_breaks
 from tests.faults.power import PAGE
 
@@ -76,6 +78,16 @@ def test_the_page_was_measured_on_these_faults() -> None:
     ] == []
     assert f"{len(FAULTS)} of {len(FAULTS)} faults caught, {len(FAULTS)} of {len(FAULTS)} with the right cause" in text
     assert "0 false alarms in" in text
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fired = (("first steps", "a check", ("penalty-wrong", "penalty-scaled")),)
+    outcome = power.Outcome(
+        "fault", "a name", {"seed": 1}, fired, ("penalty-wrong",), (("first steps", "a check"),), 1, ("so",)
+    )
+    monkeypatch.setattr(power, "RESULTS", tmp_path / "results.json")
+    power.RESULTS.write_text(json.dumps([asdict(outcome)]))
+    assert power._last_results() == [outcome]
 
 
 def test_a_menu_for_the_notebook() -> None:
