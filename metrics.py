@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.account import LayerFlow, account
+from src.pruning import LayerFlow, account
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
 FULL_PRECISION_BITS = 32

@@ -212,3 +212,15 @@ def _listing(names: Mapping[str, object], most: int = 40) -> str:
     shown = list(names)[:most]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(shown) or "none") + more
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module is in the mode it was in, also after an exception."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -1,0 +1,48 @@
+"""What the notebook checks first, wherever it runs: that the packages it needs are there.
+
+Only the standard library is used here, since this runs where nothing else may be installed (Colab, a bare kernel).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What only the commands, the page and the server need; sliders are left out where ipywidgets is absent.
+ELSEWHERE = frozenset({"ipywidgets", "jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
+ELSEWHERE |= {"jinja2", "latex2mathml", "pygments", "onnx", "onnxruntime", "onnxscript"}
+
+
+def required(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
+    """The requirements of the notebook, as in pyproject.toml: "torch>=2.6"."""
+    declared = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return [line for line in declared if name_of(line) not in ELSEWHERE]
+
+
+def missing(requirements: Sequence[str]) -> list[str]:
+    """Those whose package is not installed for this Python, whatever its version."""
+    absent = []
+    for requirement in requirements:
+        try:
+            version(name_of(requirement))
+        except PackageNotFoundError:
+            absent.append(requirement)
+    return absent
+
+
+def check_packages() -> None:
+    """Raises ModuleNotFoundError with the line that installs what is missing."""
+    absent = missing(required())
+    if absent:
+        names = ", ".join(map(name_of, absent))
+        line = " ".join(f'"{requirement}"' for requirement in absent)
+        raise ModuleNotFoundError(f"this kernel has no {names}; run this in a cell, then restart: %pip install {line}")
+
+
+def name_of(requirement: str) -> str:
+    """'torch>=2.6' -> 'torch'."""
+    return re.split(r"[\s<>=!~;\[]", requirement.strip(), maxsplit=1)[0].lower()

@@ -1,7 +1,7 @@
 """What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in four variants.
 
     python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--no-naive] [--json F]
-    python -m experiments.bench inference RUN          (experiments/bench_inference.py)
+    python -m experiments.bench inference RUN          (experiments/inference.py)
 
     plain_float32  the network alone: float32, contiguous, a batch that is ready
     plain_fast     the same in the fastest mode the machine has: channels_last, and bfloat16 where it multiplies that
@@ -36,18 +36,23 @@ from typing import Any
 
 import torch
 
-from experiments import bench_inference, pipeline
-from experiments.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
-from experiments.peak_memory import peak_memory
-from experiments.presets import DEBUG, RunConfig
-from experiments.timing import Take, at_least, spread, time_in_turns
+from experiments import pipeline
+from experiments.benchmarks import (
+    NaiveQuantizer,
+    group_parts,
+    inference,
+    naive_loader,
+    naive_penalty,
+    naive_step,
+    peak_memory,
+)
+from experiments.pipeline import DEBUG, RunConfig, Take, at_least, spread, time_in_turns
 from resnet import NETWORKS
 from src import training
-from src.cuda_graph import GraphedStep
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
-from src.devices import repeatable
-from src.memory import keep_freed_memory
-from src.runs import RunError, check_writable, machine, versions, write_atomic
+from src.runs import machine, versions
+from src.storage import RunError, check_writable, write_atomic
+from src.training import GraphedStep, keep_freed_memory, repeatable
 from utils_quantization import attach_weight_quantizers
 
 LIMITS = {"full_over_plain": 1.15, "peak_memory_full_over_plain": 1.2}
@@ -254,7 +259,7 @@ def _memory(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "training": _training,
-    "inference": bench_inference.run_command,
+    "inference": inference.run_command,
     "_memory": _memory,
 }
 

@@ -18,16 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import display, lessons, live
-from experiments.compare_figures import Series, run_curves, run_plane
-from experiments.console import fail
-from experiments.controls import widgets
-from experiments.costs import dense_macs, relative_bops
-from experiments.presets import RunConfig
-from experiments.saved_run import config_from_json, contents, read_summary
-from src.records import History
-from src.run_files import RunError, write_atomic
+from experiments.figures import Series, plain_table, run_curves, run_plane
+from experiments.notebook import display, live, widgets
+from experiments.pipeline import RunConfig, config_from_json, contents, dense_macs, read_summary, relative_bops
 from src.runs import CHECKPOINT, PREVIOUS, RunFolder, load_checkpoint
+from src.storage import RunError, fail, write_atomic
+from src.training import History
 
 NOT_COMPARED = frozenset({"given", "data_root"})
 MANY = 6
@@ -246,7 +242,7 @@ def _shown_tables(runs: Sequence[SavedRun], refused: Sequence[str]) -> tuple[dic
     """The tables as a display's data and metadata, and what a reader must know about them."""
     page, text = [], []
     for heading, rows in _tables(runs).items():
-        shown = lessons.plain_table(rows).to_html() if rows else "<p>None: all settings are the same.</p>"
+        shown = plain_table(rows).to_html() if rows else "<p>None: all settings are the same.</p>"
         page.append(f"<p><b>{heading}</b></p>{shown}")
         text.append(f"{heading}\n{text_table(rows)}")
     for notice in notices(runs):

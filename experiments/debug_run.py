@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import pipeline
-from experiments.console import fail, prepare_streams, say, tell
-from experiments.examination import Examination
-from experiments.live import TerminalProgress
-from experiments.presets import PRESETS, ConfigError, RunConfig, configure
-from src import out_of_memory, run_lock
+from experiments.doctor import Examination
+from experiments.notebook import TerminalProgress
+from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
 from src.data import steps_per_epoch
-from src.interrupts import Terminated, terminations
-from src.runs import CHECKPOINT, RunFolder, check_writable
-from src.training import DEVICES, TrainingError
+from src.runs import CHECKPOINT, RunFolder
+from src.storage import check_writable, fail, folder_lock, prepare_streams, say, tell
+from src.training import DEVICES, Terminated, TrainingError, out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 GO_ON = "the same command with --resume goes on"
@@ -52,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("interrupted")
         return _status(stopped)
     finally:
-        run_lock.release(options.output)
+        folder_lock.release(options.output)
 
 
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     check_writable(options.output)  # before minutes of work, and without creating anything
-    run_lock.check_free(options.output)
+    folder_lock.check_free(options.output)
     if options.resume:
         RunFolder(Path(options.output)).check_resumable()
     if options.checkpoint_every is not None and options.checkpoint_every < 1:
@@ -123,7 +121,7 @@ def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination:
 def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | None) -> int:
     result, accuracy = pipeline.evaluate_run(run)
     report = examination.conclude(folder.path / CHECKPOINT, result, accuracy) if examination else None
-    verdict = pipeline.verdict(run)
+    verdict = pipeline.judge_run(run)
     pipeline.save_figures(run, folder)
     folder.try_write("history.csv", run.history.csv_text())
     failure = ""

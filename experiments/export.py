@@ -23,15 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments import pipeline
-from experiments.console import fail, say
-from experiments.presets import ConfigError, RunConfig
-from src.compact_network import CompactNetwork
-from src.compaction import compact
+from experiments.pipeline import ConfigError, RunConfig
 from src.data import ImageData, load_data, normalize
-from src.onnx_export import check_onnx, export_onnx
-from src.output_file import OutputError, check_output
-from src.packing import pack, unpack
-from src.runs import CHECKPOINT, SUMMARY, RunError, RunFolder, load_checkpoint, load_model_state
+from src.export import check_onnx, export_onnx, pack, unpack
+from src.pruning import CompactNetwork, compact
+from src.runs import CHECKPOINT, SUMMARY, RunFolder, load_checkpoint, load_model_state
+from src.storage import OutputError, RunError, check_output, fail, say
 from src.training import predict
 
 EQUAL, DIFFERENT = 0, 1

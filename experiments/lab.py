@@ -20,9 +20,8 @@ import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from experiments.console import BAD_INPUT, fail, say
-from experiments.lab_copy import NOTEBOOK, write_copy
-from experiments.notebook_parameters import NotebookInputError
+from experiments.headless import NOTEBOOK, NotebookInputError, write_copy
+from src.storage import BAD_INPUT, fail, say
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = Path("debug_output")  # the notebook's own OUTPUT_DIR
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, start: Start | None = None) -> 
     options = _parser().parse_args(arguments)
     start = start or run_to_end
     os.chdir(ROOT)
-    from experiments.lab_run import LabRunError, explorable, training_command  # loads torch: after --help
+    from experiments.notebook import LabRunError, explorable, training_command  # loads torch: after --help
 
     try:
         folder = Path(options.output) if options.output else None
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, start: Start | None = None) -> 
 
 def _fits(folder: Path) -> bool:
     """Whether the run in `folder` can be explored; says why where it cannot."""
-    from experiments.lab_run import LabRunError, explorable
+    from experiments.notebook import LabRunError, explorable
 
     try:
         explorable(folder)

@@ -23,10 +23,17 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from experiments.console import say
-from experiments.html_template import to_html
-from experiments.notebook_execution import CELL_TIMEOUT, STARTUP_TIMEOUT, execute, read_notebook
-from experiments.notebook_parameters import NotebookInputError, parameter_defaults, parse_settings
+from experiments.headless import (
+    CELL_TIMEOUT,
+    STARTUP_TIMEOUT,
+    NotebookInputError,
+    execute,
+    parameter_defaults,
+    parse_settings,
+    read_notebook,
+    to_html,
+)
+from src.storage import say
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -51,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotebookInputError as error:
         say(f"run_notebook: {error}")
         return 2
-    from src.runs import write_atomic  # loads torch: here, so that bad input is told at once
+    from src.storage import write_atomic  # loads torch: here, so that bad input is told at once
 
     command = ["python", "-m", "experiments.run_notebook", *(f"--set={setting}" for setting in options.set)]
     execution.notebook.metadata["run"]["command"] = shlex.join(command)
@@ -96,7 +103,7 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _write_page(notebook: NotebookNode, path: Path, folder: Path) -> None:
-    from src.runs import write_atomic
+    from src.storage import write_atomic
 
     write_atomic(path, to_html(notebook, folder).encode())
     print(f"page      {path}")

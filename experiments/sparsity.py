@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from src.channels import ChannelGroups, channel_groups
+from src.pruning import ChannelGroups, channel_groups
 
 Penalty = Callable[[nn.Module], Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from src.records import EpochRecord, History, LayerRecord
+from src.training import EpochRecord, History, LayerRecord
 
 NAMES = [f"layer{s}.{b}.conv{c}" for s in (1, 2, 3) for b in (0, 1, 2) for c in (1, 2)]
 WIDTHS = {"layer1": 16, "layer2": 32, "layer3": 64}

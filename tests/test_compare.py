@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import compare, compare_figures, display, live
-from experiments.costs import dense_macs, relative_bops
+from experiments import compare, figures
 from experiments.evaluator import Evaluator
-from experiments.presets import RunConfig, configure
+from experiments.notebook import display, live
+from experiments.pipeline import RunConfig, configure, dense_macs, relative_bops
 from resnet import resnet20
-from src.checkpoints import Progress, checkpoint_bytes
-from src.epoch_means import EpochMeans
-from src.evaluation import layer_records
-from src.records import EpochRecord, History, LayerRecord
-from src.run_files import RunError
-from src.runs import CHECKPOINT, CHECKPOINT_BEFORE
+from src.runs import CHECKPOINT, Progress
+from src.runs.checkpoint import CHECKPOINT_BEFORE, checkpoint_bytes
+from src.storage import RunError
+from src.training import EpochMeans, EpochRecord, History, LayerRecord, layer_records
 from tests.histories import make_history
 from tests.quantized_networks import mixed_resnet20
 
@@ -105,7 +103,7 @@ def test_tables_hold_what_differs_and_what_came_out(runs: Path) -> None:
 
 def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     read = [compare.read_run(path, label).series() for label, path in compare.find_runs(runs / "out").items()]
-    curves = compare_figures.run_curves(read)
+    curves = figures.run_curves(read)
     keys, accuracy, zeros, _, bits = curves.axes
     named = {text.get_text() for text in keys.get_legend().get_texts()}
     assert named == {"out", "out/previous/2", "beside"}
@@ -113,7 +111,7 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     np.testing.assert_allclose(zeros.get_lines()[0].get_ydata(), [2.0 * epoch for epoch in range(1, 21)])
     np.testing.assert_allclose(bits.get_lines()[0].get_ydata(), make_history(20).column("mean_bits"))
     assert "“out” ends at 80.0 % accuracy, the best of 3 runs" in curves.get_label()
-    plane = compare_figures.run_plane(read)
+    plane = figures.run_plane(read)
     axes = plane.axes[1]
     np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), 100 * read[0].relative_bops)
     np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), 100 * read[0].columns["accuracy"])
@@ -123,14 +121,14 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     early = replace(
         read[2], relative_bops=np.array([0.26, 0.25, 0.24]), columns={n: v[:3] for n, v in read[2].columns.items()}
     )
-    ticks = compare_figures.run_plane([early]).axes[1].get_xticks()
+    ticks = figures.run_plane([early]).axes[1].get_xticks()
     assert len([tick for tick in ticks if 20 < tick <= 100]) >= 3, (
         "a cost can be read also where a run has saved little"
     )
-    alone = compare_figures.run_curves(read[2:])
+    alone = figures.run_curves(read[2:])
     assert "ends at 42.5 % accuracy after 5 epochs" in alone.get_label()
     with pytest.raises(ValueError, match="at least one run"):
-        compare_figures.run_plane([])
+        figures.run_plane([])
 
 
 def test_the_command_writes_figures_and_prints_tables(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +203,7 @@ def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: 
 
 def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
     first = compare.read_run(runs / "out").series()
-    title = compare_figures.run_curves([first, replace(first, label="again")]).get_label()
+    title = figures.run_curves([first, replace(first, label="again")]).get_label()
     assert "All 2 runs end at 80.0 % accuracy" in title
 
 

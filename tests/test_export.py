@@ -11,9 +11,9 @@ import torch
 
 from experiments import debug_run, export
 from experiments.export import load_run, main
-from src.compaction import compact
 from src.data import load_data
-from src.packing import unpack
+from src.export import unpack
+from src.pruning import compact
 from src.training import evaluate
 
 

@@ -20,9 +20,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from experiments import debug_run, lab, lab_copy
-from experiments.lab_run import LabRunError, explorable, training_command
-from experiments.notebook_parameters import NotebookInputError
+from experiments import debug_run, lab
+from experiments.headless import NotebookInputError, lab_copy
+from experiments.notebook import LabRunError, explorable, training_command
 
 PARAMETERS = 'PRESET = "debug"\nDATA = "auto"\nDATA_ROOT = "data"\nEPOCHS = None\nBATCH_SIZE = None\nLIMIT = None\n'
 PARAMETERS += 'SEED = 0\nDEVICE = "auto"\nOUTPUT_DIR = "debug_output"\nRESUME = False'

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from experiments import notebook_setup
+import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -226,7 +226,7 @@ def test_notebook_that_came_alone_clones_the_project_where_it_is_told_from_where
     origin, folder = tmp_path / "origin", tmp_path / "content"
     folder.mkdir()
     (origin / "experiments").mkdir(parents=True)
-    for name in ("utils_quantization.py", "pyproject.toml", "experiments/__init__.py", "experiments/notebook_setup.py"):
+    for name in ("utils_quantization.py", "pyproject.toml", "experiments/__init__.py"):
         shutil.copy(ROOT / name, origin / name)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "-m", "all"]):
@@ -245,16 +245,16 @@ def test_address_that_cannot_be_cloned_is_an_error_of_git(tmp_path: Path) -> Non
 
 
 def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook_setup.check()  # all of them are here
-    monkeypatch.setattr(notebook_setup, "required", lambda: ["torch>=2.6", "no-such-package>=1.2", "nor-this"])
+    experiments.check_packages()  # all of them are here
+    monkeypatch.setattr(experiments, "required", lambda: ["torch>=2.6", "no-such-package>=1.2", "nor-this"])
     with pytest.raises(ModuleNotFoundError, match=r'no-such-package, nor-this; .*%pip install "no-such-package>=1\.2"'):
-        notebook_setup.check()
+        experiments.check_packages()
 
 
 def test_packages_that_the_notebook_does_without_are_still_dependencies() -> None:
-    declared = {notebook_setup.name_of(line) for line in PROJECT["dependencies"]}
-    assert declared >= notebook_setup.ELSEWHERE
-    assert {"torch", "numpy", "constriction", "matplotlib"} <= {*map(notebook_setup.name_of, notebook_setup.required())}
+    declared = {experiments.name_of(line) for line in PROJECT["dependencies"]}
+    assert declared >= experiments.ELSEWHERE
+    assert {"torch", "numpy", "constriction", "matplotlib"} <= {*map(experiments.name_of, experiments.required())}
 
 
 WITHOUT_WIDGETS = """
@@ -262,7 +262,7 @@ import sys
 sys.modules["ipywidgets"] = None  # an import of it fails, as where it is not installed
 from types import SimpleNamespace
 import IPython
-from experiments import display, explorers, live
+from experiments.notebook import display, explorers, live
 shown = []
 display.in_notebook = lambda: True
 display.put = live.display.put = lambda data, metadata, handle=None: shown.append(sorted(data)) or "handle"

@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from experiments import debug_run
-from experiments.html_template import to_html
+from experiments.headless import to_html
 from tests.browser import lab_server, walkthrough
 from tests.browser.conftest import ROOT
 from tests.browser.lab_page import CONTROLS, Complaints, Notebook, has_choice, moves

@@ -17,8 +17,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from experiments.html_template import to_html
-from experiments.page_facts import FACTS
+from experiments.headless import to_html
+from experiments.notebook import FACTS
 from tests.browser.lab_page import Complaints
 
 if TYPE_CHECKING:

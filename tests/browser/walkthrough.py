@@ -8,7 +8,7 @@ from typing import Any
 
 import nbformat
 
-from experiments.notebook_parameters import inject
+from experiments.headless.parameters import inject
 from tests.browser.lab_page import WATCH, Complaints, Notebook
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks/codeq_walkthrough.ipynb"

@@ -6,8 +6,8 @@ report = examine(subject)
 
 from __future__ import annotations
 
-from experiments.diagnosis.subject import Subject
-from experiments.presets import RunConfig
+from experiments.doctor import Subject
+from experiments.pipeline import RunConfig
 from tests.faults import (
     attachment_faults,
     data_faults,

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Parts, Subject
-from experiments.presets import RunConfig
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
+from experiments.doctor.core.subject import Parts
+from experiments.pipeline import RunConfig
 from src import training
 from src.quantizer import DeadZoneLDZCompander
 from tests.faults.broken_quantizers import OneForAll

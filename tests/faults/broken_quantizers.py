@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.quantizer import (
-    DeadZoneLDZCompander,
-    clip_through,
-    quantize,
-    relu_through,
-    round_through,
-    weight_ranges,
-)
+from src.quantizer import DeadZoneLDZCompander, clip_through, quantize, relu_through, round_through, weight_ranges
 
 
 class PlainQuantizer(DeadZoneLDZCompander):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Batch, Subject
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
+from experiments.doctor.core.subject import Batch
 from src.data import ImageData, epoch_batches, normalize
 from tests.faults.fault import Fault
 

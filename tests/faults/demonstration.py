@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from experiments.diagnosis.findings import Report
-from experiments.doctor import examine
+from experiments.doctor import Report
+from experiments.doctor.examine import examine
 from tests.faults import FAULTS, break_it, healthy
 from tests.faults.fault import small_config
 

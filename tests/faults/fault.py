@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from experiments import pipeline
-from experiments.diagnosis.subject import Parts, Subject, build_subject
+from experiments.doctor import Subject
+from experiments.doctor.core.subject import Parts, build_subject
 from experiments.evaluator import Evaluator
-from experiments.presets import RunConfig, configure
+from experiments.pipeline import RunConfig, configure
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Subject
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
 from src import training
 from tests.faults.fault import Fault
 from tests.faults.step_faults import after_each

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from experiments import pipeline
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Subject
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
 from experiments.evaluator import EvalResult, Evaluator
 from metrics import LayerStats, ModelStats
 from src import training
 from src.data import ImageData, augment, normalize
-from src.evaluation import summary
-from src.records import EpochRecord, History, LayerRecord
+from src.training import EpochRecord, History, LayerRecord
+from src.training.evaluation import summary
 from tests.faults.fault import Fault, evaluated, small_network
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.diagnosis.subject import Subject
+from experiments.doctor import Subject
 from resnet import BasicBlock
 from tests.faults.fault import Fault
 

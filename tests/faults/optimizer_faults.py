@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from experiments import pipeline
-from experiments.diagnosis.subject import Parts, Subject
-from experiments.presets import RunConfig
+from experiments.doctor import Subject
+from experiments.doctor.core.subject import Parts
+from experiments.pipeline import RunConfig
 from src import training
 from tests.faults.fault import Fault, parameters_of
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.diagnosis.subject import Parts, Subject
+from experiments.doctor import Subject
+from experiments.doctor.core.subject import Parts
 from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity, safe_sqrt
 from src import training
-from src.channels import ChannelGroups, Member, channel_groups
+from src.pruning import ChannelGroups, Member, channel_groups
 from tests.faults.fault import Fault
 from utils_quantization import quantization
 

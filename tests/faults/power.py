@@ -114,7 +114,7 @@ VARIANTS: tuple[Mapping[str, Any], ...] = (
 
 def examine_case(case: Case) -> Outcome:
     """Build the subject of `case` and examine it whole."""
-    from experiments.doctor import examine
+    from experiments.doctor.examine import examine
 
     config = small_config(**case.settings)
     subject = broken(FAULTS[case.name], config) if case.kind == "fault" else healthy(config)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from experiments.diagnosis.subject import Parts
+from experiments.doctor.core.subject import Parts
 from tests.faults import broken_quantizers as broken
 from tests.faults.fault import Fault
 from utils_quantization import attach_weight_quantizers

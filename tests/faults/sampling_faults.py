@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Batch, Subject
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
+from experiments.doctor.core.subject import Batch
 from src.data import ImageData, augment, normalize
 from tests.faults.data_faults import data, drawn, loader
 from tests.faults.fault import Fault

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Subject
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
 from experiments.evaluator import EvalResult
 from metrics import LayerStats
 from src.data import test_batches
-from src.records import EpochRecord, History
+from src.training import EpochRecord, History
 from tests.faults.fault import Fault
 from tests.faults.measure_faults import recording
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.diagnosis import subject as parts_of
-from experiments.diagnosis.subject import Parts, Subject
-from experiments.presets import RunConfig
+from experiments.doctor import Subject
+from experiments.doctor.core import subject as parts_of
+from experiments.doctor.core.subject import Parts
+from experiments.pipeline import RunConfig
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.diagnosis.causes import CAUSES
-from experiments.diagnosis.findings import Report
-from experiments.doctor import afterwards, examine, while_training
+from experiments.doctor import Report, afterwards
+from experiments.doctor.causes.causes import CAUSES
+from experiments.doctor.examine import examine, while_training
 from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
 from tests.faults.demonstration import EPOCHS, MENU, diagnose, what_breaks
 from tests.faults.power import PAGE

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.run_files import write_atomic
+from src.storage import write_atomic
 from tests.torture.fault import Outcome
 from tests.torture.table import DOCUMENT, ROWS, console_line, document, rows_of
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from src.finiteness import short_name
-from src.output_file import OutputError
-from src.packing import pack
+from src.export import pack
+from src.storage import OutputError
+from src.training.finiteness import short_name
 from tests.torture.damaged_files import small_network
 from tests.torture.disks import SIZE, small_disk
 from tests.torture.fault import Outcome, fault

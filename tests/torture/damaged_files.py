@@ -13,21 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.html_template import to_html
-from experiments.notebook_execution import read_notebook
-from experiments.notebook_parameters import NotebookInputError, parameter_defaults
+from experiments.headless import NotebookInputError, parameter_defaults, read_notebook, to_html
 from resnet import BasicBlock, ResNet
-from src.checkpoints import DamagedCheckpoint, load_checkpoint
-from src.cifar10 import obtain, read_batches
-from src.download import DataError
-from src.image_sources import read_folder
-from src.packed_file import PackedFileError
-from src.packing import pack, unpack
+from src.data.cifar10 import obtain, read_batches
+from src.data.download import DataError
+from src.data.image_sources import read_folder
+from src.export import pack, unpack
 from src.quantizer import DeadZoneLDZCompander
-from src.records import EpochRecord, History, LayerRecord
-from src.runs import RunFolder
-from src.snapshots import SnapshotError, Snapshots
-from src.training import make_optimizer, parameter_groups
+from src.runs import RunFolder, SnapshotError, Snapshots, load_checkpoint
+from src.runs.checkpoint import DamagedCheckpoint
+from src.storage import PackedFileError
+from src.training import EpochRecord, History, LayerRecord, make_optimizer, parameter_groups
 from tests.torture.damage import damaged, read_damaged, told
 from tests.torture.fakes import FILES, FOLDER, PAYLOAD, described
 from tests.torture.fault import Outcome, fault

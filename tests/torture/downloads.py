@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from src.cifar10 import obtain, read_batches
-from src.download import DataError, fetch
+from src.data.cifar10 import obtain, read_batches
+from src.data.download import DataError, fetch
 from tests.torture.damage import told
 from tests.torture.fakes import FILES, FOLDER, PAYLOAD, described, md5
 from tests.torture.fault import Outcome, Run, fault

@@ -12,7 +12,7 @@ import tarfile
 
 import numpy as np
 
-from src.download import Archive
+from src.data.download import Archive
 
 FOLDER = "batches"
 

@@ -19,18 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.notebook_execution import read_notebook
-from experiments.notebook_parameters import NotebookInputError
-from experiments.peak_memory import peak_memory
-from src.cifar10 import read_batches, unpack
-from src.download import DataError
-from src.image_sources import MAX_PIXELS, read_folder
-from src.packed_file import MARK, PackedFileError
-from src.packing import unpack as unpack_network
-from src.run_files import RunError
-from src.runs import load_checkpoint
-from src.snapshots import SnapshotError, Snapshots
-from tests.test_packing import forged
+from experiments.benchmarks import peak_memory
+from experiments.headless import NotebookInputError, read_notebook
+from src.data.cifar10 import read_batches, unpack
+from src.data.download import DataError
+from src.data.image_sources import MAX_PIXELS, read_folder
+from src.export import unpack as unpack_network
+from src.runs import SnapshotError, Snapshots, load_checkpoint
+from src.storage import PackedFileError, RunError
+from src.storage.packed_file import MARK
+from tests.export.test_packing import forged
 from tests.torture.damaged_files import small_packed
 from tests.torture.fakes import FILES, FOLDER, described, packed
 from tests.torture.fault import Outcome, fault

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from src.snapshots import SnapshotError, Snapshots
+from src.runs import SnapshotError, Snapshots
 from tests.torture.damaged_files import small_network
 from tests.torture.fault import Outcome, fault
 from tests.torture.harmful import refused_cheaply

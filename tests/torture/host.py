@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from src.download import Patience
+from src.data.download import Patience
 from tests.torture.fakes import PAYLOAD
 
 QUICK = Patience(timeout=0.4, rounds=2, pause=0.0, window=0.2, slow=1e6, stalled=1.0)

@@ -19,9 +19,9 @@ import psutil
 from nbformat import NotebookNode
 
 from experiments import figures
-from experiments.display import figure_bundle
-from experiments.html_template import to_html
-from src.records import EpochRecord, History, LayerRecord
+from experiments.headless import to_html
+from experiments.notebook.display import figure_bundle
+from src.training import EpochRecord, History, LayerRecord
 from tests.torture.fault import Outcome, fault
 from tests.torture.runner import ROOT, the_runner
 

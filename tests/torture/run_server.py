@@ -22,7 +22,9 @@ import sklearn.datasets  # noqa: F401  (this and the next are imported before th
 import torch
 import torch._dynamo
 
-from experiments import debug_run, presets, progress
+from experiments import debug_run
+from experiments.notebook import progress
+from experiments.pipeline import config
 from resnet import NETWORKS, BasicBlock, ResNet
 from src.quantizer import DeadZoneLDZCompander
 from tests.torture import sabotage
@@ -40,14 +42,14 @@ def tiny(num_classes: int = 10, option: str = "A") -> ResNet:
 def tiny_quantized() -> ResNet:
     """As the script trains it: quantizers on all convolutions but the stem."""
     network = tiny()
-    attach_weight_quantizers(network, presets.SMOKE.exclude_layers, DeadZoneLDZCompander)
+    attach_weight_quantizers(network, config.SMOKE.exclude_layers, DeadZoneLDZCompander)
     return network
 
 
 def serve() -> None:
     torch.set_num_threads(1)
     NETWORKS["tiny"] = tiny
-    presets.PRESETS["tiny"] = replace(presets.SMOKE, preset="tiny", model="tiny", precision="fp32")
+    config.PRESETS["tiny"] = replace(config.SMOKE, preset="tiny", model="tiny", precision="fp32")
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

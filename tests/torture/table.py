@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from src.versions import versions
+from src.runs import versions
 from tests.torture import broken_runs, damaged_files, downloads, harmful, harmful_snapshots, long_runs, stops
 from tests.torture.fault import FAULTS, Fault, Outcome
 

@@ -1,0 +1,142 @@
+"""What a compressed network gains when it runs: one run's network in five forms, timed in turns in one process.
+
+    python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--threads N] [--json F]
+
+    dense       the float32 network with all channels and no zeros, as it was before training
+    masked      the trained network, its quantized weights written out: the same sizes, zeros in place
+    compacted   after exact removal of channels (src/compaction.py)
+    onnx_fp32   the compacted network in ONNX Runtime, float32 weights
+    onnx_int    the same with whole-number weights and DequantizeLinear
+
+All run in float32 on the CPU. Whole-number weights make the file smaller; they are turned into floats before they are
+multiplied, so nothing here says that integer arithmetic is used, and the time may well be longer. RUN is the output
+folder of experiments.debug_run. Printed are medians and quartiles of the rounds; a ratio is the median of the ratios
+within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from experiments.export import load_run
+from experiments.pipeline import Take, at_least, spread, time_in_turns
+from resnet import NETWORKS
+from src import runs
+from src.export import export_onnx, open_session, run_onnx
+from src.pruning import compact
+from src.storage import check_writable, write_atomic
+from utils_quantization import quantized_layers, shared_quantized_weights
+
+CPU = torch.device("cpu")
+FORMS = {
+    "dense": "PyTorch, dense float32",
+    "masked": "PyTorch, zeros in place",
+    "compacted": "PyTorch, compacted",
+    "onnx_fp32": "ONNX Runtime, compacted, float32",
+    "onnx_int": "ONNX Runtime, compacted, integers",
+}
+
+
+@torch.no_grad()
+def written_out(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """`plain`, a network of the same architecture without quantizers, with the quantized weights of `model`."""
+    layers = quantized_layers(model)
+    with shared_quantized_weights(model):
+        weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in layers.items()}
+    others = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
+    plain.load_state_dict(others | weights)
+    return plain.eval()
+
+
+def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> dict[str, Take]:
+    """One forward pass of `images` in each form; the ONNX files go to `folder`."""
+    smaller = compact(model)
+    networks = {"dense": dense.eval(), "masked": written_out(model, copy.deepcopy(dense)), "compacted": smaller}
+    takes: dict[str, Take] = {name: partial(network, images) for name, network in networks.items()}
+    for name, integers in (("onnx_fp32", False), ("onnx_int", True)):
+        path = folder / f"{name}.onnx"
+        export_onnx(model, path, integer_weights=integers, force=True)
+        session = open_session(path)
+        takes[name] = partial(run_onnx, session, images, len(images))
+    return takes
+
+
+def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Time every form at every batch size and return the figures that `--json` writes."""
+    config, model = load_run(run)
+    classes = len(cast(Tensor, model.get_submodule("linear").bias))
+    dense = NETWORKS[config.model](classes, config.shortcut)
+    dense = dense.to(memory_format=torch.channels_last)
+    result: dict[str, Any] = {}
+    for batch_size in batch_sizes:
+        images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        images = images.contiguous(memory_format=torch.channels_last)
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            seconds = time_in_turns(forms(model, dense, images, Path(folder)), rounds, CPU)
+        result[str(batch_size)] = {
+            name: {
+                "label": FORMS[name],
+                "seconds": spread(times),
+                "dense_over_this": spread([a / b for a, b in zip(seconds["dense"], times, strict=True)]),
+            }
+            for name, times in seconds.items()
+        }
+    return {
+        "benchmark": "inference",
+        "run": {"preset": config.preset, "network": config.model},
+        "rounds": rounds,
+        "machine": runs.machine(CPU, torch.float32),
+        "versions": runs.versions(),
+        "batch_sizes": result,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    host = result["machine"]
+    lines = [
+        f"One forward pass of {result['run']['network']} in float32, {result['rounds']} rounds in turns",
+        f"{host['device_name']} ({host['device']}), {host['threads']} threads, torch {result['versions']['torch']}",
+        "dense / this: median of the ratios within each round, which is not the ratio of the medians",
+    ]
+    for batch_size, found in result["batch_sizes"].items():
+        lines += ["", f"batch of {batch_size:<24} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"]
+        for form in found.values():
+            time_, ratio = form["seconds"], form["dense_over_this"]
+            quartiles = f"{1000 * time_['low']:.2f}..{1000 * time_['high']:.2f}"
+            lines.append(
+                f"{form['label']:<33} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f}"
+            )
+    return "\n".join(lines)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """`python -m experiments.bench inference`. Raises ValueError for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench inference", description="Time one run's network in five forms."
+    )
+    parser.add_argument("run", metavar="RUN", help="output folder of experiments.debug_run")
+    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 256], help="default: 1 256")
+    parser.add_argument("--rounds", type=at_least(1), default=30, help="turns of every form (default: 30)")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", metavar="F", help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if options.json:
+        check_writable(Path(options.json).parent)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = bench_inference(options.run, options.batch_sizes, options.rounds)
+    print(table(result))
+    if options.json:
+        write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())
+    return 0

@@ -1,0 +1,111 @@
+"""The pipeline as it is written down first, kept for comparison: correct, and slow in five ordinary ways.
+
+float32 and contiguous; a quantizer that runs again for every reader of a weight; a penalty in a Python loop over
+channels; torchvision's transforms image by image; an optimizer that updates parameter by parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from src import training
+from src.data import ImageData
+from src.pruning import channel_groups
+from src.quantizer import RANGE_QUANTILE, STEP_EPSILON, DeadZoneLDZCompander
+
+GroupParts = list[list[tuple[str, str, int, int]]]
+
+
+class NaiveQuantizer(DeadZoneLDZCompander):
+    """The formulas of src/quantizer.py, one by one: a full sort for the range, rounding by detached differences."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        range_ = torch.quantile(w.detach().abs(), RANGE_QUANTILE)
+        dead_zone = 2 * range_ * (1 - self.logit_dz.tanh().abs())
+        bits = _through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits, torch.round)
+        levels = 2 ** (bits - 1) - 1
+        step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
+        shift = dead_zone / 2 - step / 2
+        outside = w.sign() * _through(w.abs() - shift, torch.relu)
+        index = _through(_through(outside / step, torch.round), lambda q: torch.clamp(q, -levels, levels))
+        return step * index + shift * index.sign()
+
+
+def group_parts(model: nn.Module) -> GroupParts:
+    """For each removable channel the (module, parameter, dimension, index) of all that goes with it."""
+    groups = channel_groups(model)
+    return [
+        [(module, name, dim, int(index)) for module, name, dim, indices in groups.slices(group) for index in indices]
+        for group in range(len(groups))
+    ]
+
+
+def naive_penalty(model: nn.Module, parts: GroupParts) -> Tensor:
+    """The coupled group lasso, a channel at a time. Each parameter is read once, which runs its quantizer again."""
+    keys = dict.fromkeys(part[:2] for group in parts for part in group)
+    read = {(module, name): getattr(model.get_submodule(module), name) for module, name in keys}
+    total = next(model.parameters()).new_zeros(())
+    for group in parts:
+        squares = torch.zeros_like(total)
+        for module, name, dim, index in group:
+            squares = squares + read[module, name].select(dim, index).square().sum()
+        if squares > 0:
+            total = total + squares.sqrt()
+    return total
+
+
+def naive_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    objective: training.Objective,
+    coefficient: float,
+) -> float:
+    """One update in float32, and its loss, read at once: the same objective as `src.training.train_step`."""
+    loss = F.cross_entropy(model(images), labels)
+    for name, parameter in model.named_parameters():
+        if name.endswith("logit_dz"):
+            loss = loss + objective.lambda_dz * parameter.square()
+        if name.endswith("logit_bit"):
+            loss = loss + objective.lambda_bit * parameter.square()
+    if objective.penalty is not None:
+        loss = loss + coefficient * objective.penalty(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def naive_loader(data: ImageData, batch_size: int, crop_padding: int, flip: bool) -> DataLoader[tuple[Tensor, int]]:
+    """Shuffled training batches, each image through torchvision's transforms by itself; no worker processes."""
+    from torchvision import transforms
+
+    crop = [transforms.RandomCrop(32, padding=crop_padding)] if crop_padding else []
+    mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    tail = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+    images = _ImageByImage(data, transforms.Compose([*crop, *mirror, *tail]))
+    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=0)
+
+
+class _ImageByImage(Dataset[tuple[Tensor, int]]):
+    def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor]) -> None:
+        self._images = data.train_images.cpu().permute(0, 2, 3, 1).numpy()
+        self._labels = data.train_labels.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
+
+
+def _through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    return x + (function(x) - x).detach()

@@ -1,0 +1,1 @@
+"""What can be wrong, and where to look: a sentence for every cause that a check can name."""

@@ -1,0 +1,1 @@
+"""Checks of images, labels, augmentation and loader."""

@@ -1,0 +1,179 @@
+"""Before training: images, labels, normalisation, augmentation, and the split into training and test part.
+
+The loaders, the normalisation and the augmentation have modules of their own; here are the images and labels
+themselves. Axis letters: N images, C channels, H, W space, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from experiments.doctor.core.sources import labels_of_source
+from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.ward import NotApplicable, Outcome, Ward
+from experiments.doctor.data.augmentation_checks import augmentation_checks
+from experiments.doctor.data.images import digest, some
+from experiments.doctor.data.loader_checks import good_batches, loader_checks
+from experiments.doctor.network.normalisation_checks import normalisation_checks
+from src.data import ImageData
+
+PROBED = 2000  # images that the probe of the labels learns from
+SURE, UNSURE = 4.0, 2.6  # standard deviations above chance
+MOST_REPEATED = 0.05  # share of a part's images that may be there already
+LOOKS = ("brightness", "contrast", "red over green", "blue over green")
+
+
+def data_checks(ward: Ward, subject: Subject) -> None:
+    """Add the findings about the data."""
+    loader_checks(ward, subject)
+    normalisation_checks(ward, subject)
+    augmentation_checks(ward, subject)
+    blame = {"blame": "loader-raises"}
+    ward.check("training and test part", "no test image is trained on", _disjoint, subject, **blame)
+    ward.check("images differ", "neither part holds its images more than once", _repeated, subject, **blame)
+    ward.check("like parts", "training and test images are of one kind", _alike, subject, **blame)
+    ward.check("labels of the source", "the labels are those the data set came with", _source, subject, **blame)
+    ward.check(
+        "labels fit the images", "a linear probe learns the labels from the pixels", _information, subject, **blame
+    )
+
+
+def _alike(subject: Subject) -> Outcome:
+    """Brightness, contrast and colour of the images of both parts, in standard errors."""
+    data = subject.data
+    if data is None:
+        raise NotApplicable("the raw images are not known")
+    train, test = _looks(data.train_images), _looks(data.test_images)
+    error = np.sqrt(train.var(0) / len(train) + test.var(0) / len(test))
+    error += np.array([0.02 * train[:, 0].mean(), 0.02 * train[:, 1].mean(), *[0.01 * train[:, 0].mean()] * 2])
+    off = np.abs(train.mean(0) - test.mean(0)) / np.maximum(error, 1e-9)
+    worst = float(off.max())
+    parts = (f"{name} {a:.1f} and {b:.1f}" for name, a, b in zip(LOOKS, train.mean(0), test.mean(0), strict=True))
+    swapped = off[2:].max() > 5 and np.abs(train.mean(0)[2:] - test.mean(0)[:1:-1]).max() < 5 * error[2:].max()
+    likely = ["channels-swapped" if swapped else None, "train-test-normalised-differently", "wrong-normalisation"]
+    return Outcome("the same to 5 standard errors", ", ".join(parts), worst < 5, likely, worst / 5)
+
+
+def _looks(images: Tensor) -> NDArray[np.float64]:
+    """Mean and deviation of the pixels, red and blue over green, of at most 2,000 images, (N, 4)."""
+    chosen = images[:: max(1, len(images) // PROBED)].float()
+    flat, (red, green, blue) = chosen.flatten(1), chosen.mean((2, 3)).unbind(1)
+    return torch.stack([flat.mean(1), flat.std(1), red - green, blue - green], 1).double().cpu().numpy()
+
+
+def _source(subject: Subject) -> Outcome:
+    """The files or the embedded digits, read again: every image must have the label it came with."""
+    data = subject.data
+    known = None if data is None else labels_of_source(data.name, subject.promise.config)
+    if data is None or known is None:
+        raise NotApplicable("only the digits and CIFAR-10 can be read again")
+    wrong: dict[str, int] = {}
+    for part, tensor, own in (
+        ("training", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        pictures, labels = tensor.permute(0, 2, 3, 1).cpu().contiguous().numpy(), own.cpu().numpy()
+        pairs = zip(pictures, labels.tolist(), strict=True)
+        wrong[part] = sum(label not in known.get(digest(picture), {label}) for picture, label in pairs)
+    measured = f"{wrong['training']} training and {wrong['test']} test labels differ"
+    likely = ["labels-shuffled" if wrong["training"] else None, "test-labels-wrong" if wrong["test"] else None]
+    return Outcome("every label as it came", measured, not any(wrong.values()), likely)
+
+
+def _disjoint(subject: Subject) -> Outcome:
+    data = subject.data
+    if data is None:
+        raise NotApplicable("the raw images are not known")
+    train = {digest(image) for image in data.train_images.cpu().contiguous().numpy()}
+    test = data.test_images.cpu().contiguous().numpy()
+    shared = sum(digest(image) in train or digest(image[:, :, ::-1]) in train for image in test)
+    allowed = max(1, round(0.002 * len(test)))
+    measured = f"{shared} of {len(test)} test images are also training images"
+    return Outcome(
+        f"at most {allowed} (a data set may hold a picture twice)", measured, shared <= allowed, ["test-in-training"]
+    )
+
+
+def _repeated(subject: Subject) -> Outcome:
+    data = subject.data
+    if data is None:
+        raise NotApplicable("the raw images are not known")
+    parts, worst = [], 0.0
+    for name, images in (("training", data.train_images), ("test", data.test_images)):
+        different = len({digest(image) for image in images.cpu().contiguous().numpy()})
+        parts.append(f"{different} of {len(images)} {name} images differ")
+        worst = max(worst, 1 - different / len(images))
+    expected = f"at least {100 * (1 - MOST_REPEATED):g}% of each part"
+    return Outcome(expected, ", ".join(parts), worst <= MOST_REPEATED, ["images-repeated"], worst / MOST_REPEATED)
+
+
+def _information(subject: Subject) -> Outcome:
+    """Ridge regression from 8 x 8 pixels to the labels: fitted on half of the images, tried on the rest."""
+    x, y = _training_images(subject)
+    half = len(x) // 2
+    classes = int(y.max()) + 1 if subject.promise.num_classes is None else subject.promise.num_classes
+    if half < 10 * classes or classes < 2:
+        raise NotApplicable(f"{len(x)} images are too few for a probe of {classes} classes")
+    weights = _ridge(x[:half], y[:half], classes)
+    held = _score(weights, x[half:], y[half:], classes)
+    test = _test_images(subject)
+    tested = _score(_ridge(x, y, classes), *test, classes) if test is not None else None
+    ok_train = held[1] > SURE
+    ok_test = tested is None or (tested[1] > SURE and tested[0] > 0.5 * held[0])
+    measured = f"{100 * held[0]:.0f}% of training images held out"
+    measured += f", {100 * tested[0]:.0f}% of test images" if tested else ""
+    unsure = [score for score in (held, tested) if score is not None and UNSURE < score[1] <= SURE]
+    if not (ok_train and ok_test) and (unsure or half < max(15 * classes, 100)):
+        raise NotApplicable(f"{measured}: {len(x)} images are too few to tell")
+    likely = ["labels-shuffled", "test-labels-wrong"] if not ok_train else ["test-labels-wrong", "labels-shuffled"]
+    expected = f"clearly above chance, {100 / classes:.0f}%, on both"
+    return Outcome(expected, measured, ok_train and ok_test, likely)
+
+
+def _training_images(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    if subject.data is not None:
+        return _features(subject.data.train_images, subject.data.train_labels)
+    batches = good_batches(subject, 40)
+    return _features(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))
+
+
+def _test_images(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+    if isinstance(subject.data, ImageData):
+        return _features(subject.data.test_images, subject.data.test_labels)
+    if subject.test_batches is None:
+        return None
+    batches = some(subject.test_batches(subject), 40)
+    if not batches or sum(len(b[1]) for b in batches) < 100:
+        return None
+    return _features(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))
+
+
+def _features(images: Tensor, labels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Evenly spread images, averaged to 8 x 8 pixels, standardised, with a constant: (N, features)."""
+    every = max(1, len(images) // PROBED)
+    chosen, y = images[::every][:PROBED].float(), labels[::every][:PROBED].cpu().numpy()
+    order = np.random.default_rng(0).permutation(len(y))  # a sorted data set gives every half all classes
+    small = torch.nn.functional.adaptive_avg_pool2d(chosen, 8) if chosen.dim() == 4 else chosen
+    x = small.flatten(1).double().cpu().numpy()
+    x = (x - x.mean(0)) / (x.std() + 1e-12)
+    return np.hstack([x, np.ones((len(x), 1))])[order], y[order]
+
+
+def _ridge(x: NDArray[np.float64], y: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
+    targets = np.eye(classes)[y] - 1 / classes
+    gram = x.T @ x
+    return np.linalg.solve(gram + 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ targets)
+
+
+def _score(
+    weights: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.int64], classes: int
+) -> tuple[float, float]:
+    """Share of right answers, and how many standard deviations it lies above the most frequent class's share."""
+    right = float(((x @ weights).argmax(1) == y).mean())
+    chance = max(1 / classes, float(np.bincount(y, minlength=classes).max() / len(y)))
+    return right, (right - chance) / math.sqrt(max(chance * (1 - chance), 1e-9) / len(y))

@@ -1,0 +1,57 @@
+"""The doctor beside a run that trains anyway: `python -m experiments.debug_run --doctor`, and anybody's own script.
+
+examination = Examination(run, say)
+examination.begin()                    # before the first step; changes nothing
+examination.step(epoch, step)          # after every step
+examination.epoch(record)              # after every epoch
+report = examination.conclude(checkpoint, result, accuracy)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.doctor import examine
+from experiments.doctor.core.findings import BEFORE, FIRST_STEPS, Report
+from experiments.evaluator import EvalResult
+from experiments.pipeline import Run
+from src.training import EpochRecord, Step
+
+
+class Examination:
+    """All four stages around a run. tell: hears of each stage in one line, as soon as it is known."""
+
+    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
+        self._run, self._tell = run, tell
+        self._subject = examine.Subject.of_run(run)
+        self._watcher = examine.Watcher(self._subject)
+        self.report = Report()
+
+    def begin(self) -> None:
+        """The first two stages, which take some seconds. A run that is taken up has its first steps behind it."""
+        if self._run.history.records or self._run.means.steps:
+            self._tell("doctor: a run that is taken up; what it was before training is not examined again")
+            return
+        self._add(BEFORE, examine.before(self._subject))
+        self._add(FIRST_STEPS, examine.first_steps(self._subject))
+
+    def step(self, epoch: int, step: Step) -> None:
+        """After an update; `epoch` from 0."""
+        self._watcher.step(epoch, step)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """After an epoch was measured and before the next one starts."""
+        self._watcher.epoch(record)
+
+    def conclude(self, checkpoint: Path, result: EvalResult, accuracy: float) -> Report:
+        """What was seen in training, and what was reported of it a second time; returns the whole report."""
+        if self._run.history.records:
+            self.report += self._watcher.report()
+        told = examine.Reported(checkpoint, self._run.history, result, accuracy)
+        self.report += examine.afterwards(self._subject, told)
+        return self.report
+
+    def _add(self, stage: str, found: Report) -> None:
+        self.report += found
+        self._tell(f"doctor: {stage}: {found.line}")

@@ -1,0 +1,250 @@
+"""The doctor: examine a training pipeline in four stages and name what is broken, not only that something is.
+
+    python -m experiments.doctor [--preset smoke] [--data digits] [--seed N] [--epochs N] [--output FOLDER]
+    python -m experiments.doctor --run debug_output
+
+The first trains a short run of its own and examines it before, at its first steps, while it trains, and afterwards.
+`--run FOLDER` examines a finished run. The report is on stdout; notices are on stderr.
+Exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted.
+
+Each stage is a function from a Subject to a Report, so that it can be used alone:
+
+    subject = Subject.of_run(run)                  # or Subject.of_parts(model, optimizer, batches, step)
+    report = before(subject) + first_steps(subject)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments import pipeline
+from experiments.doctor.core.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
+from experiments.doctor.core.subject import Subject, train
+from experiments.doctor.core.ward import RAISED, Broken, Ward, undisturbed
+from experiments.doctor.data.data_checks import data_checks
+from experiments.doctor.network.account_checks import account_checks
+from experiments.doctor.network.baseline_checks import baseline_checks
+from experiments.doctor.network.network_checks import network_checks
+from experiments.doctor.quantizer.grid_checks import grid_checks
+from experiments.doctor.quantizer.joint_checks import joint_checks
+from experiments.doctor.quantizer.quantizer_checks import quantizer_checks
+from experiments.doctor.step.optimizer_checks import optimizer_checks
+from experiments.doctor.step.penalty_checks import penalty_checks
+from experiments.doctor.step.step_checks import step_checks
+from experiments.doctor.training.reported import Reported
+from experiments.doctor.training.training_checks import Watcher
+from experiments.doctor.training.verdict_checks import verdict_checks
+from experiments.pipeline import PRESETS, RunConfig, configure
+from src.runs import CHECKPOINT, RunFolder, load_checkpoint, load_model_state
+from src.storage import RunError, check_writable, fail, say
+from src.training import EpochRecord, History, TrainingError
+
+__all__ = [
+    "Report",
+    "Reported",
+    "Subject",
+    "Watcher",
+    "afterwards",
+    "before",
+    "examine",
+    "first_steps",
+    "while_training",
+]
+
+HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
+QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate": 6e-3}
+"""What the doctor's own run changes of the preset `smoke`: shorter, with faster logits."""
+
+
+def before(subject: Subject) -> Report:
+    """What can be known before training: attachment, quantizers, optimizer, data, network, penalty. Changes nothing."""
+    ward = Ward(BEFORE)
+    with undisturbed(subject):
+        quantizer_checks(ward, subject)
+        grid_checks(ward, subject)
+        joint_checks(ward, subject)
+        optimizer_checks(ward, subject)
+        data_checks(ward, subject)
+        network_checks(ward, subject)
+        baseline_checks(ward, subject)
+        penalty_checks(ward, subject)
+    return ward.report()
+
+
+def first_steps(subject: Subject) -> Report:
+    """What a few real steps show; afterwards everything is as it was. Changes nothing."""
+    ward = Ward(FIRST_STEPS)
+    with undisturbed(subject):
+        step_checks(ward, subject)
+    return ward.report()
+
+
+def while_training(
+    subject: Subject, folder: Path, on_epoch: Callable[[Any], None] | None = None
+) -> tuple[Report, Reported]:
+    """Train the promised epochs and watch; returns what was seen and what the pipeline reported of itself."""
+    watcher, reported = Watcher(subject), Reported()
+    history = History(subject.promise.epochs or 1)
+    try:
+        for record, path in train(_telling(subject), folder, watcher.step):
+            watcher.epoch(record)
+            history.records.append(record)
+            reported.checkpoint = path
+            if on_epoch:
+                on_epoch(record)
+    except TrainingError as error:
+        watcher.failed(error, "loss-not-finite")
+    except Broken as error:
+        watcher.failed(error.__cause__ or error, error.cause)
+    except RAISED as error:  # whatever a part raises is a finding
+        watcher.failed(error, "step-raises")
+    reported.history = history if history.records else None
+    return watcher.report(), reported
+
+
+def _telling(subject: Subject) -> Subject:
+    """The subject whose errors in measuring and saving say that they are from there."""
+
+    def telling(part: Callable[..., Any], cause: str, kind: type) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                found = part(*arguments)
+                if not isinstance(found, kind):
+                    raise TypeError(f"it returned {type(found).__name__}, not {kind.__name__}")
+                return found
+            except TrainingError:
+                raise
+            except RAISED as error:
+                raise Broken(cause, error) from error
+
+        return call
+
+    measure = telling(subject.measure, "measure-raises", EpochRecord) if subject.measure else None
+    save = telling(subject.save, "saving-raises", object) if subject.save else None
+    return replace(subject, measure=measure, save=save)
+
+
+def afterwards(subject: Subject, reported: Reported) -> Report:
+    """Every reported figure a second time, and the healthy list of `experiments.verdict`."""
+    ward = Ward(AFTERWARDS)
+    account_checks(ward, subject, reported)
+    verdict_checks(ward, subject, reported.history)
+    return ward.report()
+
+
+def examine(
+    subject: Subject,
+    folder: Path | None = None,
+    *,
+    stop_when_faulty: bool = False,
+    on_stage: Callable[[str, Report], None] | None = None,
+    on_epoch: Callable[[Any], None] | None = None,
+) -> Report:
+    """All four stages, training the subject in between. folder: for the checkpoint; a temporary one by default.
+
+    stop_when_faulty: leave out the stages after the first that finds a fault. Without `measure` there is no training:
+    the report then ends with the first steps.
+    """
+    with ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="doctor-")))
+        report = Report()
+
+        def add(stage: str, found: Report) -> bool:
+            nonlocal report
+            report += found
+            if on_stage:
+                on_stage(stage, found)
+            return stop_when_faulty and report.faulty
+
+        if add(BEFORE, before(subject)) or add(FIRST_STEPS, first_steps(subject)) or subject.measure is None:
+            return report
+        seen, reported = while_training(subject, place, on_epoch)
+        if add(TRAINING, seen) or reported.history is None:
+            return report
+        add(AFTERWARDS, afterwards(subject, reported))
+        return report
+
+
+def examine_folder(path: Path, report: Callable[[str], None] = say) -> Report:
+    """The last stage on a finished run's folder (checkpoint.pt of `debug_run`). Raises RunError or DataError."""
+    state = load_checkpoint(path / CHECKPOINT)
+    saved = state["config"]
+    config = RunConfig(
+        **{**saved, "exclude_layers": tuple(saved["exclude_layers"]), "given": ("device",), "device": "cpu"}
+    )
+    config, data = pipeline.prepare_data(config, report)
+    if state.get("data_digest") and state["data_digest"] != data.digest:
+        raise RunError(
+            f"the run in {str(path)!r} was trained on other images; put its data back under {config.data_root!r}"
+        )
+    run = pipeline.build_run(config, data)
+    load_model_state(run.model, state["model"])
+    run.history = History.from_json(state["history"])
+    subject = Subject.of_run(run)
+    return afterwards(subject, Reported(checkpoint=path / CHECKPOINT, history=run.history))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        report = examine_folder(Path(options.run)) if options.run else _own_run(options)
+        print(report.text())
+        say(f"{time.perf_counter() - started:.0f} s")
+        if options.output:
+            RunFolder.open(options.output, keep=True).write_json("doctor.json", report.to_json())
+    except ValueError as error:  # every error of the library that bad input can cause is one
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    return FAULTY if report.faulty else HEALTHY
+
+
+def _own_run(options: argparse.Namespace) -> Report:
+    if options.output:
+        check_writable(options.output)
+    changes: dict[str, Any] = {**QUICK} if options.preset == "smoke" else {}
+    asked = {name: getattr(options, name) for name in ("data", "data_root", "epochs", "limit", "seed", "device")}
+    config = configure(options.preset, **changes | {name: value for name, value in asked.items() if value is not None})
+    config, data = pipeline.prepare_data(config, say)
+    run = pipeline.build_run(config, data)
+    say(f"{run.subtitle}; {config.epochs} epochs")
+
+    def told(stage: str, found: Report) -> None:
+        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
+
+    return examine(Subject.of_run(run), on_stage=told, on_epoch=lambda record: say(record.console_line(config.epochs)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.doctor",
+        description="Examine the training pipeline in four stages and name what is broken.",
+        epilog="exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted",
+    )
+    parser.add_argument("--preset", default="smoke", help=f"one of {', '.join(PRESETS)} (default: smoke)")
+    parser.add_argument("--data", help="auto, cifar10, digits or folder:PATH (default: the preset's)")
+    parser.add_argument("--data-root", help="where CIFAR-10 is (default: data)")
+    parser.add_argument("--epochs", type=int, help=f"epochs to train (default: {QUICK['epochs']})")
+    parser.add_argument("--limit", type=int, help="at most so many training and test images (default: all)")
+    parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--output", help="folder for doctor.json (default: none is written)")
+    parser.add_argument("--run", help="examine the finished run in this folder instead of a new one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

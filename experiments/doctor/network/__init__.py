@@ -1,0 +1,1 @@
+"""Checks of the network, its channel groups and the account of compression."""

@@ -1,0 +1,88 @@
+"""Before training: are the penalty's groups those of removable channels? Tested by intervention. Axis: G groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.doctor.core import objective
+from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.network.network_checks import batch_of, scores_of
+from experiments.doctor.step.penalty_diagnosis import parameter_name
+from experiments.doctor.training.unsettled import unsettle
+from utils_quantization import eval_mode
+
+
+def channel_group_checks(ward: Ward, subject: Subject) -> None:
+    """Add the finding about the groups."""
+    ward.check("channel groups", "zeroing a group makes its channel zero for all who read it", _groups, subject)
+
+
+def _groups(subject: Subject) -> Outcome:
+    """Zero everything that makes the channels of random groups; those who read them must see zeros there."""
+    if subject.promise.penalty is None:
+        raise NotApplicable("no penalty on channel groups is promised")
+    grouping = objective.channel_grouping(subject)
+    images, _ = batch_of(subject, 8)
+    random = np.random.default_rng(0)
+    wrong: set[str] = set()
+    with undisturbed(subject):
+        unsettle(subject)
+        subject.model.eval()
+        for _ in range(4):
+            chosen = random.random(grouping.count) < 0.5
+            with undisturbed(subject):
+                wrong |= _intervene(subject, grouping, chosen, images)
+    uncovered = _uncovered(subject, grouping)
+    measured = f"{grouping.count} groups hold" if not wrong else f"not zero where {names(sorted(wrong))} read them"
+    measured += f"; in no group: channels of {names(uncovered)}" if uncovered else ""
+    likely = ["penalty-ignores-shortcut", "penalty-groups-shifted", "penalty-wrong"]
+    return Outcome("zero at every reader", measured, not wrong and not uncovered, likely)
+
+
+def _intervene(subject: Subject, grouping: objective.Grouping, chosen: np.ndarray, images: Tensor) -> set[str]:
+    """Modules that read something else than zero from the channels of the chosen groups."""
+    model = subject.model
+    with torch.no_grad():
+        for member in grouping.members:
+            if member.role != "slice":
+                p = model.get_parameter(parameter_name(model, member.module, member.parameter))
+                rows = torch.from_numpy(np.flatnonzero((member.groups >= 0) & chosen[member.groups]))
+                p.index_fill_(member.dim, rows.to(p.device), 0.0)
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for member in grouping.members:
+        if member.role == "slice":
+            hooks.append(model.get_submodule(member.module).register_forward_pre_hook(_keeper(seen, member.module)))
+    try:
+        with eval_mode(model):
+            scores_of(subject, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wrong = set()
+    for member in grouping.members:
+        if member.role == "slice" and member.module in seen:
+            read = np.flatnonzero((member.groups >= 0) & chosen[member.groups])
+            if bool((seen[member.module][torch.from_numpy(read)] > 0).any()):
+                wrong.add(member.module)
+    return wrong
+
+
+def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], None]:
+    def keep(module: nn.Module, inputs: Any) -> None:
+        x = inputs[0].detach().abs().cpu()
+        seen[name] = x.transpose(0, 1).flatten(1).amax(1)
+
+    return keep
+
+
+def _uncovered(subject: Subject, grouping: objective.Grouping) -> list[str]:
+    """Convolutions with output channels in no group."""
+    whole = {m.module for m in grouping.members if m.role == "filter" and (m.groups >= 0).all()}
+    return [n for n, m in subject.model.named_modules() if isinstance(m, nn.Conv2d) and n not in whole]

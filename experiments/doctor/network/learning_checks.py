@@ -1,0 +1,75 @@
+"""While training: does the network learn, and does nothing break down? Luck plays a part, so this is judged late and
+loosely, from the records of the epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names
+from experiments.doctor.training.record_checks import Look
+
+FEWEST_STEPS = 60  # updates below which accuracy is not judged
+
+
+def learning_checks(ward: Ward, subject: Subject, looks: Sequence[Look], steps: int, first_epoch: int) -> None:
+    """Add the findings about loss, accuracy and layers. steps: updates that were seen; first_epoch: from 0."""
+    classes = subject.promise.num_classes
+    ward.check("the loss falls", "the network learns its training set", _falls, looks, steps, first_epoch, classes)
+    ward.check("above chance", "the test accuracy leaves chance", _chance, looks, steps, classes)
+    ward.check("no collapse", "accuracy does not break down", _collapse, looks, classes)
+    ward.check("no layer dies", "every layer keeps a live filter", _alive, looks)
+
+
+def _enough(looks: Sequence[Look], count: int) -> None:
+    if len(looks) < count:
+        raise NotApplicable(f"{len(looks)} epochs were recorded; this needs {count}")
+
+
+def _falls(looks: Sequence[Look], steps: int, first_epoch: int, classes: int | None) -> Outcome:
+    _enough(looks, 2)
+    first, last = looks[0].record.task_loss, min(look.record.task_loss for look in looks[1:])
+    if first_epoch:
+        raise NotApplicable(f"the watch began with epoch {first_epoch + 1}")
+    if steps < FEWEST_STEPS:
+        raise NotApplicable(f"{first:.2f} -> {last:.2f} in {steps} steps, too few to tell")
+    chance = math.log(classes or 10)
+    ok = last < first and last < chance
+    likely = ["labels-shuffled", "learning-rate-too-large", "learning-rate-zero", "stuck-at-chance"]
+    return Outcome(f"below {min(first, chance):.2f}", f"{first:.2f} -> {last:.2f}", ok, likely)
+
+
+def _chance(looks: Sequence[Look], steps: int, classes: int | None) -> Outcome:
+    _enough(looks, 2)
+    best = max(look.record.accuracy for look in looks)
+    if classes is None or steps < FEWEST_STEPS:
+        raise NotApplicable(f"{100 * best:.1f}% after {steps} steps, too few to tell")
+    floor = min(1.5 / classes, (1 + 1 / classes) / 2)
+    likely = ["labels-shuffled", "stuck-at-chance", "learning-rate-too-large"]
+    likely += ["test-labels-wrong", "batchnorm-in-eval"]
+    return Outcome(f"above {100 * floor:.0f}%", f"{100 * best:.1f}% at best", best > floor, likely)
+
+
+def _collapse(looks: Sequence[Look], classes: int | None) -> Outcome:
+    _enough(looks, 4)
+    accuracies = [look.record.accuracy for look in looks]
+    best, last = max(accuracies), max(accuracies[-2:])
+    if best < 3 / (classes or 10):
+        raise NotApplicable(f"the best epoch reached {100 * best:.1f}%, which is no height to fall from")
+    likely = ["accuracy-collapsed", "coefficient-too-large", "penalty-dominates", "learning-rate-too-large"]
+    fell = accuracies.index(best)
+    if any(look.record.coefficient > 0 for look in looks[fell:]):
+        likely = ["coefficient-too-large", "accuracy-collapsed", "penalty-dominates", "learning-rate-too-large"]
+    measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
+    return Outcome(f"above {50 * best:.0f}%, half of the best", measured, last > best / 2, likely)
+
+
+def _alive(looks: Sequence[Look]) -> Outcome:
+    _enough(looks, 1)
+    last = looks[-1]
+    if not last.layers:
+        raise NotApplicable("no layer is quantized")
+    dead = [layer.name for layer in last.layers if all(layer.dead)]
+    expected, measured = "a live filter in every layer", names(dead) or "all live"
+    return Outcome(expected, measured, not dead, ["layer-died", "coefficient-too-large"])

@@ -1,0 +1,1 @@
+"""Checks of the quantizer against its equations."""

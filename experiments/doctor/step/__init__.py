@@ -1,0 +1,1 @@
+"""Checks of one step: loss, penalty, gradients, update, coefficient."""

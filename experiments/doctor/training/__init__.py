@@ -1,0 +1,1 @@
+"""Checks of a whole training and of what it reported: records, checkpoints, continuity, verdict."""

@@ -1,0 +1,228 @@
+"""Small computations behind the walkthrough's explanations, and its tables.
+
+Each returns plain arrays or a table; experiments/lesson_figures.py draws them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pandas.io.formats.style import Styler
+from torch import Tensor, nn
+
+from experiments.evaluator import EvalResult
+from experiments.figures import BLUE, Curve, left_aligned, names_left, plain_table, result_css, wash
+from experiments.pipeline import FAILED, Verdict
+from metrics import QuantizationComparison
+from src.pruning import ChannelGroups, account
+from src.quantizer import DeadZoneLDZCompander
+from src.training import Objective, make_optimizer, parameter_groups, squared_logits
+from utils_quantization import eval_mode
+
+Values = NDArray[np.float64]
+
+
+def dead_zone_logit(share: float) -> float:
+    """theta_dz whose dead zone takes `share` of the range: 1 - |tanh theta| = share, so theta = artanh(1 - share)."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: need more than 0 (no dead zone takes an infinite logit) and at most 1")
+    return math.atanh(1 - share)
+
+
+def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
+    """A quantizer whose dead zone takes `share` of the range, with `bits` bits."""
+    return DeadZoneLDZCompander(
+        fixed_bit_val=bits, max_bits=max(bits, 2), init_deadzone_logit=dead_zone_logit(share), learnable_bit=False
+    )
+
+
+@torch.no_grad()
+def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> Curve:
+    """Weights from -reach to reach and what the quantizer makes of them, for a layer whose range R is 1.
+
+    One weight in a hundred lies beyond R, as R asks for: there the quantizer cuts off.
+    """
+    inner, outer = torch.linspace(-1, 1, 3961, dtype=torch.float64), torch.linspace(1, reach, 21, dtype=torch.float64)
+    w = torch.cat([-outer.flip(0)[:-1], inner, outer[1:]])
+    quantizer = fixed_quantizer(share, bits).double()
+    range_ = quantizer.grid(w).range  # the 0.99-quantile of these weights: 1 but for the spacing of the grid
+    return name, w.numpy() / range_.item(), quantizer(w).numpy() / range_.item()
+
+
+def logit_trajectories(
+    steps: int, learning_rate: float, decay: float, start: float = 3.0
+) -> tuple[NDArray[np.int64], dict[str, Values], dict[str, Values]]:
+    """A dead-zone logit without any task gradient, under AdamW with the decay in both forms.
+
+    Returns the steps, the logit for "decoupled decay" and "squares in the loss", and the share of normally distributed
+    weights that fall into the dead zone at each logit.
+    """
+    paths = {
+        "decoupled decay": _logit_path(steps, learning_rate, decay, 0.0, start),
+        "squares in the loss": _logit_path(steps, learning_rate, 0.0, decay, start),
+    }
+    zeros = {name: _zeros_of_normal_weights(path) for name, path in paths.items()}
+    return np.arange(steps + 1), paths, zeros
+
+
+def optimizer_table(optimizer: torch.optim.Optimizer, objective: Objective) -> Styler:
+    """The optimizer's groups: how many numbers each trains, how fast, and where its 0.01 acts."""
+    squares = {"logit_dz": objective.lambda_dz, "logit_bit": objective.lambda_bit}
+    return plain_table(
+        {
+            "group": group["name"],
+            "numbers": f"{sum(p.numel() for p in group['params']):,}",
+            "learning rate": f"{group['lr']:g}",
+            "decay by the optimizer": f"{group['weight_decay']:g}",
+            "weight of its squares in the loss": f"{squares.get(group['name'], 0):g}",
+        }
+        for group in optimizer.param_groups
+    )
+
+
+def group_table(groups: ChannelGroups, number: int) -> pd.DataFrame:
+    """What one channel group holds, a row per parameter."""
+    kinds = {0: "filter", 1: "slice that reads it"}
+    rows = []
+    for module, parameter, dim, indices in groups.slices(number):
+        vector = {"weight": "scale", "bias": "shift"}
+        is_norm = "bn" in module.rpartition(".")[2] or any(
+            m.role == "scale" and m.module == module for m in groups.members
+        )
+        rows.append(
+            {
+                "layer": module,
+                "part": vector[parameter] if is_norm else kinds[dim],
+                "index": ", ".join(map(str, indices)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def layer_table(result: EvalResult) -> Styler:
+    """Compression a layer at a time, with the network's totals in the last row."""
+    table = pd.DataFrame(result.rows())
+    total = {
+        "layer": "network",
+        "weights": table["weights"].sum(),
+        "bits": np.average(table["bits"], weights=table["weights"]),
+        "zeros": np.average(table["zeros"], weights=table["weights"]),
+        **{name: table[name].sum() for name in table.columns[4:]},
+    }
+    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
+    formats = {"weights": "{:,.0f}", "bits": "{:.1f}", "zeros": "{:.1%}"} | dict.fromkeys(table.columns[4:], "{:,.0f}")
+    styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], color=wash(BLUE), vmin=0, vmax=1)
+    return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"}))
+
+
+def ratio_table(result: EvalResult) -> Styler:
+    """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network."""
+    structured, unstructured = result.structured_stats, result.unstructured_stats
+    rows = [
+        (
+            "every non-zero weight",
+            unstructured.total_macs,
+            result.unstructured_mac_ratio,
+            result.unstructured_bops_ratio,
+        ),
+        (
+            "whole channels, removed exactly",
+            structured.total_macs,
+            result.structured_mac_ratio,
+            result.structured_bops_ratio,
+        ),
+    ]
+    table = pd.DataFrame(rows, columns=["what counts", "MACs per image", "fewer MACs", "fewer BOPs"])
+    table["share of FP32 BOPs"] = 1 / table["fewer BOPs"]
+    formats = {
+        "MACs per image": "{:,}",
+        "fewer MACs": "{:.2f}x",
+        "fewer BOPs": "{:.2f}x",
+        "share of FP32 BOPs": "{:.2%}",
+    }
+    return names_left(table.style.hide(axis="index").format(formats))
+
+
+@torch.no_grad()
+def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) -> list[dict[str, str]]:
+    """What counting every dead filter as a channel of zeros would claim, beside what exact removal leaves.
+
+    The claim is the same account for a copy of the network in which BatchNorm's output is forced to 0 wherever the
+    filter in front of it is dead; the change is the largest difference that this makes to a logit of `images`.
+    """
+    claimed = copy.deepcopy(model).eval()
+    modules = dict(claimed.named_modules())
+    flows = account(model)
+    dead = {flow.name: flow.dead_out for flow in flows.layers}
+    made_by = {op.name: op.module for op in flows.ops}
+    for op in flows.ops:
+        producer = made_by.get(op.inputs[0]) if op.kind == "batchnorm" else None
+        if producer in dead and op.module:
+            norm, filters = cast(nn.BatchNorm2d, modules[op.module]), torch.from_numpy(dead[producer])
+            for tensor in (norm.bias, cast(Tensor, norm.running_mean)):
+                tensor[filters.to(tensor.device)] = 0
+    counted = sum(layer.dead_out.sum() for layer in flows.layers)
+    moving = sum(int((np.nan_to_num(flows.settled(layer.name)) != 0).sum()) for layer in flows.layers)
+    claim = QuantizationComparison().calculate_stats(claimed).total_macs
+    with eval_mode(model):
+        change = (claimed(images) - model(images)).abs().max().item()
+    true = result.structured_stats.total_macs
+    note = f"largest change of a logit: {change:.2g}"
+    return [
+        {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
+        {
+            "count": f"{moving} of them constants other than 0, folded in or carried",
+            "MACs": f"{true:,}",
+            "outputs": "unchanged",
+        },
+    ]
+
+
+def verdict_table(verdict: Verdict) -> Styler:
+    """The findings, what failed first."""
+    order = sorted(verdict.findings, key=lambda finding: finding.status != FAILED)
+    rows = [
+        {
+            "result": finding.status,
+            "what": finding.name,
+            "expected": finding.expected,
+            "measured": finding.measured,
+            "if it fails, look at": finding.look_at,
+        }
+        for finding in order
+    ]
+    styled = left_aligned(pd.DataFrame(rows)).map(result_css, subset=["result"])
+    return styled.set_properties(**{"white-space": "normal"})
+
+
+def _logit_path(steps: int, learning_rate: float, decay: float, weight: float, start: float) -> Values:
+    quantizer = nn.Sequential(DeadZoneLDZCompander(init_deadzone_logit=start, learnable_bit=False))
+    groups = parameter_groups(
+        quantizer,
+        learning_rate=learning_rate,
+        dz_learning_rate=learning_rate,
+        bit_learning_rate=learning_rate,
+        dz_decay=decay,
+    )
+    optimizer = make_optimizer(groups)
+    logit = cast(DeadZoneLDZCompander, quantizer[0]).logit_dz
+    path = [start]
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=False)
+        torch.autograd.backward(squared_logits(quantizer, weight, 0.0) + 0 * logit)
+        optimizer.step()
+        path.append(logit.item())
+    return np.array(path)
+
+
+def _zeros_of_normal_weights(logits: Values) -> Values:
+    """P(|w| <= d / 2) for w normal with R its 0.99-quantile of |w|: erf(R (1 - |tanh theta|) / sqrt 2), R = 2.5758."""
+    range_ = 2.5758293035489004
+    half = range_ * (1 - np.abs(np.tanh(logits)))
+    return torch.erf(torch.from_numpy(half / math.sqrt(2))).numpy()

@@ -1,0 +1,71 @@
+"""From a configuration to a trained, judged run: presets, the stages, the loop, reading a run back, the verdict.
+
+The script and the notebook are two thin callers of these functions.
+"""
+
+from __future__ import annotations
+
+from experiments.pipeline.compression import compress, removal_map
+from experiments.pipeline.config import DEBUG, PRESETS, ConfigError, RunConfig, configure
+from experiments.pipeline.costs import dense_macs, relative_bops
+from experiments.pipeline.loop import TrainingLoop, epoch_settings
+from experiments.pipeline.run import Run
+from experiments.pipeline.saved_run import LoadedRun, config_from_json, contents, load_run, read_summary
+from experiments.pipeline.stages import (
+    attach,
+    build_network,
+    build_optimizer,
+    build_run,
+    compression_table,
+    described,
+    evaluate_run,
+    expected_layers,
+    judge_run,
+    prepare_data,
+    save_figures,
+    summary,
+)
+from experiments.pipeline.timing import Take, at_least, spread, synchronize, time_in_turns
+from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge
+
+__all__ = [
+    "DEBUG",
+    "FAILED",
+    "NOT_JUDGED",
+    "PASSED",
+    "PRESETS",
+    "ConfigError",
+    "LoadedRun",
+    "Run",
+    "RunConfig",
+    "Take",
+    "TrainingLoop",
+    "Verdict",
+    "at_least",
+    "attach",
+    "build_network",
+    "build_optimizer",
+    "build_run",
+    "compress",
+    "compression_table",
+    "config_from_json",
+    "configure",
+    "contents",
+    "dense_macs",
+    "described",
+    "epoch_settings",
+    "evaluate_run",
+    "expected_layers",
+    "judge",
+    "judge_run",
+    "load_run",
+    "prepare_data",
+    "read_summary",
+    "relative_bops",
+    "removal_map",
+    "save_figures",
+    "spread",
+    "summary",
+    "synchronize",
+    "time_in_turns",
+]

@@ -1,0 +1,184 @@
+"""From zeros to a smaller network: the stages of compression, every figure of each measured here and now.
+
+FP32        the dense network the run started from: its own accuracy is not known, it was never trained
+quantized   the trained network with its quantizers on: zeros in place, computed as a dense network
+compacted   the same function in an ordinary, smaller network (src/compaction.py)
+packed      that network in one file of entropy-coded integers (src/packing.py), read back
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pandas.io.formats.style import Styler
+from torch import Tensor, nn
+
+from experiments.evaluator import EvalResult
+from experiments.figures import names_left
+from experiments.pipeline.run import Run
+from experiments.pipeline.timing import spread, time_in_turns
+from metrics import QuantizationComparison
+from src.data import test_batches
+from src.export import PackReport, pack, unpack
+from src.pruning import CompactNetwork, account, compact
+from src.training import predict
+
+KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table. Costs are per image; what does not apply to a stage is None.
+
+    relative_time: of a forward pass over the dense network's, as `relative_times` has it.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    structured_bops: float
+    unstructured_bops: float | None
+    stored_bytes: int
+    accuracy: float | None
+    relative_time: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The stages of one run, the smaller network, and the proofs that it computes the same.
+
+    largest_difference: of the logits of 256 test images between the quantized and the compacted network, relative to
+        the largest logit, in float64 and float32.
+    same_predictions: compacted and unpacked give the quantized network's class for every test image.
+    """
+
+    stages: tuple[Stage, ...]
+    network: CompactNetwork
+    packed: PackReport
+    largest_difference: Mapping[str, float]
+    same_predictions: bool
+
+    def table(self) -> Styler:
+        """The stages as a table; a dash where a figure does not apply."""
+        rows = [
+            {
+                "stage": stage.name,
+                "parameters": f"{stage.parameters:,}",
+                "MACs": f"{stage.macs:,}",
+                "BOPs, channels": _giga(stage.structured_bops),
+                "BOPs, non-zero": "-" if stage.unstructured_bops is None else _giga(stage.unstructured_bops),
+                "bytes": f"{stage.stored_bytes:,}",
+                "accuracy": "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
+                "time / FP32's": _ratio(stage.relative_time),
+            }
+            for stage in self.stages
+        ]
+        styled = pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "right"})
+        return names_left(styled)
+
+    def proof(self) -> str:
+        """The equality checks in words."""
+        differences = ", ".join(f"{value:.1e} in {name}" for name, value in self.largest_difference.items())
+        images = (
+            "the same class for every test image" if self.same_predictions else "OTHER CLASSES FOR SOME TEST IMAGES"
+        )
+        return f"largest relative difference of a logit: {differences}\n{images}"
+
+
+def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path) -> Compression:
+    """Compact and pack the trained network of `run` to `path`, and measure every stage.
+
+    Raises what `compact` and `pack` raise.
+    """
+    model = run.model.eval()
+    network = compact(model)
+    report = pack(model, path, force=True)
+    read_back = unpack(path).to(run.device)
+    sample, _ = next(test_batches(run.data, 64))
+    networks = {"FP32 at the start": baseline.eval(), "quantized": model, "compacted": network, "packed": read_back}
+    speed = relative_times(networks, sample)
+    predictions = {name: predict(net, run.data)[0] for name, net in networks.items() if name != "FP32 at the start"}
+    accuracy = {name: int((found == run.data.test_labels).sum()) / len(found) for name, found in predictions.items()}
+    structured, unstructured = result.structured_stats, result.unstructured_stats
+    dense = QuantizationComparison().set_baseline(baseline)
+    in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
+    dense_bytes = report.fp32_state_bytes
+    rows = {
+        "FP32 at the start": (_count(baseline), dense.total_macs, dense.total_bops, None, dense_bytes),
+        "quantized": (_count(baseline), in_place.total_macs, in_place.total_bops, unstructured.total_bops, dense_bytes),
+        "compacted": (_count(network), structured.total_macs, structured.total_bops, None, report.compact_state_bytes),
+        "packed": (_count(read_back), structured.total_macs, structured.total_bops, None, report.file_bytes),
+    }
+    stages = [Stage(name, *row, accuracy.get(name), speed[name]) for name, row in rows.items()]
+    same = all(torch.equal(found, predictions["quantized"]) for found in predictions.values())
+    return Compression(tuple(stages), network, report, differences(model, network, run), same)
+
+
+@torch.no_grad()
+def differences(model: nn.Module, network: CompactNetwork, run: Run) -> dict[str, float]:
+    """Largest |difference| of logits over 256 test images, relative to the largest logit, in both precisions."""
+    images, _ = next(test_batches(run.data, 256))
+    found = {}
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+        if dtype == torch.float64 and run.device.type == "mps":
+            continue  # MPS has no float64
+        original = copy.deepcopy(model).to(dtype).eval()
+        smaller = compact(original) if dtype == torch.float64 else network
+        wide = images.to(dtype)
+        reference = original(wide)
+        found[name] = ((smaller(wide) - reference).abs().max() / reference.abs().max()).item()
+    return found
+
+
+def relative_times(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, dict[str, Any]]:
+    """Time of one forward pass of `images` over the first network's in the same round: median and quartiles, by name.
+
+    The networks take turns, so that a machine that slows down slows all of them.
+    """
+    takes = {name: partial(network, images) for name, network in networks.items()}
+    with torch.inference_mode():
+        seconds = time_in_turns(takes, rounds, images.device)
+    first = next(iter(seconds.values()))
+    return {name: spread([a / b for a, b in zip(times, first, strict=True)]) for name, times in seconds.items()}
+
+
+def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
+    """What becomes of each output channel: layer names, and for each an array of kept, zero, constant or unread.
+
+    kept: still there after removal. zero, constant: always that value after BatchNorm and ReLU, folded away. unread:
+    nothing that reaches the output reads it.
+    """
+    names, fates = [], []
+    ledger = account(model)
+    for layer in ledger.layers:
+        value = ledger.settled(layer.name)
+        fate = np.full(layer.out_channels, UNREAD, dtype="<U8")
+        fate[~np.isnan(value)] = CONSTANT
+        fate[value == 0] = ZERO
+        fate[layer.kept_out] = KEPT
+        names.append(layer.name)
+        fates.append(fate)
+    return names, fates
+
+
+def _ratio(figures: Mapping[str, Any]) -> str:
+    if figures["low"] == figures["high"]:
+        return f"{figures['median']:.2f}"
+    return f"{figures['median']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

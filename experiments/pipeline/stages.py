@@ -1,0 +1,218 @@
+"""From a configuration to a trained, evaluated run: the steps that the script and the notebook share.
+
+data -> network -> quantizers -> optimizer -> epochs -> evaluation. Each step is a function that can be called alone:
+the notebook does so, the script runs them one after another.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from experiments import figures
+from experiments.evaluator import EvalResult, Evaluator
+from experiments.pipeline.config import RunConfig, suited_to
+from experiments.pipeline.run import Run
+from experiments.pipeline.verdict import Verdict, judge
+from experiments.sparsity import coupled_group_lasso
+from resnet import NETWORKS, ResNet
+from src import runs, training
+from src.data import ImageData, load_data, steps_per_epoch
+from src.quantizer import DeadZoneLDZCompander
+from src.runs import RunFolder
+from src.training import History, keep_freed_memory, repeatable
+from utils_quantization import attach_weight_quantizers, quantized_layers
+
+
+def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
+    """Load the data, and the configuration that suits it; `report` hears where that is not the one asked for.
+
+    Raises DataError or TrainingError (absent device). Also prepares this process: src/memory.py, and
+    `repeatable` in src/devices.py.
+    """
+    keep_freed_memory()
+    device = training.pick_device(config.device)
+    repeatable(device)
+    data = load_data(config.data, config.data_root, config.limit, report)
+    suited = suited_to(config, data.name)
+    if suited != config and report:
+        report(
+            f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: batches of {suited.batch_size}, "
+            f"{suited.epochs} epochs"
+        )
+    count = len(data.train_labels)
+    if suited.batch_size > count:
+        suited = replace(suited, batch_size=max(2, count))
+        if report:
+            report(f"batch size lowered to {count}: there are no more training images")
+    return suited, data.to(device)
+
+
+def build_network(config: RunConfig, data: ImageData, device: torch.device) -> ResNet:
+    """The full-precision network, from `config.seed`, laid out for speed."""
+    torch.manual_seed(config.seed)
+    network = NETWORKS[config.model](data.num_classes, config.shortcut)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def attach(config: RunConfig, model: nn.Module) -> list[str]:
+    """Attach the quantizers `config` describes and return the layers' names."""
+    return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, config.quantizer_kwargs)
+
+
+def expected_layers(config: RunConfig, model: nn.Module) -> list[str]:
+    """The layers that should have a quantizer, found without the patterns: every convolution but the first.
+
+    That is what the presets' exclusion list means. With a list of one's own it is what was attached.
+    """
+    if config.exclude_layers != RunConfig("").exclude_layers:
+        return list(quantized_layers(model))
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][1:]
+
+
+def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the three groups: weights, dead-zone logits, bit-width logits."""
+    return training.make_optimizer(training.parameter_groups(model, **config.group_kwargs))
+
+
+def build_run(config: RunConfig, data: ImageData) -> Run:
+    """All of the above, in order, for a configuration and data from `prepare_data`."""
+    device = data.train_images.device
+    model = build_network(config, data, device)
+    attached = attach(config, model)
+    return Run(
+        config=config,
+        data=data,
+        device=device,
+        precision=training.pick_precision(config.precision, device),
+        model=model,
+        attached=attached,
+        optimizer=build_optimizer(config, model),
+        objective=config.objective(coupled_group_lasso(model) if config.peak > 0 else None),
+        history=History(config.epochs),
+    )
+
+
+def evaluate_run(run: Run) -> tuple[EvalResult, float]:
+    """Compression against the dense FP32 network, and the test accuracy computed in float32."""
+    baseline = NETWORKS[run.config.model](run.data.num_classes, run.config.shortcut)
+    result = Evaluator(baseline).evaluate(run.model)
+    return result, training.evaluate(run.model, run.data)[1]
+
+
+def judge_run(run: Run) -> Verdict:
+    """What `experiments.verdict.judge` says of a finished run."""
+    steps = len(run.history) * steps_per_epoch(run.data, run.config.batch_size)
+    return judge(run.history, run.config, run.data.num_classes, expected_layers(run.config, run.model), steps)
+
+
+def save_figures(run: Run, folder: RunFolder) -> list[str]:
+    """Write the four diagnostic plots; returns their names. One that cannot be drawn or written is a warning."""
+    from experiments.figures import png_bytes
+
+    subtitle, chance = run.subtitle, 1 / run.data.num_classes
+    drawings: dict[str, Callable[[], Figure]] = {
+        "accuracy_curve.png": lambda: figures.accuracy_curve(run.history, subtitle=subtitle, chance=chance),
+        "sparsity_curves.png": lambda: figures.sparsity_curves(run.history, subtitle=subtitle),
+        "channel_liveness.png": lambda: figures.channel_liveness(run.history.last.layers, subtitle=subtitle),
+        "per_layer_channels.png": lambda: figures.per_layer_channels(run.history.last.layers, subtitle=subtitle),
+    }
+    written = []
+    for name, draw in drawings.items():
+        try:
+            data = png_bytes(draw())
+        except Exception as error:  # whatever a drawing library can raise: no picture is worth a run
+            text = f"{name} could not be drawn: {type(error).__name__}: {error}; the run goes on"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            continue
+        if folder.try_write(name, data):
+            written.append(name)
+    return written
+
+
+def described(config: RunConfig, data: ImageData, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What a run is, before it has any result: configuration, data, machine, versions."""
+    return {
+        "config": asdict(config),
+        "data": {
+            "name": data.name,
+            "title": data.title,
+            "notice": data.notice,
+            "train_images": len(data.train_labels),
+            "test_images": len(data.test_labels),
+            "classes": list(data.class_names),
+            "sha256": data.digest,
+        },
+        "machine": runs.machine(device, precision),
+        "versions": runs.versions(),
+    }
+
+
+def summary(
+    run: Run, result: EvalResult, accuracy: float, judged: Verdict, diagnosis: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one."""
+    last, structured = run.history.last, result.structured_stats
+    baseline_bops = structured.total_bops * result.structured_bops_ratio
+    results = {
+        "epochs": len(run.history),
+        "accuracy": last.accuracy,
+        "accuracy_float32": accuracy,
+        "unstructured_sparsity": last.unstructured_sparsity,
+        "structured_sparsity": last.structured_sparsity,
+        "mean_bits": last.mean_bits,
+        "structured_macs": structured.total_macs,
+        "structured_mac_ratio": result.structured_mac_ratio,
+        "structured_bops_ratio": result.structured_bops_ratio,
+        "unstructured_macs": result.unstructured_stats.total_macs,
+        "unstructured_mac_ratio": result.unstructured_mac_ratio,
+        "unstructured_bops_ratio": result.unstructured_bops_ratio,
+        "relative_bops": result.unstructured_stats.total_bops / baseline_bops if baseline_bops else 0.0,
+        "seconds": sum(record.seconds for record in run.history),
+    }
+    return {
+        **described(run.config, run.data, run.device, run.precision),
+        "quantized_layers": run.attached,
+        # A network of which nothing is left has ratios that JSON cannot hold.
+        "results": {name: value if math.isfinite(value) else None for name, value in results.items()},
+        "verdict": judged.to_json(),
+        **({"doctor": dict(diagnosis)} if diagnosis is not None else {}),
+    }
+
+
+def compression_table(result: EvalResult, accuracy: float) -> str:
+    """Compression a layer at a time, and in total, as text."""
+    header = (
+        f"{'layer':<16} {'bits':>4} {'zeros':>7} {'dead':>8} {'left':>8} {'MACs non-zero':>14} {'MACs removed':>13}"
+    )
+    lines = [header, "-" * len(header)]
+    for row in result.rows():
+        lines.append(
+            f"{row['layer']:<16} {row['bits']:>4.0f} {100 * float(row['zeros']):>6.1f}% "
+            f"{row['dead filters']:>3}/{row['channels']:<4} {row['channels left']:>3}/{row['channels']:<4} "
+            f"{row['MACs, non-zero weights']:>14,} {row['MACs, after removal']:>13,}"
+        )
+    lines += [
+        "-" * len(header),
+        f"{'network':<16} {'':>4} {'':>7} {'':>8} {'':>8} {result.unstructured_stats.total_macs:>14,} "
+        f"{result.structured_stats.total_macs:>13,}",
+        _ratios(
+            "Unstructured:", result.unstructured_mac_ratio, result.unstructured_bops_ratio, "every non-zero weight"
+        ),
+        _ratios(
+            "Structured:", result.structured_mac_ratio, result.structured_bops_ratio, "after exact channel removal"
+        ),
+        f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%",
+    ]
+    return "\n".join(lines)
+
+
+def _ratios(kind: str, macs: float, bops: float, meaning: str) -> str:
+    return f"{kind:<13} {macs:.2f}x fewer MACs, {bops:.2f}x fewer BOPs than dense FP32 ({meaning})"

@@ -1,0 +1,294 @@
+"""Images in memory, and the batches a training run draws from them.
+
+    data -> ImageData (uint8) -> epoch_batches: shuffle, random crop, flip, normalise -> float32 batches
+
+All images are uint8 on one device; augmentation is batched tensor work there, without loader processes. Axis letters:
+N images, 3 colour channels (RGB), H = W = 32 pixels, C classes, B batch, p crop padding. Images have the shape
+(N, 3, H, W) and channels_last strides, so their bytes lie as (N, H, W, 3). mean and std are in units of 0..1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD, obtain, read_images
+from src.data.download import DataError, Report
+from src.data.image_sources import SIZE, ImageSet, Statistics, read_digits, read_folder, statistics
+
+__all__ = [
+    "CIFAR10_MEAN",
+    "CIFAR10_STD",
+    "DataError",
+    "ImageData",
+    "augment",
+    "epoch_batches",
+    "load_data",
+    "normalize",
+    "steps_per_epoch",
+    "test_batches",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A training and a test set of 32 x 32 RGB images, checked and brought to channels_last when it is built.
+
+    images: uint8 (N, 3, 32, 32); labels: int64 (N,), 0 <= label < C. `title` is for figures; `notice` is one sentence
+    where the data is not what was ideally wanted, and is empty otherwise. Raises DataError for other shapes or values.
+    """
+
+    name: str
+    title: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: Statistics
+    std: Statistics
+    notice: str = ""
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE) or not len(images):
+                got = f"{images.dtype} {tuple(images.shape)}"
+                raise DataError(f"{part} images: got {got}, need uint8 (N, 3, {SIZE}, {SIZE}), at least one")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                got = f"{labels.dtype} {tuple(labels.shape)}"
+                raise DataError(f"{part} labels: got {got}, need int64 ({len(images)},), one an image")
+            low, high = (int(value) for value in labels.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise DataError(f"{part} labels: got {low}..{high}, need 0..{self.num_classes - 1}, one name a class")
+            # Frozen only means that nobody else assigns; the layout is settled here once.
+            object.__setattr__(self, f"{part}_images", images.contiguous(memory_format=torch.channels_last))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise DataError(f"mean={self.mean}, std={self.std}: need three numbers each, one a channel, and std > 0")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over shapes, image bytes as (N, H, W, 3) and labels; the same on every device."""
+        sha = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            sha.update(repr((tuple(images.shape), tuple(labels.shape))).encode())
+            sha.update(images.permute(0, 2, 3, 1).cpu().contiguous().numpy().data)
+            sha.update(labels.cpu().contiguous().numpy().astype("<i8", copy=False).data)
+        return sha.hexdigest()
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data on another device."""
+        parts = ("train_images", "train_labels", "test_images", "test_labels")
+        moved = replace(self, **{part: getattr(self, part).to(device) for part in parts})
+        if "digest" in self.__dict__:
+            moved.__dict__["digest"] = self.digest
+        return moved
+
+    def limited(self, limit: int | None) -> ImageData:
+        """`limit` training and at most `limit` test images: of every class its first ones, as evenly as they allow.
+
+        The order, mean and std stay. None, or a limit beyond what is there, keeps all. Raises DataError below C.
+        """
+        if limit is None:
+            return self
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < self.num_classes:
+            raise DataError(
+                f"limit={limit!r}: need a whole number from {self.num_classes} (one image a class) to "
+                f"{len(self.train_labels)}, or None for all images"
+            )
+        train = _balanced(self.train_labels, limit, self.num_classes)
+        test = _balanced(self.test_labels, limit, self.num_classes)
+        return replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+        )
+
+
+def load_data(
+    data: str = "auto", root: str | Path = "data", limit: int | None = None, report: Callable[[str], None] | None = None
+) -> ImageData:
+    """Load a dataset into memory. `report` receives progress and notices, a line at a time.
+
+    auto: CIFAR-10 where it is complete under `root` (unpacked, or as its tar.gz), else the digits with a notice.
+    cifar10: CIFAR-10, downloaded to `root` where missing. digits: scikit-learn's handwritten digits.
+    folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class.
+    Raises DataError for an unknown name, damaged or missing files, or a limit out of range.
+    """
+    say: Report = report or (lambda line: None)
+    kind, colon, path = data.partition(":") if isinstance(data, str) else ("", "", "")
+    if kind == "folder" and colon:
+        found = read_folder(path, say)
+        title = f"images of {Path(path).expanduser().resolve().name}"
+        loaded = _image_data("folder", title, found, statistics(found[0][0]))
+    elif data == "digits":
+        loaded = _digits()
+    elif data in ("auto", "cifar10"):
+        root = Path(os.path.expanduser(root))  # unlike Path.expanduser it leaves a home that nobody has as it is
+        if obtain(root, say, download=data == "cifar10"):
+            loaded = _image_data("cifar10", "CIFAR-10", read_images(root), (CIFAR10_MEAN, CIFAR10_STD))
+        else:
+            notice = (
+                f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "
+                "(1,797 small images); its numbers say nothing "
+                "about CIFAR-10; DATA=cifar10 (or --data cifar10) downloads that (170 MB)."
+            )
+            loaded = replace(_digits(), notice=notice)
+            say(f"NOTICE: {notice}")
+    else:
+        near = difflib.get_close_matches(str(data).lower(), ("auto", "cifar10", "digits"), 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; give one of these names"
+        raise DataError(f"unknown data {data!r}: choose auto, cifar10, digits or folder:PATH{hint}")
+    return loaded.limited(limit)
+
+
+def epoch_batches(
+    data: ImageData,
+    batch_size: int,
+    generator: torch.Generator,
+    *,
+    crop_padding: int = 4,
+    flip: bool = True,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled, augmented, normalised training batches: float32 (B, 3, 32, 32) channels_last, int64 (B,).
+
+    The last incomplete batch is dropped unless it is the only one. The CPU `generator` gives all random numbers of the
+    epoch when this function is called: permutation, crop offsets, flips, in this order and whatever the options. So
+    neither the device nor `start`, the number of batches to skip, changes the draw. Raises DataError for bad options.
+    """
+    count, steps = len(data.train_labels), steps_per_epoch(data, batch_size)
+    if generator.device.type != "cpu":
+        raise DataError(f"generator on {generator.device}: need a CPU generator, so that devices draw alike")
+    if not 0 <= crop_padding <= SIZE:
+        raise DataError(f"crop_padding={crop_padding}: need 0 (no crop) to {SIZE}; 4 is usual")
+    if not 0 <= start <= steps:
+        raise DataError(f"start={start}: need 0..{steps}, the batches of an epoch; resume with the same batch size")
+    order = torch.randperm(count, generator=generator)
+    offsets = torch.randint(2 * crop_padding + 1, (count, 2), generator=generator)
+    flips = torch.rand(count, generator=generator) < 0.5
+    # One transfer an epoch. Column 0 picks the image, 1 and 2 the crop, 3 whether to flip.
+    draws = torch.cat([order[:, None], offsets, (flips & flip)[:, None]], dim=1).to(data.train_images.device)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start, steps):
+            picked = draws[step * batch_size : (step + 1) * batch_size]
+            index = picked[:, 0]
+            images = _rows(data.train_images).index_select(0, index).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
+            if crop_padding or flip:
+                images = augment(images, picked[:, 1:3], picked[:, 3].bool(), crop_padding)
+            yield normalize(images, data.mean, data.std), data.train_labels.index_select(0, index)
+
+    return batches()
+
+
+def steps_per_epoch(data_or_count: ImageData | int, batch_size: int) -> int:
+    """Training batches an epoch: floor(N / B), at least 1. Raises DataError where B is not a whole number >= 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(f"batch_size={batch_size!r}: need a whole number >= 1; 512 suits CIFAR-10, 48 the digits")
+    count = data_or_count if isinstance(data_or_count, int) else len(data_or_count.train_labels)
+    return max(1, count // batch_size)
+
+
+def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """All test images in order, normalised, B at a time (the last batch may be smaller)."""
+    steps_per_epoch(data, batch_size)
+    for first in range(0, len(data.test_labels), batch_size):
+        part = slice(first, first + batch_size)
+        yield normalize(data.test_images[part], data.mean, data.std), data.test_labels[part]
+
+
+test_batches.__test__ = False  # type: ignore[attr-defined]  # its name does not make it a test for pytest
+
+
+def augment(images_uint8: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Crop each image out of its zero-padded (black) self, then mirror it left to right where its flip is True.
+
+    Worked case: padding 4, offset (row 4, column 4), no flip is the identity; offset (0, 4) moves the picture 4 pixels
+    down. images: uint8 (B, 3, H, W); offsets: int64 (B, 2), row and column, 0..2p; flips: bool (B,), all on one device.
+    Returns uint8 (B, 3, H, W), channels_last. A pure function of its arguments.
+    """
+    count, _, height, width = images_uint8.shape
+    wide, tall = width + 2 * padding, height + 2 * padding
+    inner = (slice(padding, padding + height), slice(padding, padding + width))
+    # Each image and its mirror lie padded in one stretch of bytes; a crop is H runs of 3 W bytes, and a mirrored crop
+    # is a plain crop of the mirror. So the whole batch is one row gather from overlapping runs, without copying pixels
+    # one by one.
+    padded = images_uint8.new_zeros(2, count, tall, wide, 3)
+    padded[0][:, inner[0], inner[1]] = images_uint8.permute(0, 2, 3, 1)
+    padded[1][:, inner[0], inner[1]] = images_uint8.flip(3).permute(0, 2, 3, 1)
+    runs = padded.view(-1).unfold(0, 3 * width, 3)
+    device = images_uint8.device
+    image = torch.arange(count, device=device) + count * flips
+    column = torch.where(flips, 2 * padding - offsets[:, 1], offsets[:, 1])
+    row = (image * tall + offsets[:, 0])[:, None] + torch.arange(height, device=device)
+    crops = runs.index_select(0, (row * wide + column[:, None]).view(-1))
+    return crops.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def normalize(images_uint8: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(image / 255 - mean) / std for each channel: uint8 (B, 3, H, W) to float32, same shape, channels_last."""
+    count, _, height, width = images_uint8.shape
+    pixels = images_uint8.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(count, -1)
+    scale, shift = _affine(tuple(mean), tuple(std), height * width, images_uint8.device)
+    out = pixels.to(torch.float32)
+    torch.addcmul(shift, out, scale, out=out)
+    return out.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scale 1 / (255 std) and shift -mean / std, repeated for every pixel so that one multiply-add is contiguous."""
+    deviation, centre = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+    scale, shift = (1 / (255 * deviation)).float(), (-centre / deviation).float()
+    return scale.repeat(pixels).to(device), shift.repeat(pixels).to(device)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in channels_last as (N, 3 H W), without a copy."""
+    return images.permute(0, 2, 3, 1).reshape(len(images), -1)
+
+
+def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
+    """Indices, in order, of `limit` images: round after round the next image of every class that has one left."""
+    values = labels.cpu()
+    if limit >= len(values):
+        return torch.arange(len(values), device=labels.device)
+    turn = torch.empty_like(values)
+    for label in range(classes):
+        own = values == label
+        turn[own] = torch.arange(int(own.sum()))
+    chosen = torch.argsort(turn * classes + values, stable=True)[:limit]
+    return chosen.sort().values.to(labels.device)
+
+
+def _digits() -> ImageData:
+    found = read_digits()
+    return _image_data("digits", "handwritten digits (embedded stand-in for CIFAR-10)", found, statistics(found[0][0]))
+
+
+def _image_data(name: str, title: str, found: ImageSet, mean_and_std: tuple[Statistics, Statistics]) -> ImageData:
+    """What a source gave, its images (N, H, W, 3), as an ImageData."""
+    *parts, class_names = found
+    tensors = [
+        (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), torch.from_numpy(labels))
+        for images, labels in parts
+    ]
+    return ImageData(name, title, *tensors[0], *tensors[1], tuple(class_names), *mean_and_std)

@@ -1,0 +1,32 @@
+"""How channels flow through a network, which can be removed exactly, and the smaller network that is left.
+
+One description, read off the torch.fx graph, serves the penalty's groups, the liveness of channels and the removal.
+"""
+
+from __future__ import annotations
+
+from src.pruning.compact_description import CompactionError, Shape, Step, state_shapes, value_shapes
+from src.pruning.compact_network import CompactNetwork
+from src.pruning.compaction import compact
+from src.pruning.graph import GraphError, Op, trace
+from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
+from src.pruning.liveness import LayerFlow, account
+
+__all__ = [
+    "ChannelGroups",
+    "CompactNetwork",
+    "CompactionError",
+    "GraphError",
+    "LayerFlow",
+    "Member",
+    "Op",
+    "Shape",
+    "Step",
+    "account",
+    "channel_groups",
+    "compact",
+    "groups_of",
+    "state_shapes",
+    "trace",
+    "value_shapes",
+]

@@ -1,0 +1,244 @@
+"""Which channels of a network can be taken out exactly, and what is then left of every layer.
+
+Worked case, a basic block. If filter 3 of conv1 is zero, the channel behind it is not zero but *constant*: BatchNorm
+turns 0 into beta - gamma mean / sqrt(var + eps), ReLU passes that on where it is positive, and at the border conv2's
+zero padding makes its effect differ from the middle. It can still be removed: one channel of ones carries all constants
+of conv2.
+
+Axis letters: O output channels, I input channels, k kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from src.pruning.graph import Op, trace
+from src.pruning.groups import CHANNELWISE
+from utils_quantization import shared_quantized_weights
+
+Flags = NDArray[np.bool_]
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """One convolution or linear layer in the account.
+
+    in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
+    constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
+    dead_out: whether all weights of the filter are zero (O,).
+    kept_out, kept_in: indices of the output channels, and of the input channels read by them, after exact removal.
+    carries_constants: whether the layer then needs one more input channel, of ones, for the constants it reads.
+    """
+
+    name: str
+    kind: str
+    out_channels: int
+    in_channels: int
+    constant_out: Values
+    dead_out: Flags
+    kept_out: NDArray[np.int64]
+    kept_in: NDArray[np.int64]
+    carries_constants: bool
+    pixels: int
+
+    @property
+    def inputs_after_removal(self) -> int:
+        return len(self.kept_in) + int(self.carries_constants)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What exact removal would keep. Arrays by operation name, one entry per channel of its output.
+
+    constant: the value where the channel is the same for every image and pixel, NaN where it is live.
+    kept: live, and read by something that reaches the output.
+    """
+
+    ops: tuple[Op, ...]
+    constant: dict[str, Values]
+    kept: dict[str, Flags]
+    layers: tuple[LayerFlow, ...]
+
+    def settled(self, layer: str) -> Values:
+        """What a layer's constant output channels come to after the BatchNorm and ReLU behind it, NaN for live, (O,).
+
+        A dead filter gives 0 at first, which BatchNorm turns into its shift and ReLU limits from below.
+        """
+        name = next(op.name for op in self.ops if op.module == layer)
+        while True:
+            readers = [op for op in self.ops if name in op.inputs]
+            if len(readers) != 1 or readers[0].kind not in ("batchnorm", "relu", "pass"):
+                return self.constant[name]
+            name = readers[0].name
+
+
+@torch.no_grad()
+def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Account:
+    """Follow every channel of `model` as it would compute in eval mode, with the quantizers as they are switched.
+
+    Forwards: a channel is constant where every weight that reads a live channel is zero, and where no nonzero constant
+    is read through zero padding. Backwards: a live channel is kept where a nonzero weight of a kept channel reads it.
+    Works in float64. Raises src.graph.GraphError where the network cannot be traced.
+    """
+    ops = trace(model, input_size)
+    modules = dict(model.named_modules())
+    with shared_quantized_weights(model):
+        weights = {
+            op.name: _numpy(cast(Tensor, modules[op.module].weight))
+            for op in ops
+            if op.kind in ("conv", "linear") and op.module
+        }
+        counted_whole = {
+            op.name: _numpy(modules[op.module].weight)
+            for op in ops
+            if op.kind == "opaque" and op.module and isinstance(modules[op.module], (nn.Conv2d, nn.Linear))
+        }
+    whole = _whole(ops)
+    constant: dict[str, Values] = {}
+    for op in ops:
+        value = _constant(
+            op, modules.get(op.module or ""), weights.get(op.name), [constant[name] for name in op.inputs]
+        )
+        constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
+    kept = _kept(ops, constant, weights, whole)
+    layers = [
+        _layer(op, modules[op.module], weights[op.name], constant, kept)
+        if op.name in weights
+        else _opaque_layer(op, counted_whole[op.name])
+        for op in ops
+        if op.module and (op.name in weights or op.name in counted_whole)
+    ]
+    return Account(tuple(ops), constant, kept, tuple(layers))
+
+
+def _constant(op: Op, module: nn.Module | None, weight: Values | None, sources: list[Values]) -> Values:
+    """The constants of one operation's output, NaN for live channels."""
+    if weight is not None:
+        return _constant_of_layer(cast(nn.Module, module), weight, sources[0])
+    if op.kind == "batchnorm":
+        norm = cast(nn.BatchNorm2d, module)
+        scale, shift = batchnorm_affine(norm)
+        return np.where(scale == 0, shift, scale * sources[0] + shift)
+    if op.kind == "relu":
+        return np.where(np.isnan(sources[0]), np.nan, np.maximum(sources[0], 0))
+    if op.kind == "add":
+        return sources[0] + sources[1]
+    if op.kind == "pad":
+        padded = np.zeros(op.channels)
+        padded[op.settings["before"] : op.settings["before"] + len(sources[0])] = sources[0]
+        return padded
+    if op.kind == "flatten":
+        return sources[0].repeat(op.settings["area"])
+    if op.kind in CHANNELWISE:
+        return sources[0].copy()
+    return np.full(op.channels, np.nan)
+
+
+def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Values:
+    reads = _reads(weight)
+    live = np.isnan(source)
+    value = np.where(live, 0, source)
+    moving = reads[:, live].any(axis=1)
+    if is_padded(module):  # a nonzero constant read through zero padding differs between border and middle
+        moving |= reads[:, value != 0].any(axis=1)
+    bias = getattr(module, "bias", None)
+    fixed = weight.reshape(*weight.shape[:2], -1).sum(axis=2) @ value + (0 if bias is None else _numpy(bias))
+    return np.where(moving, np.nan, fixed)
+
+
+def _kept(
+    ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Values], whole: set[str]
+) -> dict[str, Flags]:
+    needed = {op.name: np.full(op.channels, op.kind == "input" or op.name in whole) for op in ops}
+    for op in reversed(ops):
+        wanted = needed[op.name] & np.isnan(constant[op.name])
+        if op.name in weights:
+            needed[op.inputs[0]] |= _reads(weights[op.name])[wanted].any(axis=0)
+        elif op.kind == "pad":
+            before = op.settings["before"]
+            needed[op.inputs[0]] |= wanted[before : before + len(needed[op.inputs[0]])]
+        elif op.kind == "flatten":
+            needed[op.inputs[0]] |= wanted.reshape(-1, op.settings["area"]).any(axis=1)
+        elif op.kind in CHANNELWISE:
+            for name in op.inputs:
+                needed[name] |= wanted
+    return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
+
+
+def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]) -> LayerFlow:
+    source = constant[op.inputs[0]]
+    reads = _reads(weight)[kept[op.name]].any(axis=0)  # (I,): by a kept output channel
+    live = np.isnan(source)
+    return LayerFlow(
+        name=cast(str, op.module),
+        kind=op.kind,
+        out_channels=weight.shape[0],
+        in_channels=weight.shape[1],
+        constant_out=constant[op.name],
+        dead_out=np.asarray(~_reads(weight).any(axis=1)),
+        kept_out=np.flatnonzero(kept[op.name]),
+        kept_in=np.flatnonzero(reads & live),
+        carries_constants=bool(is_padded(module) and (reads & ~live & (source != 0)).any()),
+        pixels=op.height * op.width,
+    )
+
+
+def _opaque_layer(op: Op, weight: Values) -> LayerFlow:
+    """A grouped or shared layer: nothing of it is removed, but its cost counts."""
+    outputs, inputs = weight.shape[:2]
+    return LayerFlow(
+        name=cast(str, op.module),
+        kind=op.kind,
+        out_channels=outputs,
+        in_channels=inputs,
+        constant_out=np.full(outputs, np.nan),
+        dead_out=np.asarray(~_reads(weight).any(axis=1)),
+        kept_out=np.arange(outputs),
+        kept_in=np.arange(inputs),
+        carries_constants=False,
+        pixels=op.height * op.width,
+    )
+
+
+def is_padded(module: nn.Module) -> bool:
+    """Whether a layer reads beyond its input's border."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(size > 1 for size in module.kernel_size)
+    return any(size > 0 for size in module.padding)
+
+
+def batchnorm_affine(norm: nn.BatchNorm2d) -> tuple[Values, Values]:
+    """BatchNorm in eval mode as scale and shift, float64: y = scale x + shift, both (C,)."""
+    mean, variance = _numpy(cast(Tensor, norm.running_mean)), _numpy(cast(Tensor, norm.running_var))
+    scale = 1 / np.sqrt(variance + norm.eps)
+    if norm.affine:
+        scale = scale * _numpy(norm.weight)
+    return scale, (_numpy(norm.bias) if norm.affine else 0) - mean * scale
+
+
+def _whole(ops: Sequence[Op]) -> set[str]:
+    """Operations whose output must stay whole because the network's output or an opaque operation reads it."""
+    whole: set[str] = {op.name for op in ops if op.kind in ("opaque", "input")}
+    for op in reversed(ops):
+        if op.kind in ("output", "opaque") or (op.name in whole and op.kind in CHANNELWISE):
+            whole.update(op.inputs)
+    return whole
+
+
+def _reads(weight: Values) -> Flags:
+    """Which output channel reads which input channel, through any weight that is not zero, (O, I)."""
+    return np.asarray(weight.reshape(*weight.shape[:2], -1).any(axis=2))
+
+
+def _numpy(tensor: Tensor) -> Values:
+    return tensor.detach().cpu().double().numpy()  # in this order: MPS has no float64

@@ -1,0 +1,30 @@
+"""A run on the disk: its folder, checkpoint, snapshots of the weights, and the environment it was made in.
+
+An interrupted run is resumed from here, bit for bit; an earlier one moves to previous/ and is never deleted.
+"""
+
+from __future__ import annotations
+
+from src.runs.checkpoint import CHECKPOINT, Progress, load_checkpoint, load_model_state
+from src.runs.earlier_runs import PREVIOUS, SUMMARY
+from src.runs.environment import machine, versions
+from src.runs.folder import RunFolder
+from src.runs.snapshots import EDGES, REACH, SNAPSHOTS, LayerSnapshot, SnapshotError, Snapshots
+
+__all__ = [
+    "CHECKPOINT",
+    "EDGES",
+    "PREVIOUS",
+    "REACH",
+    "SNAPSHOTS",
+    "SUMMARY",
+    "LayerSnapshot",
+    "Progress",
+    "RunFolder",
+    "SnapshotError",
+    "Snapshots",
+    "load_checkpoint",
+    "load_model_state",
+    "machine",
+    "versions",
+]

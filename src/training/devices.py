@@ -1,0 +1,91 @@
+"""Where and in what arithmetic a network is trained."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class TrainingError(ValueError):
+    """Training cannot go on: a device that is absent, or a loss that is no longer a number."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes MPS, then CUDA, then the CPU. Raises TrainingError for an absent one."""
+    if name not in DEVICES:
+        raise TrainingError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}")
+    present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in present.items() if here))
+    if not present[name]:
+        here = [kind for kind, found in present.items() if found]
+        raise TrainingError(f"device {name!r} is not present here: use one of {', '.join(here)}, or auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of forward and backward passes: torch.float32 or torch.bfloat16.
+
+    "auto" takes bfloat16 where the hardware multiplies it (AVX512_BF16 or AMX on a CPU, any CUDA device that supports
+    it): elsewhere it is emulated and slower. Weights, logits, BatchNorm statistics and optimizer state are float32.
+    """
+    if name not in PRECISIONS:
+        raise TrainingError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision on `device`, or nothing where `precision` is float32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def repeatable(device: torch.device) -> None:
+    """Let this process compute the same bits every time on a CUDA device; elsewhere nothing has to be done.
+
+    Sums whose order is left to chance are exchanged for ordered ones where CUDA has them; torch warns of an operation
+    for which it has none. To be called before the first matrix product, which fixes cuBLAS's workspace.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a launch per tensor
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more
+NEVER_TRIM = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Set glibc's allocator, for this process, to keep freed blocks of up to 32 MB for the next allocation.
+
+    Returns whether it was done; False where the C library is another one, which changes nothing. Results do not depend
+    on it.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all((mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD), mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)))

@@ -1,0 +1,82 @@
+"""What a network does on the test set, and what its quantized layers look like.
+
+Axis letters: N test images, O output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.data import ImageData, test_batches
+from src.training.devices import autocast
+from src.training.history import LayerRecord
+from src.training.interrupts import raise_pending
+from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
+
+EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Mean cross entropy and share of right answers over the whole test set, in eval mode, with the quantizers as they
+    are switched. The model's mode is restored."""
+    predicted, loss = predict(model, data, batch_size, precision)
+    return loss, int((predicted == data.test_labels).sum()) / len(predicted)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
+    """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
+    predicted, losses = [], []
+    with eval_mode(model), shared_quantized_weights(model), autocast(data.test_images.device, precision):
+        for images, labels in test_batches(data, batch_size):
+            raise_pending()  # an interruption need not wait for the whole test set
+            scores = model(images).float()
+            losses.append(F.cross_entropy(scores, labels, reduction="sum"))
+            predicted.append(scores.argmax(1))
+    return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
+
+
+@torch.no_grad()
+def layer_records(model: nn.Module) -> tuple[LayerRecord, ...]:
+    """Bits, dead zone, zeros and dead filters of every quantized layer, measured on the quantized weights."""
+    layers = quantized_layers(model)
+    with shared_quantized_weights(model):
+        weights = {name: cast(Tensor, layer.weight).flatten(1) for name, layer in layers.items()}
+    records = []
+    for name, layer in layers.items():
+        quantizer = cast(Any, quantizer_of(layer))
+        zero = weights[name] == 0
+        records.append(
+            LayerRecord(
+                name=name,
+                bits=float(quantizer.get_bitwidth()),
+                dead_zone=float(quantizer.dead_zone_share()),
+                sparsity=int(zero.sum()) / zero.numel(),
+                dead=tuple(zero.all(1).tolist()),
+            )
+        )
+    return tuple(records)
+
+
+def summary(layers: tuple[LayerRecord, ...], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Network-wide figures from the layers'; `sizes`: number of weights of each.
+
+    unstructured_sparsity: share of all quantized weights that are 0. structured_sparsity: share of all their output
+    channels whose filter is entirely 0. mean_bits: plain mean over layers.
+    """
+    weights = sum(sizes[layer.name] for layer in layers)
+    return {
+        "unstructured_sparsity": sum(layer.sparsity * sizes[layer.name] for layer in layers) / weights,
+        "structured_sparsity": sum(layer.dead_channels for layer in layers) / sum(layer.channels for layer in layers),
+        "mean_bits": sum(layer.bits for layer in layers) / len(layers),
+    }

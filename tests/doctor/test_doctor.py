@@ -1,0 +1,394 @@
+"""The doctor on the project's own pipeline and on others, with bad input, and without side effects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments import pipeline
+from experiments.doctor import Report, Subject, Watcher, before, first_steps, report_figure, report_table
+from experiments.doctor.causes.causes import CAUSES, causes
+from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, NOT_APPLICABLE, PASSED, Finding
+from experiments.doctor.core.promise import Promise
+from experiments.doctor.core.subject import Parts, build_subject
+from experiments.doctor.examine import examine, main
+from experiments.pipeline import RunConfig, configure
+from resnet import NETWORKS
+from src.data import ImageData
+from src.quantizer import DeadZoneLDZCompander
+from src.runs import CHECKPOINT, RunFolder
+from src.storage import folder_lock
+from tests.faults.fault import small_config, small_data, small_network
+from tests.faults.power_page import OWN_PIPELINE
+from utils_quantization import attach_weight_quantizers, toggle_quantization
+
+WIDTHS = (4, 8, 16)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> tuple[RunConfig, ImageData]:
+    config = configure("smoke", limit=240, epochs=2, batch_size=24, delay=0, device="cpu", precision="fp32")
+    return pipeline.prepare_data(config)
+
+
+@pytest.fixture
+def subject(prepared: tuple[RunConfig, ImageData]) -> Subject:
+    return build_subject(*prepared, replace(Parts(), network=small_network))
+
+
+def keys(report: Report, name: str) -> list[str]:
+    """The causes of the failed finding called `name`."""
+    found = [finding for finding in report.findings if finding.name == name and finding.failed]
+    assert found, f"{name} did not fail: {report.text(passed=False)}"
+    return [cause.key for cause in found[0].causes]
+
+
+def everything(subject: Subject) -> dict[str, Any]:
+    """All state that an examination might disturb."""
+    model, optimizer = subject.model, subject.optimizer
+    return {
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "switches": [getattr(module, "enabled", None) for module in model.modules()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "moments": {id(p): {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()},
+        "random": torch.get_rng_state(),
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
+    }
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def test_examining_before_training_leaves_every_bit_as_it_was(subject: Subject) -> None:
+    images, labels = subject.first_batches(1)[0]
+    subject.take_step(images, labels, 0.0)  # so that moments and gradients are there
+    subject.model.layer1.eval()  # type: ignore[operator]
+    kept = everything(subject)
+    before(subject)
+    first_steps(subject)
+    now = everything(subject)
+    assert [name for name in kept if not same(kept[name], now[name])] == []
+
+
+def test_the_run_after_an_examination_is_the_run_without_one(prepared: tuple[RunConfig, ImageData]) -> None:
+    ends = []
+    for examined in (False, True):
+        built = build_subject(*prepared, replace(Parts(), network=small_network))
+        if examined:
+            before(built)
+            first_steps(built)
+        for images, labels in built.first_batches(3):
+            built.take_step(images, labels, 0.01)
+        ends.append(built.model.state_dict())
+    assert same(dict(ends[0]), dict(ends[1]))
+
+
+def test_a_healthy_pipeline_passes_all_four_stages(subject: Subject, tmp_path: Path) -> None:
+    report = examine(subject, tmp_path)
+    assert report.failed == (), report.text(passed=False)
+    stages = {finding.stage for finding in report.findings if finding.status == PASSED}
+    assert len(stages) == 4
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("settings", [{"learnable_bit": False}, {"regularization": "decoupled"}, {"peak": 0.0}])
+def test_other_forms_of_the_method_raise_no_alarm(
+    prepared: tuple[RunConfig, ImageData], settings: dict[str, Any]
+) -> None:
+    config, data = prepared
+    built = build_subject(replace(config, **settings), data, replace(Parts(), network=small_network))
+    report = before(built) + first_steps(built)
+    assert report.failed == (), report.text(passed=False)
+
+
+class PlainNetwork(nn.Module):
+    """Someone's own network: no residual connection, a hidden linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 8, 3, stride=2)
+        self.hidden, self.head = nn.Linear(8 * 9, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.norm(self.first(x)))))
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+class OwnPipeline:
+    """A plain network, SGD and a step function that holds both."""
+
+    def __init__(self, quantized: bool = True) -> None:
+        torch.manual_seed(3)
+        self.model = PlainNetwork()
+        if quantized:
+            attach_weight_quantizers(self.model, ["first"], DeadZoneLDZCompander, {})
+        self.optimizer: Any = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        labels = torch.arange(96) % 3
+        images = torch.randn(96, 1, 8, 8) + labels[:, None, None, None].float() - 1
+        order = torch.randperm(96)
+        self.batches = [(images[part], labels[part]) for part in order.split(32)]
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def subject(self, **parts: Any) -> Subject:
+        return Subject.of_parts(self.model, self.optimizer, self.batches, self.step, **parts)
+
+
+def test_a_pipeline_of_ones_own_with_sgd_passes() -> None:
+    own = OwnPipeline()
+    report = examine(own.subject(tests=own.batches, promise=Promise(num_classes=3, input_size=(1, 8, 8))))
+    assert report.failed == (), report.text(passed=False)
+    passed = {finding.name for finding in report.findings if finding.status == PASSED}
+    assert {"update", "gradients", "one batch", "only what it should", "toggling", "loss at the start"} <= passed
+
+
+def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    code = OWN_PIPELINE.partition("```python\n")[2].partition("```")[0]
+    torch.manual_seed(0)
+    place: dict[str, Any] = {}
+    exec(code, place)
+    assert not place["report"].faulty, capsys.readouterr().out
+    assert "DOCTOR: no fault found" in capsys.readouterr().out
+
+
+def test_sgd_with_another_momentum_than_its_rule_is_seen() -> None:
+    own = OwnPipeline()
+    plain = own.step
+
+    def twice(images: Tensor, labels: Tensor) -> Tensor:
+        loss = plain(images, labels)
+        with torch.no_grad():
+            own.model.head.bias.add_(0.5)
+        return loss
+
+    report = first_steps(Subject.of_parts(own.model, own.optimizer, own.batches, twice))
+    assert "update-wrong" in keys(report, "update")[:2]
+
+
+def test_a_network_without_quantizers_is_a_finding_and_the_rest_goes_on() -> None:
+    report = examine(OwnPipeline(quantized=False).subject())
+    assert keys(report, "layers quantized")[0] == "no-quantizers"
+    assert [finding.name for finding in report.failed] == ["layers quantized"]
+    assert any(finding.name == "one batch" and finding.status == PASSED for finding in report.findings)
+
+
+class SignDescent:
+    """An optimizer that is not torch's: p <- p - rate sign(gradient)."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], rate: float) -> None:
+        self.parameters, self.rate, self.calls = list(parameters), rate, 0
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.calls += 1
+        for p in self.parameters:
+            if p.grad is not None:
+                p.sub_(self.rate * p.grad.sign())
+
+
+def test_an_optimizer_of_ones_own_is_examined_and_left_as_it_was() -> None:
+    own = OwnPipeline()
+    own.optimizer = SignDescent(own.model.parameters(), 0.003)
+    kept = {name: value.clone() for name, value in own.model.state_dict().items()}
+    report = examine(own.subject())
+    assert own.optimizer.calls == 0
+    assert same(kept, dict(own.model.state_dict()))
+    status = {finding.name: finding.status for finding in report.findings}
+    assert status["kind of optimizer"] == NOT_APPLICABLE
+    assert status["one batch"] == PASSED
+    assert report.failed == (), report.text(passed=False)
+
+
+def test_another_kind_of_optimizer_than_promised_is_a_finding(subject: Subject) -> None:
+    other = torch.optim.SGD(subject.model.parameters(), lr=0.01)
+    report = before(replace(subject, optimizer=other))
+    assert keys(report, "kind of optimizer") == ["other-optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "cause"),
+    [
+        ([], "loader-empty"),
+        ([(torch.zeros(4, 1, 8, 8), torch.zeros(4, 2))], "loader-shapes"),
+        ([(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 7]))], "loader-shapes"),
+        ([torch.zeros(4, 1, 8, 8)], "loader-shapes"),
+    ],
+)
+def test_a_loader_that_gives_nothing_usable_is_a_finding(batches: list[Any], cause: str) -> None:
+    own = OwnPipeline()
+    own.batches = batches
+    report = examine(own.subject(promise=Promise(num_classes=3)))
+    assert keys(report, "batches")[0] == cause
+    assert any(finding.name == "toggling" and finding.status == PASSED for finding in report.findings)
+
+
+def test_a_loader_that_raises_is_a_finding() -> None:
+    def broken(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise OSError("the disk is gone")
+
+    own = OwnPipeline()
+    report = examine(Subject.of_parts(own.model, own.optimizer, broken, own.step))
+    assert keys(report, "batches") == ["loader-raises"]
+    assert "the disk is gone" in next(f.measured for f in report.failed if f.name == "batches")
+
+
+def test_a_step_that_raises_is_a_finding_and_leaves_the_network_alone() -> None:
+    own = OwnPipeline()
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        own.step(images, labels)
+        raise RuntimeError("no such thing")
+
+    kept = {name: value.clone() for name, value in own.model.state_dict().items()}
+    report = examine(Subject.of_parts(own.model, own.optimizer, own.batches, step))
+    assert keys(report, "a step runs")[0] == "step-raises"
+    assert same(kept, dict(own.model.state_dict()))
+    assert not own.optimizer.state
+    assert any(finding.stage == BEFORE and finding.status == PASSED for finding in report.findings)
+
+
+def test_quantizers_switched_off_are_named_first(subject: Subject) -> None:
+    toggle_quantization(subject.model, False)
+    report = before(subject)
+    assert report.diagnosis[0].key == "quantizers-off"
+
+
+def test_a_coefficient_that_is_used_but_not_promised_is_named(subject: Subject) -> None:
+    report = before(replace(subject, coefficient=lambda epoch: 1.0))
+    assert keys(report, "coefficient's schedule")[0] == "coefficient-too-large"
+
+
+def test_a_watcher_sees_a_record_of_another_epoch(subject: Subject) -> None:
+    from experiments.doctor.core.subject import train
+
+    watcher = Watcher(subject)
+    for record, _ in train(subject, None, watcher.step):
+        watcher.epoch(replace(record, epoch=record.epoch - 1))
+    assert keys(watcher.report(), "records follow the epochs")[0] == "history-shifted"
+
+
+def watched(run: pipeline.Run, *, restart_at: int | None = None, from_step: int = 0) -> Watcher:
+    """A watcher of all epochs; a fresh one from step `from_step` of the run on; deaf for two steps from restart_at."""
+    watcher, count = Watcher(Subject.of_run(run)), 0
+    while len(run.history) < run.config.epochs:
+        for step in pipeline.steps_left(run):
+            if count == from_step:
+                watcher = Watcher(Subject.of_run(run))
+            if count >= from_step and (restart_at is None or not restart_at <= count < restart_at + 2):
+                watcher.step(len(run.history), step)
+            count += 1
+        record = pipeline.finish_epoch(run)
+        if count > from_step:
+            watcher.epoch(record)
+    return watcher
+
+
+@pytest.mark.parametrize(
+    "settings", [{"restart_at": 9}, {"restart_at": 19}, {"from_step": 33}, {"from_step": 40}], ids=str
+)
+def test_a_watcher_that_misses_steps_raises_no_alarm(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(epochs=4)
+    monkeypatch.setitem(NETWORKS, "small", lambda classes, shortcut: small_network(config, small_data()))
+    run = pipeline.build_run(replace(config, model="small"), small_data())
+    watcher = watched(run, **settings)
+    assert watcher.missed
+    report = watcher.report()
+    assert not report.faulty, report.text(passed=False)
+    statuses = {finding.name: finding.status for finding in report.findings}
+    assert statuses["records follow the epochs"] == PASSED
+    assert statuses["coefficient applied"] == PASSED
+    watcher.looks[-1] = replace(watcher.looks[-1], record=replace(watcher.looks[-1].record, coefficient=7.0))
+    assert keys(watcher.report(), "coefficient applied")
+
+
+def test_a_report_puts_failures_of_early_stages_first_and_counts_their_causes() -> None:
+    late = Finding("b", "", FIRST_STEPS, "", "", FAILED, causes("no-update", "learning-rate-zero"))
+    early = Finding("a", "", BEFORE, "", "", FAILED, causes("learning-rate-zero"))
+    passed = Finding("c", "", BEFORE, "", "", PASSED)
+    report = Report((late, passed)) + Report((early,))
+    assert [finding.name for finding in report.worst_first] == ["a", "b", "c"]
+    # learning-rate-zero: 1 from the early stage, 1/2 x 1/2 from the later; no-update: 1/2
+    assert [cause.key for cause in report.diagnosis] == ["learning-rate-zero", "no-update"]
+    assert report.to_json()["state"] == "faulty"
+    assert "[learning-rate-zero]" in report.text()
+
+
+def test_every_cause_says_what_it_is_and_what_to_do() -> None:
+    for cause in CAUSES.values():
+        assert cause.text.endswith("."), cause.key
+        assert cause.remedy, cause.key
+
+
+def test_figure_and_table_show_what_failed() -> None:
+    early = Finding("one thing", "", BEFORE, "1", "2", FAILED, causes("learning-rate-zero"))
+    report = Report((early, Finding("another", "", FIRST_STEPS, "", "", PASSED)))
+    figure = report_figure(report, subtitle="a test")
+    assert "1 of 2 checks failed" in figure.get_label()
+    assert "one thing" in " ".join(text.get_text() for text in figure.axes[0].texts)
+    table = report_table(report).to_html()
+    assert "learning rate is 0" in table
+    assert "rgba(" in table
+    assert "color: #" not in table, "a text colour of its own would be unreadable on a dark page"
+    marked = report_table(Report((replace(early, measured="in `weights` <3"),))).to_html()
+    assert "in <code>weights</code> &lt;3" in marked
+
+
+def test_bad_input_of_the_command_is_exit_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--run", str(tmp_path / "nothing")]) == 2
+    assert main(["--preset", "nonsense"]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, data = pipeline.prepare_data(configure("smoke", limit=60, epochs=1, batch_size=30, device="cpu"))
+    run = pipeline.build_run(config, data)
+    for _ in pipeline.train_epochs(run):
+        pass
+    folder = RunFolder.open(tmp_path / "run")
+    folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
+    folder_lock.release(folder.path)
+    assert main(["--run", str(folder.path)]) == 0, capsys.readouterr().out
+    state = torch.load(folder.path / CHECKPOINT, weights_only=True)
+    state["history"]["records"][-1]["unstructured_sparsity"] += 0.1
+    torch.save(state, folder.path / CHECKPOINT)
+    assert main(["--run", str(folder.path)]) == 1
+    assert "sparsity" in capsys.readouterr().out
+
+
+def test_the_first_check_that_failed_is_heard_however_many_follow() -> None:
+    """One early finding names a source; three of the same stage name what followed from it."""
+    source = Finding("one thing", "", BEFORE, "", "", FAILED, causes("network-differs"))
+    followed = Finding("another", "", BEFORE, "", "", FAILED, causes("penalty-wrong", "penalty-scaled"))
+    report = Report((source, followed, followed, followed))
+    # votes: penalty-wrong 3, penalty-scaled 3/2, network-differs 1
+    assert [cause.key for cause in report.diagnosis] == ["penalty-wrong", "network-differs", "penalty-scaled"]
+    assert Report((followed, source)).diagnosis[0].key == "penalty-wrong"

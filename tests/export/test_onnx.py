@@ -1,0 +1,230 @@
+"""The ONNX file, read back with onnx and run in ONNX Runtime, against PyTorch and against the quantizer's values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+from resnet import BasicBlock, ResNet
+from src.export import check_onnx, export_onnx, open_session, pack, run_onnx, unpack
+from src.export.integer_weights import IndexedWeight, compact_with_indices
+from src.export.onnx_file import OnnxCheck, OnnxError
+from src.export.onnx_graph import integer_type
+from src.pruning import CompactionError, CompactNetwork, compact
+from src.storage import OutputError
+from tests.quantized_networks import SMALL_SIZE, as_trained, mixed_resnet20, small_resnet
+from utils_quantization import quantized_layers
+
+INTEGERS = {"int4": (TensorProto.INT4, 0.5), "int8": (TensorProto.INT8, 1), "int16": (TensorProto.INT16, 2)}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return mixed_resnet20()
+
+
+def initializers(path: Path) -> dict[str, TensorProto]:
+    return {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+
+
+def test_same_logits_for_any_batch(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(model, path)
+    session, smaller = open_session(path), compact(model)
+    with torch.no_grad():
+        for count in (1, 2, 33):
+            images = torch.randn(count, 3, 32, 32)
+            logits = run_onnx(session, images)
+            assert logits.shape == (count, 10)
+            for network in (model, smaller):  # the one that was trained, and the one that was written
+                assert (logits - network(images)).abs().max() < 1e-3
+                assert torch.equal(logits.argmax(1), network(images).argmax(1))
+    assert session.get_inputs()[0].shape == ["batch", 3, 32, 32]
+    assert session.get_outputs()[0].shape == ["batch", 10]
+
+
+def test_weights_are_the_integers_they_should_be(model: nn.Module, tmp_path: Path) -> None:
+    """int4 up to 4 bits, int8 above; the numbers in the file are q, and 4-bit ones take half a byte."""
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert report.file_bytes == path.stat().st_size
+    stored, (_, indexed) = initializers(path), compact_with_indices(model)
+    assert {part.bits for part in indexed.values()} == set(range(2, 9))
+    for name, part in indexed.items():
+        kind = "int4" if part.bits <= 4 else "int8"
+        assert report.weight_types[name] == kind
+        tensor = stored[f"{name}.indices"]
+        assert tensor.data_type == INTEGERS[kind][0]
+        assert len(tensor.raw_data) == int(np.ceil(part.indices.numel() * INTEGERS[kind][1]))
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(np.int32), part.indices.numpy())
+        assert f"{name}.weight" not in stored  # not there a second time
+    assert report.weight_types["conv1"] == report.weight_types["linear"] == "float32"
+
+
+@pytest.mark.parametrize("evaluator", ["onnxruntime", "reference"])
+def test_dequantized_weights_bit_for_bit(evaluator: str, tmp_path: Path) -> None:
+    """The weights that the graph computes, asked for as outputs, are the compacted network's, tails included."""
+    model = small_resnet(bits=(2, 5, 8, 12), max_bits=16)
+    network, indexed = compact_with_indices(model, SMALL_SIZE)
+    path = tmp_path / "model.onnx"
+    report = export_onnx(model, path, input_size=SMALL_SIZE)
+    assert sorted(set(report.weight_types.values())) == ["float32", "int16", "int4", "int8"]
+    graph = onnx.load(path)
+    names = [f"{name}.weight" for name in indexed]
+    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    images = {"images": np.zeros((1, *SMALL_SIZE), dtype=np.float32)}
+    if evaluator == "onnxruntime":
+        onnx.save(graph, tmp_path / "weights.onnx")
+        found = open_session(tmp_path / "weights.onnx").run(names, images)
+    else:
+        found = ReferenceEvaluator(graph).run(names, images)
+    for name, weight in zip(names, found, strict=True):
+        np.testing.assert_array_equal(weight, network.state_dict()[name].numpy())
+    assert any(
+        part.indices.shape[1] < network.state_dict()[f"{name}.weight"].shape[1] for name, part in indexed.items()
+    )
+
+
+def test_narrowest_type() -> None:
+    def of(*indices: int) -> str:
+        return integer_type(IndexedWeight(16, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(indices)))
+
+    assert [of(-7, 7), of(-8, 0), of(8), of(-9), of(-127, 127), of(128), of(-129)] == [
+        "int4", "int4", "int8", "int8", "int8", "int16", "int16"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["A", "B"])
+@pytest.mark.parametrize("integers", [True, False])
+def test_shortcuts(option: str, integers: bool, tmp_path: Path) -> None:
+    model = small_resnet(bits=(3, 8), option=option)
+    report = export_onnx(model, tmp_path / "model.onnx", input_size=SMALL_SIZE, integer_weights=integers)
+    assert set(report.weight_types.values()) == ({"float32", "int4", "int8"} if integers else {"float32"})
+    checked = check_onnx(tmp_path / "model.onnx", model, torch.randn(20, *SMALL_SIZE), batch_size=7)
+    assert checked.passed
+    assert checked.images == 20
+
+
+class EveryStep(nn.Module):
+    """All that a description can say and a ResNet does not: biases, pooling, "same" padding, dilation, no affine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 4, padding="same", dilation=1)
+        self.norm1 = nn.BatchNorm2d(6, affine=False)
+        self.max = nn.MaxPool2d(2)
+        self.conv2 = nn.Conv2d(6, 5, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1))
+        self.mean = nn.AvgPool2d(2, 1)
+        self.fc1 = nn.Linear(5 * 3 * 1, 7)
+        self.fc2 = nn.Linear(7, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.max(torch.relu(self.norm1(self.conv1(x))))
+        x = torch.flatten(self.mean(torch.relu(self.conv2(x))), 1)
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_every_operation(dead: bool, tmp_path: Path) -> None:
+    model = EveryStep().eval()
+    with torch.no_grad():
+        model.norm1.running_mean.normal_()
+        model.norm1.running_var.uniform_(0.5, 2)
+        if dead:
+            model.conv1.weight[2] = 0
+            model.conv2.weight[[0, 3]] = 0
+    network = compact(model, SMALL_SIZE)
+    export_onnx(model, tmp_path / "model.onnx", input_size=SMALL_SIZE)
+    images = torch.randn(9, *SMALL_SIZE)
+    assert check_onnx(tmp_path / "model.onnx", network, images).passed
+    assert check_onnx(tmp_path / "model.onnx", model, images).passed
+
+
+def described(steps: list[dict[str, object]], size: tuple[int, int, int] = (2, 3, 4)) -> CompactNetwork:
+    text = {"format": 1, "input_size": list(size), "steps": steps, "output": len(steps)}
+    return CompactNetwork(text).eval()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"op": "select", "inputs": [0], "channels": [-1, 1, -1, 0, 1]}],
+        [{"op": "select", "inputs": [0], "channels": [1, 0]}],
+        [{"op": "fill", "inputs": [], "value": 1, "size": [1, 3, 4]}, {"op": "join", "inputs": [0, 1]}],
+        [{"op": "fill", "inputs": [], "value": 0, "size": [2, 3, 4]}, {"op": "add", "inputs": [1, 0]}],
+        [{"op": "stride", "inputs": [0], "step": 2}],
+        [{"op": "flatten", "inputs": [0]}, {"op": "select", "inputs": [1], "channels": [23, -1, 0]}],
+        [{"op": "pool", "inputs": [0], "average": False, "kernel": None, "stride": None}],
+        [{"op": "shift", "inputs": [0], "name": "shift"}, {"op": "relu", "inputs": [1]}],
+    ],
+    ids=lambda steps: "-".join(step["op"] for step in steps),
+)
+def test_steps_alone(steps: list[dict[str, object]], tmp_path: Path) -> None:
+    """Steps without weights are exact."""
+    network = described(steps)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+        export_onnx(network, tmp_path / "model.onnx")
+        images = torch.randn(3, 2, 3, 4)
+        assert torch.equal(run_onnx(open_session(tmp_path / "model.onnx"), images), network(images))
+
+
+def test_unpacked_network_as_float32(tmp_path: Path) -> None:
+    model = small_resnet()
+    pack(model, tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    network = unpack(tmp_path / "model.cdq")
+    report = export_onnx(network, tmp_path / "unpacked.onnx", input_size=SMALL_SIZE)
+    export_onnx(model, tmp_path / "plain.onnx", input_size=SMALL_SIZE, integer_weights=False)
+    assert set(report.weight_types.values()) == {"float32"}
+    assert (tmp_path / "unpacked.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()
+
+
+def test_integers_make_the_file_smaller(model: nn.Module, tmp_path: Path) -> None:
+    integers = export_onnx(model, tmp_path / "integers.onnx")
+    plain = export_onnx(model, tmp_path / "plain.onnx", integer_weights=False)
+    assert 2 * integers.file_bytes < plain.file_bytes
+    assert f"{integers.file_bytes:,} bytes" in integers.text()
+    assert "float32" in plain.text()
+
+
+def test_check_sees_another_network(tmp_path: Path) -> None:
+    model, other = small_resnet(), as_trained(ResNet(BasicBlock, [1, 1, 1], 5, widths=(4, 6, 8)), seed=2)
+    export_onnx(model, tmp_path / "model.onnx", input_size=SMALL_SIZE)
+    found = check_onnx(tmp_path / "model.onnx", other, torch.randn(50, *SMALL_SIZE))
+    assert not found.passed
+    assert found.differing > 0
+    assert not OnnxCheck(1, 0, float("nan")).passed
+    assert not OnnxCheck(1, 0, 2e-3).passed
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    model, path = small_resnet(), tmp_path / "model.onnx"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="exists already"):
+        export_onnx(model, path, input_size=SMALL_SIZE)
+    with pytest.raises(OnnxError, match="cannot read"):
+        open_session(path)
+    with pytest.raises(OutputError, match="folder"):
+        export_onnx(model, tmp_path, input_size=SMALL_SIZE, force=True)
+    with pytest.raises(CompactionError, match="training mode"):
+        export_onnx(model.train(), path, input_size=SMALL_SIZE, force=True)
+    assert path.read_bytes() == b"precious"
+    export_onnx(model.eval(), path, input_size=SMALL_SIZE, force=True)
+    for images, network in (
+        (torch.zeros(0, *SMALL_SIZE), model),
+        (torch.zeros(1, *SMALL_SIZE), small_resnet().train()),
+    ):
+        with pytest.raises(OnnxError, match="eval mode"):
+            check_onnx(path, network, images)
+    assert len(quantized_layers(model)) == 6
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]

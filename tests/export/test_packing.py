@@ -1,0 +1,483 @@
+"""Packed files: bit for bit, near the entropy that numpy gives, and closed to everything that `pack` did not write."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import resource
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from resnet import BasicBlock, ResNet
+from src.export import PackReport, pack, unpack
+from src.export.entropy_coding import CodingError, decode, encode, entropy_bits
+from src.export.integer_weights import IndexingError, compact_with_indices
+from src.pruning import CompactionError, compact
+from src.quantizer import DeadZoneLDZCompander
+from src.storage import OutputError, PackedFileError
+from src.storage.packed_file import MARK
+from tests.quantized_networks import SMALL_SIZE, mixed_resnet20, small_resnet
+from utils_quantization import attach_weight_quantizers, latent_weight, quantized_layers, toggle_quantization
+
+FEW_MEGABYTES = 8 * 2**20
+
+
+def state_bytes(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every entry, so that -0.0 and 0.0 differ."""
+    return {
+        name: (str(tensor.dtype), tuple(tensor.shape), tensor.detach().contiguous().numpy().tobytes())
+        for name, tensor in model.state_dict().items()
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return mixed_resnet20()
+
+
+@pytest.fixture(scope="module")
+def packed(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PackReport]:
+    path = tmp_path_factory.mktemp("packed") / "model.cdq"
+    return path, pack(model, path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("small") / "model.cdq"
+    pack(small_resnet(bits=(2, 5, 8)), path, input_size=SMALL_SIZE)
+    return path
+
+
+def test_round_trip_bit_for_bit(model: nn.Module, packed: tuple[Path, PackReport]) -> None:
+    smaller, network = compact(model), unpack(packed[0])
+    assert state_bytes(network) == state_bytes(smaller)
+    assert network.description == smaller.description
+    assert any(step["op"] == "join" for step in network.description["steps"])  # constants off the grid took part
+    assert not any(module.training for module in network.modules())
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(images), smaller(images))
+        assert torch.equal(network(images).argmax(1), model(images).argmax(1))
+
+
+def test_indices_are_the_evaluated_weights(model: nn.Module) -> None:
+    """In numpy, from the quantizer's own logits: every weight is s q + delta sign(q), with q of at most b bits."""
+    network, indexed = compact_with_indices(model)
+    assert [part.bits for part in indexed.values()] == [2 + i % 7 for i in range(18)]
+    for name, part in indexed.items():
+        q = part.indices.numpy().astype(np.float32)
+        values = part.step.numpy() * q + part.shift.numpy() * np.sign(q)
+        weight = network.state_dict()[f"{name}.weight"].numpy()
+        np.testing.assert_array_equal(values, weight[:, : q.shape[1]])
+        assert np.abs(q).max() <= 2 ** (part.bits - 1) - 1
+
+
+def test_zeros_have_one_sign(model: nn.Module) -> None:
+    """A small negative weight under a negative shift must not become -0.0, which no index can tell from 0.0."""
+    found = [layer.weight.detach() for layer in quantized_layers(model).values()]
+    assert any(
+        (latent_weight(layer) < 0).logical_and(layer.weight == 0).any() for layer in quantized_layers(model).values()
+    )
+    assert not any(torch.signbit(weight[weight == 0]).any() for weight in found)
+
+
+@pytest.mark.parametrize("option", ["A", "B"])
+@pytest.mark.parametrize(("bits", "max_bits"), [((2, 3), 8), ((9, 12, 16), 16)])
+def test_round_trip_of_small_networks(option: str, bits: tuple[int, ...], max_bits: int, tmp_path: Path) -> None:
+    model = small_resnet(bits, max_bits, option)
+    report = pack(model, tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    assert [layer.bits for layer in report.layers] == [bits[i % len(bits)] for i in range(len(report.layers))]
+    assert state_bytes(unpack(tmp_path / "model.cdq")) == state_bytes(compact(model, SMALL_SIZE))
+
+
+def test_fresh_process_reads_the_same(model: nn.Module, packed: tuple[Path, PackReport]) -> None:
+    program = (
+        "import hashlib, sys; from src.packing import unpack\n"
+        "sha = hashlib.sha256()\n"
+        "for name, tensor in unpack(sys.argv[1]).state_dict().items():\n"
+        "    sha.update(name.encode() + tensor.contiguous().numpy().tobytes())\n"
+        "print(sha.hexdigest())"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", program, str(packed[0])]
+    there = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    here = hashlib.sha256()
+    for name, (_, _, data) in state_bytes(compact(model)).items():
+        here.update(name.encode() + data)
+    assert there == here.hexdigest()
+
+
+def test_report_against_counts_by_hand(model: nn.Module, packed: tuple[Path, PackReport]) -> None:
+    path, report = packed
+    # resnet20: 269,722 parameters, 688 means and 688 variances in float32, 19 counters in int64
+    assert report.fp32_state_bytes == 4 * (269_722 + 2 * 688) + 8 * 19 == 1_084_544
+    assert report.file_bytes == path.stat().st_size
+    assert report.ratio == pytest.approx(1_084_544 / path.stat().st_size)
+    _, indexed = compact_with_indices(model)
+    assert report.bit_width_bytes == sum(part.bits * part.indices.numel() for part in indexed.values()) / 8
+    entropy = 0.0
+    for part in indexed.values():
+        share = np.bincount(part.indices.numpy().ravel() + 128) / part.indices.numel()
+        entropy -= part.indices.numel() * sum(p * math.log2(p) for p in share if p > 0) / 8
+    assert report.entropy_bytes == pytest.approx(entropy)
+    assert entropy <= report.stream_bytes <= 1.03 * entropy + 64
+    assert report.stream_bytes < report.zstd_bytes
+    assert report.file_bytes < report.stream_bytes + report.float32_bytes + 4000
+    text = report.text()
+    for size in (report.fp32_state_bytes, report.stream_bytes, report.zstd_bytes, report.file_bytes):
+        assert f"{size:,}" in text
+    assert f"{report.ratio:.2f} times smaller" in text
+
+
+def test_worked_example() -> None:
+    """The numbers in the head of src/packing.py: 0.850 bits each, 106 bytes, and 500 as the bit widths say."""
+    others = [q for q in range(-7, 8) if q]
+    q = np.array([0] * 900 + [others[i % 14] for i in range(98)] + [1, -1], dtype=np.int32)
+    assert entropy_bits(q) / 1000 == pytest.approx(0.850, abs=0.001)
+    assert round(entropy_bits(q) / 8) == 106
+    assert encode([(4, q)]).nbytes <= 1.03 * 106 + 16
+
+
+@settings(max_examples=30)
+@given(
+    layers=st.lists(st.tuples(st.integers(2, 16), st.integers(1, 400), st.floats(0, 1)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_any_indices_come_back(layers: list[tuple[int, int, float]], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    coded = []
+    for bits, count, zeros in layers:
+        limit = 2 ** (bits - 1) - 1
+        q = generator.integers(-limit, limit, size=count, endpoint=True, dtype=np.int32)
+        coded.append((bits, np.where(generator.random(count) < zeros, 0, q).astype(np.int32)))
+    found = decode(encode(coded), [(bits, len(q)) for bits, q in coded])
+    assert all(np.array_equal(q, again) for (_, q), again in zip(coded, found, strict=True))
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_coder_is_near_the_entropy(bits: int, zeros: float) -> None:
+    generator = np.random.default_rng(0)
+    limit = 2 ** (bits - 1) - 1
+    q = np.clip(np.rint(generator.laplace(0, limit / 4, 60_000)), -limit, limit)
+    q = np.where(generator.random(len(q)) < zeros, 0, q).astype(np.int32)
+    share = np.unique(q, return_counts=True)[1] / len(q)
+    entropy = float(-(share * np.log2(share)).sum() * len(q) / 8)
+    assert encode([(bits, q)]).nbytes <= 1.03 * entropy + 128
+
+
+def test_noise_is_no_stream() -> None:
+    """Whatever words a stream holds, the coder gives weights in range or its own error."""
+    generator, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        words = generator.integers(0, 2**32, size=int(generator.integers(0, 40)), dtype=np.uint32)
+        bits = int(generator.integers(2, 17))
+        try:
+            (q,) = decode(words, [(bits, 200)])
+        except CodingError:
+            refused += 1
+        else:
+            assert np.abs(q).max() <= 2 ** (bits - 1) - 1
+    assert refused > 0
+
+
+def test_mostly_zeros_still_fit_the_limit_of_a_reader(tmp_path: Path) -> None:
+    """A 1 x 1 convolution of 1,024 x 1,024 weights, one in a row: their entropy is 0.0112 bits each, 1,470 bytes, and
+    a reader wants 1 byte per 256 weights, 4,096: the file is filled up to that."""
+    model = nn.Sequential(nn.Conv2d(1024, 1024, 1, bias=False))
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander)
+    with torch.no_grad():
+        latent_weight(model[0]).copy_(torch.eye(1024)[:, :, None, None])
+    report = pack(model.eval(), tmp_path / "zeros.cdq", input_size=(1024, 2, 2))
+    assert report.entropy_bytes == pytest.approx(1470, abs=10)
+    assert 4096 <= report.file_bytes < 6144
+    assert state_bytes(unpack(tmp_path / "zeros.cdq")) == state_bytes(compact(model, (1024, 2, 2)))
+
+
+def test_without_quantizers_all_is_float32(tmp_path: Path) -> None:
+    model = ResNet(BasicBlock, [1, 1, 1], 5, widths=(4, 6, 8)).eval()
+    report = pack(model, tmp_path / "plain.cdq", input_size=SMALL_SIZE)
+    assert report.layers == ()
+    assert report.stream_bytes == report.zstd_bytes == report.bit_width_bytes == report.entropy_bytes == 0
+    assert "no quantized layer" in report.text()
+    assert state_bytes(unpack(tmp_path / "plain.cdq")) == state_bytes(compact(model, SMALL_SIZE))
+    again = pack(unpack(tmp_path / "plain.cdq"), tmp_path / "again.cdq", input_size=SMALL_SIZE)
+    assert (tmp_path / "again.cdq").read_bytes() == (tmp_path / "plain.cdq").read_bytes()
+    assert again.fp32_state_bytes == report.compact_state_bytes
+
+
+class _OtherQuantizer(nn.Module):
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w.round()
+
+
+def _other_quantizer() -> nn.Module:
+    model = ResNet(BasicBlock, [1, 1, 1], 5, widths=(4, 6, 8)).eval()
+    attach_weight_quantizers(model, ["conv1", "linear"], _OtherQuantizer)
+    return model
+
+
+def _switched_off() -> nn.Module:
+    model = small_resnet()
+    toggle_quantization(model, False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: small_resnet().train(), CompactionError, "training mode"),
+        (_switched_off, IndexingError, "switched off"),
+        (lambda: small_resnet().double(), IndexingError, "torch.float64: need float32"),
+        (_other_quantizer, IndexingError, "_OtherQuantizer"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1, groups=1), nn.Softmax(1)).eval(), CompactionError, "not known"),
+    ],
+)
+def test_refused_models(build: Callable[[], nn.Module], error: type[Exception], words: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=words):
+        pack(build(), tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_is_left_as_it_is(tmp_path: Path) -> None:
+    model = small_resnet()
+    before = copy.deepcopy(model.state_dict())
+    pack(model, tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_model_on_cuda(tmp_path: Path) -> None:
+    model = small_resnet().cuda()
+    pack(model, tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    assert state_bytes(unpack(tmp_path / "model.cdq")) == state_bytes(compact(model, SMALL_SIZE).cpu())
+    assert next(model.parameters()).device.type == "cuda"
+
+
+def test_output_paths(tmp_path: Path) -> None:
+    model, path = small_resnet(), tmp_path / "model.cdq"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputError, match=r"exists already.*force"):
+        pack(model, path, input_size=SMALL_SIZE)
+    assert path.read_bytes() == b"precious"
+    pack(model, path, input_size=SMALL_SIZE, force=True)
+    assert path.read_bytes()[:8] == MARK
+    for place in (tmp_path, path / "below" / "model.cdq"):  # a folder, and a file where a folder is needed
+        with pytest.raises(OutputError, match="name"):
+            pack(model, place, input_size=SMALL_SIZE, force=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.cdq"]
+
+
+def damaged(path: Path, data: bytes, words: str = "damaged|not a packed network|version") -> None:
+    """`data` in a file is refused with the error that names the file or the damage."""
+    target = path.with_suffix(".damaged")
+    target.write_bytes(data)
+    with pytest.raises(PackedFileError, match=words):
+        unpack(target)
+
+
+def test_one_byte_changed_anywhere(small: Path) -> None:
+    data, generator = small.read_bytes(), np.random.default_rng(0)
+    places = [*range(56), len(data) - 1, *generator.integers(56, len(data), size=200)]
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= int(generator.integers(1, 256))
+        damaged(small, bytes(changed))
+
+
+def test_truncated_or_longer(small: Path) -> None:
+    data, generator = small.read_bytes(), np.random.default_rng(0)
+    for length in (*range(0, 57, 8), len(data) - 1, *generator.integers(0, len(data), size=100)):
+        damaged(small, data[:length])
+    damaged(small, data + b"\0", "its header says")
+    damaged(small, b"", "not a packed network")
+    damaged(small, b"PK\x03\x04" + data[4:], "not a packed network")
+
+
+def test_absent_file_and_folder(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nothing.cdq"):
+        with pytest.raises(PackedFileError, match="cannot be read"):
+            unpack(place)
+
+
+def forged(
+    data: bytes,
+    change: Callable[[dict[str, Any]], Any] = lambda described: None,
+    tensors: Callable[[dict[str, np.ndarray]], None] = lambda held: None,
+    version: int = 1,
+    text: bytes | None = None,
+) -> bytes:
+    """The file with its description or tensors changed and a checksum that fits, made here from the written format."""
+    packed_bytes = int.from_bytes(data[12:16], "little")
+    described = json.loads(zlib.decompress(data[56 : 56 + packed_bytes]))
+    described = change(described) or described
+    held = safetensors.numpy.load(data[56 + packed_bytes :])
+    tensors(held)
+    packed = zlib.compress(json.dumps(described).encode() if text is None else text, 9)
+    body = safetensors.numpy.save(held)
+    head = MARK + version.to_bytes(4, "little") + len(packed).to_bytes(4, "little") + len(body).to_bytes(8, "little")
+    return head + hashlib.sha256(head + packed + body).digest() + packed + body
+
+
+def test_forging_nothing_gives_a_file_that_reads(small: Path) -> None:
+    """So that the tests below refuse what they change, and not how they write."""
+    target = small.with_suffix(".forged")
+    target.write_bytes(forged(small.read_bytes()))
+    assert state_bytes(unpack(target)) == state_bytes(unpack(small))
+
+
+def _network(described: dict[str, Any], kind: str, **fields: Any) -> None:
+    next(step for step in described["network"]["steps"] if step["op"] == kind).update(fields)
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "so many filters": lambda d: _network(d, "conv", out=2**16),
+    "such a kernel": lambda d: _network(d, "conv", kernel=[4096, 4096]),
+    "such an image": lambda d: d["network"].update(input_size=[3, 4096, 4096]),
+    "a number beyond all": lambda d: _network(d, "conv", out=10**300),
+    "bits beyond all": lambda d: d["quantized"][0].update(bits=10**9),
+    "no bits": lambda d: d["quantized"][0].update(bits=True),
+    "more columns than the layer has": lambda d: d["quantized"][0].update(columns=10**6),
+    "fewer columns than are coded": lambda d: d["quantized"][0].update(columns=1),
+    "a layer that is not there": lambda d: d["quantized"][0].update(name="layer9.conv"),
+    "a layer that is no convolution": lambda d: d["quantized"][0].update(name="bn1"),
+    "a layer without a name": lambda d: d["quantized"][0].update(name=["conv1"]),
+    "a layer twice": lambda d: d["quantized"].append(d["quantized"][0]),
+    "one layer fewer": lambda d: d["quantized"].pop(),
+    "a layer's name that is a method": lambda d: _network(d, "conv", name="forward"),
+    "an unknown operation": lambda d: _network(d, "conv", op="exec"),
+    "no network": lambda d: {"quantized": []},
+    "an empty network": lambda d: {"network": {}, "quantized": []},
+    "a list for a network": lambda d: {"network": [1, 2], "quantized": []},
+    "a number for layers": lambda d: d.update(quantized=3),
+    "a number for a layer": lambda d: d.update(quantized=[3]),
+    "more than is known": lambda d: d.update(code="print(1)"),
+    "a list": lambda d: [d],
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_forged_descriptions_cost_nothing(small: Path, forgery: str) -> None:
+    data = forged(small.read_bytes(), FORGERIES[forgery])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        damaged(small, data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < FEW_MEGABYTES
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < FEW_MEGABYTES  # torch's own, too
+
+
+def test_zeros_without_end_are_refused(small: Path) -> None:
+    """A consistent description of 60 million weights that would all decode to 0, in a file of a few thousand bytes."""
+
+    def grow(described: dict[str, Any]) -> dict[str, Any]:
+        name = described["quantized"][0]["name"]
+        image = [2048, 4, 4]
+        kernel = {"kernel": [5, 5], "stride": [1, 1], "padding": [2, 2], "dilation": [1, 1]}
+        step = {"op": "conv", "inputs": [0], "name": name, "out": 1024, "bias": False, **kernel}
+        network = {"format": described["network"]["format"], "input_size": image, "steps": [step], "output": 1}
+        return {"network": network, "quantized": [{"name": name, "bits": 8, "columns": 2048}]}
+
+    tracemalloc.start()
+    try:
+        damaged(small, forged(small.read_bytes(), grow), "cannot hold 52,428,800 parameters")
+        assert tracemalloc.get_traced_memory()[1] < FEW_MEGABYTES
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda held: held.pop("grid"), "holds the tensors"),
+        (lambda held: held.update(more=np.zeros(1, np.float32)), "holds the tensors"),
+        (lambda held: held.update(float32=held["float32"][:-1]), "need .* numbers"),
+        (lambda held: held.update(float32=held["float32"].astype(np.float64)), "bytes of tensors|float64"),
+        (lambda held: held.update(float32=np.zeros(10**6, np.float32)), "bytes of tensors"),
+        (lambda held: held.update(stream=held["stream"][:10]), "damaged|decode to others"),
+        (lambda held: held.update(stream=np.roll(held["stream"], 1)), "damaged|decode to others"),
+        (lambda held: held["check"].__setitem__(0, held["check"][0] ^ 1), "decode to others"),
+    ],
+)
+def test_forged_tensors(small: Path, change: Callable[[dict[str, np.ndarray]], None], words: str) -> None:
+    damaged(small, forged(small.read_bytes(), tensors=change), words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b"{" * 200_000,
+        b'"' + b" " * 2**19 + b'"',
+        b"1" * 10_000,
+        b"null",
+        b" " * 10**7,
+    ],
+    ids=["nothing", "cut", "no text", "deep lists", "deep objects", "long", "a long number", "null", "a bomb"],
+)
+def test_descriptions_that_are_no_description(small: Path, text: bytes) -> None:
+    data = forged(small.read_bytes(), text=text)
+    tracemalloc.start()
+    try:
+        damaged(small, data, "its description")
+        assert tracemalloc.get_traced_memory()[1] < FEW_MEGABYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_errors_say_got_and_allowed(small: Path) -> None:
+    data = small.read_bytes()
+    damaged(small, forged(data, lambda d: d["quantized"][0].update(bits=17)), r"bits=17, need 2 to 16")
+    damaged(small, forged(data, lambda d: d["quantized"][0].update(columns=0)), r"columns=0, need 1 to \d")
+    damaged(small, forged(data, lambda d: _network(d, "conv", out=0)), r"out=0: need a whole number from 1")
+    damaged(small, data[:1000], r"it has 1,000 bytes, its header says [\d,]+")
+
+
+def test_another_version(small: Path) -> None:
+    damaged(small, forged(small.read_bytes(), version=2), r"format version 2, this program reads version 1")
+
+
+def test_large_file_is_read_in_pieces(small: Path) -> None:
+    """A file whose header claims 2 GB, and which is that long: looked through a megabyte at a time, or not at all."""
+    target = small.with_suffix(".huge")
+    head = MARK + (1).to_bytes(4, "little") + (100).to_bytes(4, "little") + (2**31).to_bytes(8, "little") + bytes(32)
+    with open(target, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 100 + 2**31 + 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PackedFileError, match="its header says"):
+            unpack(target)
+        with open(target, "r+b") as file:
+            file.truncate(len(head) + 100 + 2**26)
+            file.seek(16)
+            file.write((2**26).to_bytes(8, "little"))
+        with pytest.raises(PackedFileError, match="checksum"):
+            unpack(target)
+        assert tracemalloc.get_traced_memory()[1] < FEW_MEGABYTES
+    finally:
+        tracemalloc.stop()
+        target.unlink()

@@ -1,0 +1,260 @@
+"""The visual language: colours that everyone can tell apart, text that a phone can show, sizes that stay bounded.
+
+Colour vision is simulated with the matrices of Machado, Oliveira and Fernandes (2009) for severity 1.0, on linear RGB;
+distances are CIELAB delta E 1976 under D65. About 2.3 is a just noticeable difference between large patches side by
+side; lines and small cells that are not adjacent need far more, and 20 is asked of every pair here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from itertools import combinations
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import colors as mcolors
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from experiments import figures
+from experiments.figures import ImageTrace, Stage, staircases, style
+from experiments.notebook import display
+from src.runs import EDGES, LayerSnapshot
+from src.training import History, LayerRecord
+from tests.histories import make_history
+
+LEAST_DIFFERENCE = 20.0
+LEAST_LIGHTNESS = 10.0  # L* between areas that only their colour tells apart, for a greyscale print
+PHONE = 390  # CSS pixels
+LEAST_TEXT = 9.0  # CSS pixels
+
+VISION = {
+    "full": np.eye(3),
+    "no red cones": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "no green cones": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "no blue cones": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+
+
+def linear(color: object) -> np.ndarray:
+    rgb = np.array(mcolors.to_rgb(color))  # type: ignore[arg-type]
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of linear sRGB, D65 white."""
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
+    ratio = to_xyz @ np.clip(rgb, 0, 1) / np.array([0.95047, 1.0, 1.08883])
+    f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def difference(one: object, other: object, vision: str) -> float:
+    matrix = VISION[vision]
+    return float(np.linalg.norm(lab(matrix @ linear(one)) - lab(matrix @ linear(other))))
+
+
+def test_the_simulation_itself() -> None:
+    """White stays white for everyone; pure red and a green of its lightness are one colour without green cones."""
+    for vision in VISION:
+        np.testing.assert_allclose(lab(VISION[vision] @ linear("white")), [100, 0, 0], atol=0.1)
+    np.testing.assert_allclose(lab(linear("#777777")), [50.03, 0, 0], atol=0.1)
+    assert difference("#D7191C", "#6B7A00", "full") > 3 * difference("#D7191C", "#6B7A00", "no red cones")
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("use", style.TOGETHER)
+def test_colours_of_one_figure_can_be_told_apart(use: str, vision: str) -> None:
+    for one, other in combinations(style.TOGETHER[use], 2):
+        found = difference(one, other, vision)
+        assert found >= LEAST_DIFFERENCE, f"{use}: {one} and {other} differ by {found:.1f} with {vision}"
+
+
+def test_areas_differ_in_lightness_where_nothing_but_colour_tells_them_apart() -> None:
+    """Lines also differ in dashes, markers or width; bars and cells do not. Orange and grey cells of the map of fates
+    are the exception: three unread channels beside hundreds, counted in the alt text."""
+    areas = {"channels": style.TOGETHER["channels"], "quantized or not": style.TOGETHER["quantized or not"]}
+    areas["zeros and dead, bars of two widths"] = (style.ZEROS, figures.CHANNELS)
+    areas["weights on the dead zone"] = (figures.WEIGHTS, figures.DEAD_ZONE)
+    areas["liveness"] = (figures.BLACK, figures.WHITE)
+    for use, used in areas.items():
+        for one, other in combinations(used, 2):
+            apart = abs(lab(linear(one))[0] - lab(linear(other))[0])
+            assert apart >= LEAST_LIGHTNESS, f"{use}: {one} and {other} are {apart:.1f} apart in L*"
+
+
+@pytest.mark.parametrize("color", [figures.BLUE, figures.GREEN, figures.VERMILLION])
+def test_text_on_a_wash_is_readable_in_the_light_and_in_the_dark(color: str) -> None:
+    """WCAG contrast of at least 7 with the ink of JupyterLab's and the page's themes, light and dark."""
+    *rgb, share = (float(part) for part in figures.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
+    for paper, ink in (("#ffffff", "#1f2430"), ("#f5f5f5", "#000000"), ("#212121", "#ffffff"), ("#15181e", "#dfe3ea")):
+        ground = share * np.array(rgb) / 255 + (1 - share) * np.array(mcolors.to_rgb(paper))
+        bright, dark = sorted((float(np.dot(linear(c), (0.2126, 0.7152, 0.0722))) for c in (ground, ink)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= 7, f"{color} on {paper}"
+
+
+def test_lines_of_similar_lightness_differ_in_their_dashes() -> None:
+    assert len({str(dash) for dash in style.RUN_DASHES[:5]}) == 5
+    for (one, dash), (other, other_dash) in combinations(zip(style.RUNS, style.RUN_DASHES, strict=True), 2):
+        lightness = abs(lab(linear(one))[0] - lab(linear(other))[0])
+        assert lightness >= LEAST_LIGHTNESS or dash != other_dash, f"{one} and {other}"
+
+
+def test_depth_grows_lighter_from_the_first_layer_to_the_last() -> None:
+    lightness = [lab(linear(style.DEPTH(i / 20)))[0] for i in range(21)]
+    assert np.diff(lightness).min() > 0
+
+
+def many_layers(count: int) -> tuple[LayerRecord, ...]:
+    return tuple(
+        LayerRecord(f"layer{1 + i // 36}.{i % 36 // 2}.conv{1 + i % 2}", 8.0 - i % 3, 0.1, 0.5, (i % 4 == 0,) * 16)
+        for i in range(count)
+    )
+
+
+def wide_history(layers: int, epochs: int) -> History:
+    history = make_history(epochs, epochs)
+    records = many_layers(layers)
+    history.records = [type(record)(**{**vars(record), "layers": records}) for record in history]
+    return history
+
+
+def series(label: str, epochs: int) -> figures.Series:
+    share = np.linspace(0.1, 0.9, epochs)
+    columns = dict.fromkeys(("accuracy", "unstructured_sparsity", "structured_sparsity"), share)
+    return figures.Series(label, epochs, {**columns, "mean_bits": 8 - 3 * share}, 1 / (1 + 20 * share))
+
+
+W = np.linspace(-1.2, 1.2, 501)
+Q = np.where(np.abs(W) <= 0.25, 0.0, np.sign(W) * 0.5)
+NAMES = [layer.name for layer in many_layers(18)]
+SHORT, LONG, DEEP = make_history(20), make_history(3000, 3000), wide_history(108, 30)
+SUBTITLE = "resnet20 on handwritten digits (embedded stand-in for CIFAR-10), 512 training images; preset smoke, seed 0"
+IMAGES = np.random.default_rng(0).integers(0, 255, (16, 3, 32, 32), dtype=np.uint8)
+
+
+def snapshot(epoch: int) -> LayerSnapshot:
+    counts = np.full(len(EDGES) + 1, 7)
+    return LayerSnapshot("layer3.2.conv2", epoch, counts, 0.03, 0.015, 6, 0.928, np.arange(64) < 53)
+
+
+def trace(names: tuple[str, ...], answers: tuple[int, ...]) -> ImageTrace:
+    """Three networks that answer the classes `answers`; three of eight channels are gone."""
+    networks = ("float", "quantized", "compacted")
+    scores = {name: np.eye(len(names))[answer] for name, answer in zip(networks, answers, strict=True)}
+    maps = {name: np.zeros((8, 8, 8)) for name in networks}
+    maps["compacted"][:3] = np.nan
+    stage = Stage("layer3.2.conv1", "layer3.2.bn1", 64, np.arange(3, 64))
+    return ImageTrace(9999, IMAGES[0], 0, names, stage, np.arange(8), scores, maps)
+
+
+CLASSES = ("automobile", "airplane", *(f"class {i}" for i in range(8)))
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "dashboard": lambda: figures.dashboard(SHORT, coefficient_plan=[0.0] * 20, subtitle=SUBTITLE),
+    "dashboard, long": lambda: figures.dashboard(LONG, coefficient_plan=[0.1] * 3000, subtitle=SUBTITLE),
+    "dashboard, deep": lambda: figures.dashboard(DEEP, subtitle=SUBTITLE),
+    "accuracy": lambda: figures.accuracy_curve(SHORT, subtitle=SUBTITLE, chance=0.1),
+    "accuracy, long": lambda: figures.accuracy_curve(LONG, chance=0.1),
+    "sparsity": lambda: figures.sparsity_curves(SHORT, subtitle=SUBTITLE),
+    "sparsity, long": lambda: figures.sparsity_curves(LONG),
+    "liveness": lambda: figures.channel_liveness(SHORT.last.layers, subtitle=SUBTITLE),
+    "liveness, deep": lambda: figures.channel_liveness(DEEP.last.layers),
+    "channels": lambda: figures.per_layer_channels(SHORT.last.layers),
+    "channels, deep": lambda: figures.per_layer_channels(DEEP.last.layers),
+    "sparsity bars": lambda: figures.layer_sparsity_bars(NAMES, [0.5] * 18, [0.1] * 18),
+    "sparsity bars, deep": lambda: figures.layer_sparsity_bars([f"l{i}" for i in range(108)], [0.5] * 108, [0.1] * 108),
+    "kernel map": lambda: figures.sparsity_map(np.random.default_rng(0).normal(size=(64, 64, 3, 3)), "layer3.2.conv2"),
+    "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
+    "costs": lambda: figures.cost_bars(NAMES, [2_000_000] * 18, [True] * 18),
+    "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18, "MACs"),
+    "removal": lambda: figures.removal_map(NAMES, [np.array(["kept"] * 16)] * 18, subtitle=SUBTITLE),
+    "images": lambda: figures.image_grid(IMAGES, [0] * 16, ["automobile"], title="CIFAR-10", subtitle=SUBTITLE),
+    "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
+    "classes": lambda: figures.class_balance([0, 1], ["automobile", "cat"]),
+    "many classes": lambda: figures.class_balance(range(300), [f"class {i}" for i in range(300)]),
+    "staircase": lambda: staircases.staircase([("q", W, Q)], range_=1),
+    "family": lambda: figures.staircase_family([("d/2 = 50% of R", W, Q)] * 3, [("2 bits", W, Q)] * 3),
+    "explorer": lambda: figures.staircase_explorer_figure(W, Q, W, 2, 0.25, 1.0, subtitle=SUBTITLE),
+    "schedule": lambda: figures.schedule_curve([0, 0.1], [0.1, 0.01]),
+    "schedule, long": lambda: figures.schedule_curve([0.1] * 3000, [0.1] * 3000),
+    "decay": lambda: figures.decay_forms(W, {"decoupled decay": W, "squares in the loss": W}, {"squares": Q}),
+    "diagram": figures.channel_group_diagram,
+    "layer": lambda: figures.layer_figure(snapshot(8), [snapshot(i) for i in range(20)], subtitle=SUBTITLE),
+    "image": lambda: figures.image_figure(trace(CLASSES, (0, 0, 0))),
+    "image, networks that differ": lambda: figures.image_figure(trace(CLASSES, (1, 0, 0))),
+    "runs": lambda: figures.run_curves([series(f"debug_output/previous/{i}", 20) for i in range(3)]),
+    "runs, long": lambda: figures.run_curves([series(f"run {i}", 3000) for i in range(12)]),
+    "plane": lambda: figures.run_plane([series("debug_output", 20), series("debug_output/previous/1", 5)]),
+    "plane, long": lambda: figures.run_plane([series(f"run {i}", 3000) for i in range(12)]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_fits_a_phone_a_page_and_its_own_edges(name: str) -> None:
+    figure = FIGURES[name]()
+    width, height = (float(side) for side in figure.get_size_inches())
+    assert width == style.WIDTH, "one width for all: nothing jumps"
+    assert height < 12, "inches"
+    data = display.png_bytes(figure)
+    assert len(data) <= style.MAX_PNG_BYTES
+    assert Image.open(io.BytesIO(data)).width >= 1.2 * width * display.SCREEN_DPI, "crisp, not shrunk to fit the limit"
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
+    smallest = min(texts, key=lambda text: text.get_fontsize())
+    pixels = smallest.get_fontsize() / 72 * PHONE / width
+    assert pixels >= LEAST_TEXT, f"{smallest.get_text()!r} has {pixels:.1f} pixels on a phone"
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    own = [text for axes in figure.axes for text in [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title]]
+    own = [text for text in own if text.get_text()]
+    for part in [*figure.texts, *own, *(text for legend in legends for text in legend.get_texts())]:
+        box = part.get_window_extent()
+        inside = box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1
+        assert inside, f"{part.get_text()!r} is cut off"
+    assert figure.get_label().endswith("."), "alt text in sentences"
+    assert len(figure.get_label()) > 40
+
+
+@pytest.mark.parametrize("name", [name for name in FIGURES if name.endswith("long")])
+def test_long_runs_have_lines_without_a_mark_for_each_epoch(name: str) -> None:
+    lines = [line for line in FIGURES[name]().findobj(Line2D) if len(line.get_xdata()) > 1000]  # type: ignore[arg-type]
+    assert lines
+    assert all(line.get_marker() in ("", "None") for line in lines)
+
+
+def test_a_legend_reads_row_by_row() -> None:
+    figure = style.canvas("title", height=3)
+    axes = figure.subplots()
+    for name in "abcde":
+        axes.plot([0, 1], [0, 1], label=name)
+    style.legend_above(axes, columns=2)
+    display.png_bytes(figure)
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.get_legend().get_texts()}
+    assert sorted(boxes, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == list("abcde")
+
+
+def test_titles_are_broken_between_words_into_lines_that_fit() -> None:
+    text = "93.9 % of the weights are zero and 51 of the 64 filters in this layer are dead, at 6 bits"
+    lines = style.wrapped(text, style.WIDTH, style.TITLE, "bold")
+    assert " ".join(lines) == text
+    assert len(lines) == 2
+    assert max(map(len, lines)) < 1.4 * min(map(len, lines)), "no word alone on a line"
+    assert style.wrapped("", style.WIDTH, style.TITLE) == []
+    for words in range(1, 9):  # whatever stands before it, a number keeps its unit
+        line = "word " * words + "92.8 % zeros of 14.6 million weights"
+        lines = style.wrapped(line, 3.0, style.TITLE, "bold")
+        assert " ".join(lines) == line
+        assert any("92.8 %" in one for one in lines)
+        assert any("14.6 million" in one for one in lines)
+    assert style.wrapped("x" * 300, style.WIDTH, style.TITLE) == ["x" * 300]
+    one, two = (style.header_height(title) for title in ("short", text))
+    assert two - one == pytest.approx(style.LINE * style.TITLE / 72)

@@ -1,0 +1,268 @@
+"""The page of an executed notebook: what it shows, embeds, leaves out and says about its run. No kernel, no browser.
+
+Oracles: html.parser for what a page would fetch, Pillow for the pictures in it. What only a browser can tell is in
+tests/browser/test_page.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+from experiments.headless import to_html
+from experiments.headless.facts import header
+from experiments.headless.page.mathml import tex_to_mathml
+from experiments.notebook import FACTS
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def page_of(*outputs: NotebookNode) -> str:
+    return to_html(new_notebook(cells=[new_code_cell("show()", outputs=list(outputs))]))
+
+
+def display(data: dict[str, str], metadata: dict[str, object] | None = None) -> NotebookNode:
+    return new_output("display_data", data=data, metadata=metadata or {})
+
+
+class Elements(HTMLParser):
+    """Every start tag of a page with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+    def fetched(self) -> list[str]:
+        """Addresses that a browser would load by itself: not those of links."""
+        wanted = [value or "" for tag, attrs in self.found for name, value in attrs.items() if name == "src"]
+        wanted += [attrs.get("href") or "" for attrs in self.attributes("link")]
+        return [address for address in wanted if not address.startswith("data:")]
+
+
+def test_picture_keeps_its_alt_text_width_and_bytes() -> None:
+    facts = {"image/png": {"alt": 'accuracy > 80 % & "rising"', "width": 640}}
+    (image,) = Elements(page_of(display({"image/png": PNG + "\n", "text/plain": "<Figure>"}, facts))).attributes("img")
+    assert image["alt"] == 'accuracy > 80 % & "rising"'
+    assert image["width"] == "640"
+    assert base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,")) == base64.b64decode(PNG)
+
+
+def test_svg_output_is_a_picture_with_alt_text() -> None:
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
+    (image,) = Elements(page_of(display({"image/svg+xml": svg}, {"image/svg+xml": {"alt": "a dot"}}))).attributes("img")
+    assert image["alt"] == "a dot"
+    assert base64.b64decode(str(image["src"]).partition("base64,")[2]).decode() == svg
+
+
+def test_page_fetches_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
+    (tmp_path / "near image.png").write_bytes(base64.b64decode(PNG))
+    book = new_notebook()
+    prose = "![near](near%20image.png) ![badge](https://example.org/badge.svg) [link](https://example.org) $x^2$"
+    book.cells.append(new_markdown_cell(prose))
+    book.cells.append(new_code_cell("", outputs=[display({"application/vnd.jupyter.widget-view+json": "{}"})]))
+    page = to_html(book, tmp_path)
+    elements = Elements(page)
+    assert elements.fetched() == []
+    assert [script.get("src") for script in elements.attributes("script")] == [None]  # its own, which is inline
+    (policy,) = [meta for meta in elements.attributes("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policy["content"]).startswith("default-src 'none'; img-src data:;")
+    assert "url(" not in page
+    assert "@import" not in page
+    assert [image["alt"] for image in elements.attributes("img")] == ["near"]
+    assert '<span class="remote-image">badge</span>' in page
+    assert "https://example.org" in [link.get("href") for link in elements.attributes("a")]
+
+
+def test_title_is_the_first_heading_and_sections_are_listed() -> None:
+    prose = ("# A *small* lesson", "## A section\n\n```\n# no heading\n```", "## Second `one`", "## Third $x$")
+    book = new_notebook(cells=[new_markdown_cell(source) for source in prose])
+    page = to_html(book)
+    assert "<title>A small lesson</title>" in page
+    contents = page[page.index("<nav") : page.index("</nav>")]
+    assert re.findall(r'href="#([^"]+)"', contents)[:2] == ["A-section", "Second-one"]
+    assert "no heading" not in contents
+
+
+@pytest.mark.parametrize(
+    ("prose", "expected"),
+    [
+        ("$x^2$", "<msup><mi>x</mi><mn>2</mn></msup>"),
+        ("$$\\frac{1}{2}$$", "<mfrac><mrow><mn>1</mn></mrow><mrow><mn>2</mn></mrow></mfrac>"),
+        ("\\begin{align} a &= b \\\\ c &= d \\end{align}", "<mtable"),
+        ("$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$", "<mtable"),
+        ("$$\\begin{cases} 0 & |w| \\le d/2 \\\\ 1 & \\text{otherwise} \\end{cases}$$", "<mtext>otherwise</mtext>"),
+    ],
+)
+def test_tex_becomes_mathml(prose: str, expected: str) -> None:
+    page = to_html(new_notebook(cells=[new_markdown_cell(f"Text {prose} text")]))
+    assert expected in page
+    body = page[page.index("<main") : page.index("<script")]
+    assert "$" not in body
+    assert "\\" not in body
+
+
+@pytest.mark.parametrize("tex", [r"\frac{", r"\nosuchcommand{x}", r"\begin{tikzcd} a & b \end{tikzcd}", "a & b"])
+def test_tex_that_cannot_be_converted_is_shown_as_it_stands(tex: str) -> None:
+    shown = tex_to_mathml(tex, "inline")
+    assert shown.startswith('<code class="tex">')
+    assert shown.count("&amp;") == tex.count("&")
+
+
+def test_latex_output_is_converted_too() -> None:
+    assert "<msup><mi>x</mi><mn>2</mn></msup>" in page_of(display({"text/latex": "$x^2$", "text/plain": "x2"}))
+
+
+def test_widget_without_state_leaves_a_note_and_no_empty_box() -> None:
+    view = "application/vnd.jupyter.widget-view+json"
+    page = page_of(display({view: '{"model_id": "1"}', "text/plain": "interactive(children=())"}))
+    assert page.count("(interactive control: open the notebook to use it)") == 1
+    assert "Loading widget" not in page
+    assert "interactive(children" not in page
+
+
+def test_table_of_an_output_can_scroll_and_text_is_escaped() -> None:
+    page = page_of(display({"text/html": "<table><tr><td>1</td></tr></table>"}), new_output("stream", text="a < b & c"))
+    (box,) = [attributes for attributes in Elements(page).attributes("div") if attributes.get("role") == "group"]
+    assert (str(box["class"]).split(), box["tabindex"]) == (["output", "html"], "0")
+    assert "a &lt; b &amp; c" in page
+    assert re.search(r"\.output\.html, \.scroll \{[^}]*overflow-x: auto", page)
+
+
+def test_only_colours_that_cover_the_page_need_white_paper() -> None:
+    for css, expected in (
+        ("color: #a3262a", True),
+        ("background: linear-gradient(90deg, #cfe3f3 50%, transparent 50%)", True),
+        ("background-color: rgba(0, 158, 115, 0.28)", False),
+        ("background: linear-gradient(90deg, rgba(0, 114, 178, 0.28) 50%, transparent 50%)", False),
+        ("text-align: left", False),
+    ):
+        shown = new_output("display_data", data={"text/html": f"<style>#t {{{css}}}</style><p id='t'>x</p>"})
+        page = to_html(new_notebook(cells=[new_code_cell("1", outputs=[shown])]))
+        assert ('class="output html paper"' in page) == expected, css
+
+
+def test_lines_that_stand_in_columns_are_not_wrapped_and_sentences_are() -> None:
+    columns = page_of(new_output("stream", text="Epoch 1/2 | Loss: 2.3 | Acc: 10%\nEpoch 2/2 | Loss: 1.3 | Acc: 30%\n"))
+    sentences = page_of(new_output("stream", text="NOTICE: this is not CIFAR-10.\nIt is small.\n"))
+    classes = [str(Elements(page).attributes("pre")[-1]["class"]).split() for page in (columns, sentences)]
+    assert classes == [["output", "text", "columns"], ["output", "text"]]
+
+
+def test_picture_without_alt_text_is_said_to_have_none() -> None:
+    (image,) = Elements(page_of(display({"image/png": PNG}))).attributes("img")
+    assert image["alt"] == "No description of this figure was given"
+
+
+def noise(side: int, seed: int) -> str:
+    """A PNG that cannot be compressed: side x side pixels of noise, 3 bytes each."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_page_stays_below_5_mb_whatever_is_in_it() -> None:
+    small = display({"image/png": PNG}, {"image/png": {"alt": "small"}})
+    large = [
+        display({"image/png": noise(500, i)}, {"image/png": {"alt": f"noise {i}", "width": 500}}) for i in range(12)
+    ]
+    lines = new_output("stream", text="".join(f"Epoch {i:6}/99999 | Loss: 0.1\n" for i in range(99_999)))
+    book = new_notebook(cells=[new_code_cell("1", outputs=[small, *large, lines])])
+    assert sum(len(output.data["image/png"]) for output in large) > 8e6
+    page = to_html(book)
+    assert len(page.encode()) < 5e6
+    images = Elements(page).attributes("img")
+    assert [image["alt"] for image in images] == ["small", *(f"noise {i}" for i in range(12))]
+    shown = [base64.b64decode(str(image["src"]).partition("base64,")[2]) for image in images]
+    assert shown[0] == base64.b64decode(PNG)
+    sizes = [Image.open(io.BytesIO(data)).size for data in shown[1:]]
+    assert all(240 <= width < 500 and width == height for width, height in sizes)
+    assert {image["width"] for image in images[1:]} == {"500"}  # as large on the screen as before
+    assert "Epoch      0/99999" in page
+    assert "Epoch  99998/99999" in page
+    assert re.search(r"\[\.\.\. 9\d,\d{3} lines, [\d,]+ characters are left out here \.\.\.\]", page)
+    assert len(book.cells[0].outputs[-1].text) > 2e6  # the notebook itself is left as it is
+
+
+def test_page_within_its_budget_keeps_every_picture_as_it_is() -> None:
+    (image,) = Elements(page_of(display({"image/png": noise(300, 0)}))).attributes("img")
+    assert str(image["src"]).partition("base64,")[2] == noise(300, 0)
+
+
+# What the head of the page says about the run.
+
+
+def recorded(*facts: dict[str, Any], **run: Any) -> NotebookNode:
+    outputs = [display({"text/plain": "a line", FACTS: one}) for one in facts]  # type: ignore[dict-item]
+    return new_notebook(cells=[new_code_cell("1", outputs=[output]) for output in outputs], metadata={"run": run})
+
+
+def test_head_shows_the_facts_that_the_notebook_has_published() -> None:
+    verdict = {"state": "faulty", "headline": "FAULT: 1 of 9 expectations not met (bits fall)"}
+    first = {
+        "config": {"model": "resnet20", "epochs": 3, "preset": "smoke", "given": ["epochs"]},
+        "data": {"name": "digits"},
+    }
+    book = recorded(first, {"verdict": verdict}, started="2026-03-01T10:00:00+02:00", seconds=59.6, command="run it")
+    head = header(book)
+    assert (head.state, head.verdict) == ("faulty", "Fault found")
+    assert head.detail == "1 of 9 expectations not met (bits fall)"
+    rows = dict(head.rows)
+    assert rows["Date"] == "1 March 2026, 08:00 UTC, took 1 min 00 s"
+    assert rows["Network"] == "resnet20 on digits"
+    assert rows["Settings"] == "preset smoke, epochs 3"
+    assert rows["Device"] == rows["Versions"] == "not recorded"
+    assert head.settings == (("command", "run it"), ("model", "resnet20"), ("epochs", "3"), ("preset", "smoke"))
+
+
+def test_versions_have_one_order_also_after_the_notebook_was_saved() -> None:
+    versions = {"python": "3.11.7", "torch": "2.6.0", "torchvision": "0.21", "numpy": "2.1"}
+    for written in (versions, dict(sorted(versions.items()))):
+        rows = dict(header(recorded({"versions": written})).rows)
+        assert rows["Versions"] == "python 3.11.7, torch 2.6.0, numpy 2.1, torchvision 0.21"
+
+
+def test_later_facts_replace_earlier_ones_of_the_same_name() -> None:
+    book = recorded({"machine": {"device": "cpu"}, "versions": {"python": "3.11.7"}}, {"machine": {"device": "cuda"}})
+    rows = dict(header(book).rows)
+    assert (rows["Device"], rows["Versions"]) == ("cuda", "python 3.11.7")
+
+
+def test_head_of_a_notebook_that_says_nothing_says_so() -> None:
+    head = header(new_notebook(cells=[new_code_cell("1")]))
+    assert (head.state, head.verdict) == ("no-verdict", "No verdict")
+    assert {text for _, text in head.rows} == {"not recorded"}
+    assert head.results == head.settings == ()
+
+
+def test_stopped_run_has_no_verdict_even_where_an_earlier_cell_published_one() -> None:
+    verdict = {"state": "healthy", "headline": "HEALTHY: all 9 expectations met"}
+    book = recorded({"verdict": verdict}, status="failed", message="failed at cell 7 (code cell 4)\n  ValueError: no")
+    head = header(book)
+    assert (head.state, head.detail) == ("stopped", "failed at cell 7 (code cell 4). There is no verdict.")
+    assert "all 9 expectations" not in to_html(book)
+
+
+def test_facts_stand_below_the_title_and_are_escaped() -> None:
+    book = recorded({"versions": {"<python>": "3"}})
+    book.cells.insert(0, new_markdown_cell("# The title\n\nThe text."))
+    page = to_html(book)
+    assert page.index("</h1>") < page.index("&lt;python&gt; 3") < page.index("The text.")
+    assert "<python>" not in page

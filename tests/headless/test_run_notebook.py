@@ -1,0 +1,306 @@
+"""The headless runner on tiny notebooks.
+
+Oracles: values that the notebook itself prints, and exit statuses of the real command. Kernels are slow to start, so
+the tests that need one share it where they can. The page that the runner writes is looked at in test_page.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from experiments.headless import NotebookInputError, execute, execution, parameter_defaults, parse_settings, to_html
+from experiments.headless.parameters import inject
+from experiments.run_notebook import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nRATE: float = 0.1\nFAST = False'
+DEFAULTS = {"DATA": "auto", "EPOCHS": None, "SEED": 0, "RATE": 0.1, "FAST": False}
+
+
+def notebook(*cells: str, parameters: str | None = PARAMETERS) -> NotebookNode:
+    """A lesson: a title, the parameters cell, a section, then the code cells given."""
+    result = new_notebook(cells=[new_markdown_cell("# A *small* lesson")])
+    if parameters is not None:
+        result.cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    result.cells.append(new_markdown_cell("## A section\n\n```\n# no heading\n```"))
+    result.cells.extend(new_code_cell(cell) for cell in cells)
+    return result
+
+
+def written(path: Path, book: NotebookNode) -> Path:
+    nbformat.write(book, path)
+    return path
+
+
+# Parameters: no kernel starts.
+
+
+def test_defaults_are_read_from_the_parameters_cell() -> None:
+    assert parameter_defaults(notebook()) == DEFAULTS
+    assert parameter_defaults(notebook(parameters=None)) == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("EPOCHS=3", 3),
+        ("EPOCHS=None", None),
+        ("SEED= 7", 7),
+        ("RATE=1e-3", 1e-3),
+        ("RATE=2", 2),
+        ("FAST=true", True),
+        ("FAST=False", False),
+        ("DATA=digits", "digits"),
+        ("DATA=2024", "2024"),
+        ("DATA=None", "None"),
+        ("DATA='quoted'", "quoted"),
+        ("DATA=folder:/a b/it's=x", "folder:/a b/it's=x"),
+        ("DATA=", ""),
+    ],
+)
+def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object) -> None:
+    parsed = parse_settings([setting], DEFAULTS)[setting.partition("=")[0]]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["EPOCH=3"], r"unknown parameter 'EPOCH': did you mean EPOCHS\? allowed are DATA, EPOCHS, SEED, RATE, FAST"),
+        (["epochs=3"], "did you mean EPOCHS"),
+        (["EPOCHS=abc"], "EPOCHS='abc': need a whole number or None"),
+        (["EPOCHS=2.5"], "EPOCHS=2.5: need a whole number or None"),
+        (["EPOCHS=True"], "EPOCHS=True: need a whole number"),
+        (["EPOCHS="], "need a whole number or None"),
+        (["SEED=None"], "SEED=None: need a whole number, such as the default SEED=0"),
+        (["RATE=fast"], "RATE='fast': need a number"),
+        (["FAST=1"], "FAST=1: need True or False"),
+        (["SEED"], "--set SEED: need NAME=VALUE"),
+        (["SEED=1", "SEED=2"], "SEED is given twice"),
+    ],
+)
+def test_wrong_setting_is_one_clear_error(settings: list[str], message: str) -> None:
+    with pytest.raises(NotebookInputError, match=message):
+        parse_settings(settings, DEFAULTS)
+
+
+def test_injected_cell_follows_the_parameters_and_replaces_an_older_one() -> None:
+    book = inject(inject(notebook("1"), {"SEED": 1}), {"DATA": 'a "b"\\'})
+    nbformat.validate(book)
+    tagged = [i for i, cell in enumerate(book.cells) if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert tagged == [2]
+    scope: dict[str, object] = {}
+    exec(book.cells[2].source, scope)
+    assert scope["DATA"] == 'a "b"\\'
+    assert "SEED" not in scope
+
+
+def test_parameter_without_a_parameters_cell_is_an_error() -> None:
+    with pytest.raises(NotebookInputError, match="no cell tagged 'parameters'"):
+        inject(notebook(parameters=None), {"SEED": 1})
+
+
+def test_parameters_cell_that_computes_is_an_error() -> None:
+    with pytest.raises(NotebookInputError, match="only NAME = literal"):
+        parameter_defaults(notebook(parameters="SEED = int('3')"))
+
+
+def test_bad_input_ends_with_status_2_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel was about to start")
+
+    monkeypatch.setattr(execution, "_Runner", never)
+    lesson = written(tmp_path / "lesson.ipynb", notebook("1"))
+    (tmp_path / "broken.ipynb").write_text("{]")
+    (tmp_path / "list.ipynb").write_text("[1]")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    out = ["--output-notebook", str(tmp_path / "o.ipynb"), "--html", str(tmp_path / "o.html")]
+    for arguments, message in [
+        (["--notebook", str(lesson), "--set", "SED=1"], "did you mean SEED"),
+        (["--notebook", str(lesson), "--set", "EPOCHS=abc"], "whole number"),
+        (["--notebook", str(tmp_path / "none.ipynb")], "No such file"),
+        (["--notebook", str(folder)], "cannot read"),
+        (["--notebook", str(tmp_path / "broken.ipynb")], "not a Jupyter notebook"),
+        (["--notebook", str(tmp_path / "list.ipynb")], "not a Jupyter notebook"),
+        (["--notebook", str(lesson), "--output-notebook", str(lesson)], "the notebook itself"),
+        (["--notebook", str(lesson), "--html", str(folder)], "it is a folder"),
+        (["--notebook", str(lesson), "--html", str(lesson / "x.html")], "cannot write"),
+        (["--notebook", str(lesson), "--render-only"], "run without --render-only first"),
+    ]:
+        assert main([*out, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.*"))
+
+
+@pytest.mark.parametrize("seconds", ["-1", "soon", "nan", "inf"])
+def test_timeouts_are_numbers_of_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--cell-timeout", seconds])
+    assert stop.value.code == 2
+    assert "need a number of seconds" in capsys.readouterr().err
+
+
+# Execution: a kernel each.
+
+
+def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    lesson = written(
+        tmp_path / "lesson.ipynb",
+        notebook(
+            "import json, os, sys\n"
+            "print(json.dumps([EPOCHS, DATA, SEED, sys.executable, os.getcwd(), os.environ.get('MPLBACKEND', '')]))\n"
+            "print('be warned', file=sys.stderr)",
+            "import ipywidgets\nipywidgets.IntSlider()",
+        ),
+    )
+    lines: list[str] = []
+    result = execute(lesson, {"EPOCHS": 2, "DATA": "it's"}, progress=lines.append, cell_timeout=None)
+    assert result.failure is None
+    assert result.exit_status == 0
+    printed = {output.get("name"): output.get("text") for cell in result.notebook.cells[4:5] for output in cell.outputs}
+    values = json.loads(printed["stdout"])
+    assert values[:3] == [2, "it's", 0]
+    assert [os.path.realpath(path) for path in values[3:5]] == [os.path.realpath(sys.executable), str(tmp_path)]
+    assert values[5] != "Agg"
+    assert [re.sub(r"\d+:\d\d", "0:00", line) for line in lines] == [
+        "[1/4] 0:00 A small lesson",
+        "[2/4] 0:00 A small lesson",
+        "[3/4] 0:00 A section",
+        "[4/4] 0:00 A section",
+    ]
+    assert all("outputs" not in cell or not cell.outputs for cell in nbformat.read(lesson, as_version=4).cells)
+    page = to_html(result.notebook)
+    assert re.search(r'<pre class="output stderr *" tabindex="0">be warned', page)
+    assert "interactive control: open the notebook" in page
+    assert "IntSlider(value" not in page
+
+
+def test_failing_cell_is_saved_with_its_number_line_and_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "helper.py").write_text("def broken():\n    raise ValueError('two is not three')\n")
+    lesson = written(tmp_path / "lesson.ipynb", notebook("print('kept')", "", "import helper\n\nhelper.broken()", "0"))
+    executed, page = tmp_path / "out/executed.ipynb", tmp_path / "out/page.html"
+    files = ["--output-notebook", str(executed), "--html", str(page)]
+    executed.parent.mkdir()
+    page.write_text("the last good page")
+    assert main(["--notebook", str(lesson), *files]) == 1
+    told = capsys.readouterr()
+    assert "failed at cell 6 (code cell 3), line 3: helper.broken()" in told.err
+    assert "ValueError: two is not three" in told.err
+    assert re.search(r"raised in \S*helper\.py:2", told.err)
+    assert "page.html stay as an earlier run left them" in told.err
+    assert "page.failed.html" in told.out
+    assert page.read_text() == "the last good page"
+    failed_page = page.with_name("page.failed.html")
+    assert sorted(path.name for path in executed.parent.iterdir()) == [
+        "executed.failed.ipynb",
+        "page.failed.html",
+        "page.html",
+    ]
+    cells = nbformat.read(executed.with_name("executed.failed.ipynb"), as_version=4).cells
+    assert cells[3].outputs[0].text == "kept\n"
+    assert cells[5].outputs[-1].ename == "ValueError"
+    assert cells[6].outputs == []
+    html = failed_page.read_text()
+    assert "This run stopped before the end" in html
+    assert "ValueError: two is not three" in html
+    # A page that is written again from the notebook of the failed run replaces the failed page alone.
+    failed_page.unlink()
+    shutil.copy(executed.with_name("executed.failed.ipynb"), executed)
+    assert main(["--render-only", *files]) == 0
+    assert failed_page.read_text() == html
+    assert page.read_text() == "the last good page"
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    lesson = written(tmp_path / "lesson.ipynb", notebook(f"import os; os.mkdir({str(page)!r})"))
+    assert (
+        main(["--notebook", str(lesson), "--output-notebook", str(tmp_path / "done.ipynb"), "--html", str(page)]) == 2
+    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("run_notebook: ")
+    assert f"not written into {tmp_path}: " in last
+    assert (tmp_path / "done.ipynb").is_file()
+
+
+def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Path) -> None:
+    # The cell catches the interrupt and ends well: that must not let the next one start.
+    caught = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('tidied up')"
+    result = execute(written(tmp_path / "lesson.ipynb", notebook(caught, "print('late')")), cell_timeout=1)
+    assert result.failure is not None
+    assert (result.failure.kind, result.failure.cell, result.exit_status) == ("timeout", 4, 1)
+    assert "timed out at cell 4 (code cell 2)" in result.failure.message
+    assert "CellTimeoutError: took more than 1 seconds" in result.failure.message
+    assert "tidied up" in result.notebook.cells[3].outputs[0].text
+    assert result.notebook.cells[3].outputs[-1].ename == "CellTimeoutError"
+    assert result.notebook.cells[4].outputs == []
+    assert result.seconds < 30
+
+
+def test_dead_kernel_is_reported_as_such(tmp_path: Path) -> None:
+    lesson = notebook("print('alive', flush=True)", "import os\nos._exit(7)")
+    result = execute(written(tmp_path / "lesson.ipynb", lesson))
+    assert result.failure is not None
+    assert (result.failure.kind, result.failure.cell, result.exit_status) == ("dead kernel", 5, 1)
+    assert "DeadKernelError: the kernel's process ended" in result.failure.message
+    assert result.notebook.cells[3].outputs[0].text == "alive\n"
+    assert result.notebook.metadata["run"]["status"] == "failed"
+
+
+def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = {"argv": [sys.executable, "-c", "pass"], "display_name": "nothing", "language": "python"}
+    monkeypatch.setattr(execution, "get_kernel_dict", lambda: nothing)
+    result = execute(written(tmp_path / "lesson.ipynb", notebook("1")), startup_timeout=20)
+    assert result.failure is not None
+    assert (result.failure.kind, result.exit_status) == ("no kernel", 1)
+    assert "no kernel started" in result.failure.message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX does")
+def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> None:
+    cell = "import pathlib, time\npathlib.Path('running').touch()\ntime.sleep(60)"
+    lesson = written(tmp_path / "lesson.ipynb", notebook(cell))
+    executed = tmp_path / "executed.failed.ipynb"
+    files = [
+        "--notebook",
+        str(lesson),
+        "--output-notebook",
+        str(tmp_path / "executed.ipynb"),
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
+    command = [sys.executable, "-m", "experiments.run_notebook", *files]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "running").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted at cell 4 (code cell 2), line 3: time.sleep(60)" in error
+    assert "Traceback" not in error
+    assert nbformat.read(executed, as_version=4).cells[3].outputs[-1].ename == "KeyboardInterrupt"
+    assert (tmp_path / "page.failed.html").exists()
+    assert not (tmp_path / "page.html").exists()

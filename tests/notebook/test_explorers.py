@@ -1,0 +1,295 @@
+"""Explorers: the figures hold the numbers of the layer and the image, and a folder is enough to explore a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import figures, pipeline
+from experiments.figures import COMPACTED, FLOAT, QUANTIZED
+from experiments.notebook import display, explorers, lessons, live
+from experiments.notebook.image_trace import ThreeNetworks
+from experiments.pipeline import LoadedRun, config_from_json, configure, load_run
+from resnet import BasicBlock, ResNet
+from src.data import normalize
+from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunFolder, Snapshots
+from src.storage import RunError
+from src.training import layer_records
+from tests.histories import make_history
+from tests.quantized_networks import small_resnet
+from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of resnet20 on 40 digits whose two epochs were made by hand: training it would tell nothing more here."""
+    path = tmp_path_factory.mktemp("runs") / "a run"
+    config, data = pipeline.prepare_data(configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu"))
+    run = pipeline.build_run(config, data)
+    snapshots = Snapshots(run.attached)
+    snapshots.add(run.model, 0)
+    place = RunFolder.open(path)
+    layer = run.model.get_submodule("layer2.0.conv1")
+    for epoch, made in enumerate(make_history(2), start=1):
+        with torch.no_grad():
+            latent_weight(layer)[: 4 * epoch] *= 1e-6
+            quantizer_of(layer).logit_dz.fill_(1.0)
+        run.history.append(replace(made, layers=layer_records(run.model)))
+        snapshots.add(run.model, epoch)
+        place.write(SNAPSHOTS, snapshots.to_bytes())
+        place.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
+    place.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedRun:
+    return explorers.load_run(folder, device="cpu")
+
+
+def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: LoadedRun) -> None:
+    snapshots = loaded.snapshots
+    name = "layer2.0.conv1"
+    now = snapshots.view(name, 1)
+    figure = figures.layer_figure(now, list(snapshots.through(name)), subtitle="a run")
+    weights, dead, course, bits = figure.axes
+    label = figure.get_label()
+    assert f"{name} after epoch 1" in label
+    assert "4 of 32 filters dead" in label
+    assert "At the end, epoch 2: " in label
+    assert "8 filters dead" in label.split("At the end")[1]
+    zone, bars = weights.patches[0], weights.patches[1]
+    corners = zone.get_extents().transformed(weights.transData.inverted()).intervalx
+    assert corners == pytest.approx([-now.zone_share, now.zone_share])
+    np.testing.assert_allclose(bars.get_data().values, 100 * now.counts[1:-1] / 32 / 16 / 9)
+    np.testing.assert_array_equal(bars.get_data().edges, EDGES)
+    flags = np.asarray(dead.collections[0].get_array())
+    assert flags.shape == (32, 3)
+    assert [int((flags[:, epoch] == 0).sum()) for epoch in range(3)] == [0, 4, 8]
+    zeros = course.get_lines()[0].get_ydata()
+    np.testing.assert_allclose(zeros, [100 * seen.sparsity for seen in snapshots.through(name)])
+    np.testing.assert_allclose(bits.get_lines()[0].get_ydata(), [seen.bits for seen in snapshots.through(name)])
+    for axes in (dead, bits):
+        assert axes.get_lines()[-1].get_xdata()[0] == 1 or course.get_lines()[-1].get_xdata()[0] == 1
+    assert "before training" in figures.layer_figure(snapshots.view(name, 0), [now]).get_label()
+
+
+def test_a_folder_gives_back_the_run(folder: Path, loaded: LoadedRun) -> None:
+    assert loaded.config == configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu")
+    assert len(loaded.history) == 2
+    assert loaded.snapshots.epochs == [0, 1, 2]
+    assert len(loaded.data.train_labels) == 40
+    assert loaded.summary == {}
+    assert "preset smoke" in loaded.subtitle
+    state = torch.load(folder / CHECKPOINT, weights_only=True)["model"]
+    mine = loaded.model.state_dict()
+    assert mine.keys() == state.keys()
+    assert all(torch.equal(mine[name].cpu(), state[name]) for name in state)
+    assert not loaded.model.training
+
+
+def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run to explore: there is no such folder; name a folder with checkp"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(RunError, match=r"in it are notes\.txt; name a folder"):
+        load_run(tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    state = torch.load(folder / CHECKPOINT, weights_only=True)
+    (copy / CHECKPOINT).write_bytes((folder / CHECKPOINT).read_bytes())
+    (copy / SUMMARY).write_text("{")
+    with pytest.raises(RunError, match=r"run\.json.*cannot be read"):
+        load_run(copy)
+    (copy / SUMMARY).write_text(json.dumps({"data": {"name": "digits"}}))
+    assert load_run(copy).snapshots.epochs == [2], "no snapshots: the trained state alone"
+    torch.save({**state, "data_digest": "0" * 64}, copy / CHECKPOINT)
+    with pytest.raises(RunError, match=r"trained on other images.*000000000000 then"):
+        load_run(copy)
+    with pytest.raises(RunError, match=r"not one of this version.*epochs=0"):
+        config_from_json({"preset": "smoke", "epochs": 0})
+
+
+@pytest.fixture(scope="module")
+def networks() -> ThreeNetworks:
+    """Widths 4, 6, 8; some filters dead; images of 32 x 32."""
+    _, data = pipeline.prepare_data(configure("smoke", limit=20, device="cpu"))
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1], 10, widths=(4, 6, 8))
+    trained = small_resnet((8, 4, 2))
+    pipeline.attach(configure("smoke"), model)
+    model.load_state_dict(
+        {**model.state_dict(), **{k: v for k, v in trained.state_dict().items() if not k.startswith("linear")}}
+    )
+    with torch.no_grad():
+        latent_weight(model.get_submodule("layer1.0.conv1"))[[1, 3]] = 0
+    return ThreeNetworks(model.eval(), data)
+
+
+def test_three_networks_see_one_image(networks: ThreeNetworks) -> None:
+    data, model = networks.data, networks.model
+    image = normalize(data.test_images[3:4], data.mean, data.std)
+    layer = "layer1.0.conv1"
+    trace = networks.trace(3, layer)
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule("layer1.0.bn1").register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad():
+        scores = model(image)[0]
+    hook.remove()
+    np.testing.assert_allclose(trace.scores[QUANTIZED], scores, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(trace.maps[QUANTIZED], seen[0][0].numpy()[trace.channels], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(trace.scores[COMPACTED], scores, rtol=1e-4, atol=1e-5)
+    kept = np.isin(trace.channels, trace.stage.kept)
+    assert 0 < kept.sum() < len(kept)
+    np.testing.assert_allclose(trace.maps[COMPACTED][kept], trace.maps[QUANTIZED][kept], rtol=1e-4, atol=1e-5)
+    assert np.isnan(trace.maps[COMPACTED][~kept]).all()
+    weight = model.get_submodule(layer).weight.detach()
+    for channel in trace.channels[~kept]:
+        read_by = model.get_submodule("layer1.0.conv2").weight[:, channel]
+        constant = not weight[channel].any()
+        assert constant or not read_by.any(), "what is gone is constant or unread"
+    assert trace.said(QUANTIZED)[0] == data.class_names[int(scores.argmax())]
+    assert trace.said(QUANTIZED)[1] == pytest.approx(float(scores.softmax(0).max()), rel=1e-4)
+
+
+def test_the_float_network_has_the_latent_weights_and_statistics_of_its_own(networks: ThreeNetworks) -> None:
+    model, alone = networks.model, networks.float
+    images = normalize(networks.data.train_images, networks.data.mean, networks.data.std)
+    with torch.no_grad(), quantization(model, enabled=False):
+        stem = torch.nn.functional.conv2d(images, model.conv1.weight, padding=1)
+    np.testing.assert_allclose(alone.bn1.running_mean, stem.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(alone.bn1.running_mean, model.bn1.running_mean)
+    name, layer = next(iter(quantized_layers(alone).items()))
+    assert torch.equal(layer.weight, latent_weight(model.get_submodule(name)))
+    trace = networks.trace(0, "layer1.0.conv1")
+    assert not np.allclose(trace.scores[FLOAT], trace.scores[QUANTIZED])
+
+
+def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNetworks) -> None:
+    trace = networks.trace(3, "layer1.0.conv1")
+    figure = figures.image_figure(trace, subtitle="a note")
+    heading, picture, scores, *maps = figure.axes
+    assert "Channels behind layer1.0.conv1: " in heading.texts[0].get_text()
+    np.testing.assert_array_equal(picture.get_images()[0].get_array(), trace.image.transpose(1, 2, 0))
+    drawn = {str(line.get_label()): np.asarray(line.get_xdata()) for line in scores.get_lines()}
+    for network in (FLOAT, QUANTIZED, COMPACTED):
+        np.testing.assert_allclose(drawn[network], trace.scores[network])
+    assert len(maps) == 3 * len(trace.channels)
+    for place, axes in enumerate(maps):
+        network, column = list(trace.maps)[place // len(trace.channels)], place % len(trace.channels)
+        values = trace.maps[network][column]
+        if np.isnan(values).all():
+            assert not axes.get_images()
+            assert axes.patch.get_hatch()
+        else:
+            np.testing.assert_allclose(axes.get_images()[0].get_array(), values)
+    answer, share = trace.said(COMPACTED)
+    assert all(trace.said(network)[0] == answer for network in trace.scores)
+    assert f"all say “{answer}” (" in figure.get_label()
+    assert f"compacted\N{NO-BREAK SPACE}{100 * share:.0f} %)" in figure.get_label()
+    other = dict(trace.scores, compacted=-trace.scores[COMPACTED])
+    parted = figures.image_figure(replace(trace, scores=other)).get_label()
+    assert f"quantized says “{answer}” (" in parted
+    assert f"compacted says “{replace(trace, scores=other).said(COMPACTED)[0]}” (" in parted
+    assert f"removal keeps {len(trace.stage.kept)} of its 4 channels" in figure.get_label()
+    with pytest.raises(ValueError, match="test image 99: need a number from 0 to 19"):
+        networks.trace(99, "layer1.0.conv1")
+    with pytest.raises(ValueError, match=r"'conv9': choose one of conv1, layer1\.0\.conv1"):
+        networks.trace(0, "conv9")
+
+
+def test_a_dead_network_is_shown_without_a_compacted_one(networks: ThreeNetworks) -> None:
+    import copy
+
+    model = copy.deepcopy(networks.model)
+    with torch.no_grad():
+        model.linear.weight.zero_()
+    dead = ThreeNetworks(model, networks.data)
+    trace = dead.trace(0, "conv1")
+    assert dead.missing.startswith("the network is dead")
+    assert set(trace.scores) == {FLOAT, QUANTIZED}
+    assert "There is no compacted network" in figures.image_figure(trace).get_label()
+
+
+def test_samples_have_the_distributions_they_are_called_after() -> None:
+    samples = explorers.weight_samples(3, small_resnet())
+    normal, laplace, uniform = (samples[name] for name in ("normal", "Laplace (long tails)", "uniform (no tails)"))
+    assert all(torch.equal(value, explorers.weight_samples(3)[name]) for name, value in list(samples.items())[:4])
+    kurtosis = {}
+    for name, sample in (("normal", normal), ("laplace", laplace), ("uniform", uniform)):
+        centred = sample.double() - sample.double().mean()
+        kurtosis[name] = float((centred**4).mean() / (centred**2).mean() ** 2)
+    assert kurtosis == pytest.approx({"normal": 3.0, "laplace": 6.0, "uniform": 1.8}, rel=0.1)
+    assert next(name for name in samples if name.startswith("trained")) == "trained: layer1.0.conv1"
+    assert uniform.abs().max() <= 1
+
+
+def test_the_quantizer_figure_counts_what_the_quantizer_does() -> None:
+    weights = explorers.weight_samples(0)["normal"]
+    figure = explorers.quantizer_figure(weights, 0.25, 3, subtitle="normal")
+    w = weights.double().numpy()
+    range_ = np.quantile(np.abs(w), 0.99)
+    zeros = (np.abs(w) <= 0.25 * range_).mean()
+    assert f"3 bits: {100 * zeros:.1f} % zeros, 7 of 7 levels used" in figure.get_label()
+    _, grid, values = lessons.staircase_curve("", 0.25, 3)
+    assert grid.max() > 1.25, "beyond R, where the quantizer cuts off"
+    assert values[grid > 1.01] == pytest.approx(1.0, abs=1e-3)
+    assert np.abs(grid[values == 0]).max() == pytest.approx(0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "moves", "told"),
+    [
+        (
+            "quantizer",
+            [("weights", "normal"), ("bits", 2)],
+            ["±0.25 R, 4 bits: ", "±0.25 R, 4 bits: ", "±0.25 R, 2 bits: "],
+        ),
+        (
+            "layers",
+            [("epoch", 1), ("layer", "layer1.0.conv2")],
+            ["layer2.0.conv1 after epoch 2", "layer2.0.conv1 after epoch 1", "layer1.0.conv2 after epoch 1"],
+        ),
+        ("kernels", [("layer", "layer1.0.conv2")], ["layer2.0.conv1: ", "layer1.0.conv2: "]),
+        (
+            "images",
+            [("image", 2), ("layer", "layer1.0.conv1")],
+            ["behind layer2.0.conv1 in 3", "Test image 2 is", "behind layer1.0.conv1 in 3"],
+        ),
+    ],
+)
+def test_explorers_follow_their_controls(
+    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch, name: str, moves: list[tuple[str, Any]], told: list[str]
+) -> None:
+    """Each starts at the most pruned layer and draws one figure a move, in one display; tests/test_live.py has the
+    same in a kernel."""
+    alts: list[str] = []
+    kept: dict[str, Any] = {}
+    explorer = live.explorer
+
+    def put(data: dict[str, str], metadata: dict[str, Any], *, handle: object = None) -> object:
+        assert (handle is None) == (not alts), "one display, then updated"
+        alts.append(metadata["image/png"]["alt"])
+        return "handle"
+
+    monkeypatch.setattr(display, "put", put)
+    monkeypatch.setattr(live, "explorer", lambda build, **controls: (kept.update(controls), explorer(build, **kept)))
+    arguments = {
+        "quantizer": (explorers.weight_samples(0, loaded.model),),
+        "layers": (loaded.snapshots, loaded.subtitle),
+        "kernels": (loaded.model,),
+        "images": (loaded.model, loaded.data),
+    }
+    getattr(explorers, name)(*arguments[name])
+    for control, value in moves:
+        kept[control].value = value
+    assert len(alts) == len(told)
+    assert all(words in alt for words, alt in zip(told, alts, strict=True)), alts
+    sliders = [control for control in kept.values() if control.has_trait("continuous_update")]
+    assert not any(slider.continuous_update for slider in sliders)

@@ -1,0 +1,209 @@
+"""The stages of compression, what the notebook shows of them, and the benchmark of inference: against other counts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments import figures, pipeline
+from experiments.benchmarks import inference
+from experiments.notebook import lessons
+from experiments.pipeline import compression, configure
+from src.pruning import account, channel_groups
+from src.quantizer import DeadZoneLDZCompander
+from src.runs import RunFolder
+from src.training import EpochMeans, History
+from utils_quantization import latent_weight, quantized_layers, quantizer_of
+
+DEAD = (1, 4, 5)  # filters of every block's conv1 that are made zero
+
+
+@pytest.fixture(scope="module")
+def run() -> pipeline.Run:
+    """One short epoch on 60 digits, then dead filters whose BatchNorm shift is positive: constants, not zeros."""
+    config, data = pipeline.prepare_data(configure("smoke", epochs=1, limit=60, batch_size=30, device="cpu"))
+    run = pipeline.build_run(config, data)
+    assert len(list(pipeline.train_epochs(run))) == 1
+    with torch.no_grad():
+        for name, layer in quantized_layers(run.model).items():
+            quantizer = quantizer_of(layer)
+            assert isinstance(quantizer, DeadZoneLDZCompander)
+            quantizer.logit_dz.fill_(1.0)
+            if name.endswith("conv1"):
+                latent_weight(layer)[list(DEAD)] = 0
+                norm = run.model.get_submodule(name.replace("conv1", "bn1"))
+                assert isinstance(norm, nn.BatchNorm2d)
+                norm.bias[list(DEAD)] = torch.tensor([0.5, 0.25, -0.5])
+                assert norm.running_mean is not None
+                norm.running_mean[list(DEAD)] = 0
+    run.model.eval()
+    return run
+
+
+@pytest.fixture(scope="module")
+def compressed(run: pipeline.Run, tmp_path_factory: pytest.TempPathFactory) -> compression.Compression:
+    baseline = pipeline.build_network(run.config, run.data, run.device)
+    result, _ = pipeline.evaluate_run(run)
+    return compression.compress(run, baseline, result, tmp_path_factory.mktemp("packed") / "model.cdq")
+
+
+def stages(compressed: compression.Compression) -> dict[str, compression.Stage]:
+    return {stage.name: stage for stage in compressed.stages}
+
+
+def test_the_stages_against_other_counts(run: pipeline.Run, compressed: compression.Compression) -> None:
+    rows = stages(compressed)
+    assert list(rows) == ["FP32 at the start", "quantized", "compacted", "packed"]
+    dense, quantized, compacted, packed = rows.values()
+    assert dense.macs == 40_551_040
+    assert dense.structured_bops == 40_551_040 * 32 * 32
+    # 18 layers at 8 bits, stem (3*16*9*1024 MACs) and linear (640) at 32
+    rest = 3 * 16 * 9 * 1024 + 640
+    assert quantized.structured_bops == ((40_551_040 - rest) * 8 + rest * 32) * 32
+    with FlopCounterMode(display=False) as counter:
+        compressed.network(torch.zeros(1, 3, 32, 32))
+    assert compacted.macs == counter.get_total_flops() // 2 < dense.macs
+    assert packed.stored_bytes == Path(compressed.packed.path).stat().st_size < compacted.stored_bytes
+    assert dense.accuracy is None
+    assert quantized.accuracy == compacted.accuracy == packed.accuracy
+    assert compacted.parameters == sum(p.numel() for p in compressed.network.parameters())
+    assert rows["FP32 at the start"].relative_time["median"] == 1
+    assert all(stage.relative_time["low"] > 0 for stage in rows.values())
+
+
+def test_the_proof_says_equal(compressed: compression.Compression) -> None:
+    assert compressed.same_predictions
+    assert compressed.largest_difference["float64"] < 1e-10
+    assert compressed.largest_difference["float32"] < 1e-4
+    assert "the same class for every test image" in compressed.proof()
+    text = compressed.table().to_html()
+    assert "40,551,040" in text
+    assert "compacted" in text
+
+
+def test_the_fate_of_every_channel(run: pipeline.Run) -> None:
+    names, fates = compression.removal_map(run.model)
+    found = dict(zip(names, fates, strict=True))
+    # shifts 0.5 and 0.25 pass the ReLU, -0.5 does not; running mean 0 of a dead filter leaves the shift alone
+    assert [found["layer1.0.conv1"][channel] for channel in DEAD] == ["constant", "constant", "zero"]
+    kept = {flow.name: len(flow.kept_out) for flow in account(run.model).layers}
+    assert {name: int((fate == "kept").sum()) for name, fate in found.items()} == kept
+
+
+def test_the_removal_map_draws_the_fates() -> None:
+    fates = [np.array(["kept", "zero"]), np.array(["constant", "unread", "kept"])]
+    figure = figures.removal_map(["first", "second"], fates, subtitle="a run")
+    axes = figure.axes[0]
+    image = axes.images[0]
+    drawn = [[to_hex(image.cmap(image.norm(value))) for value in row] for row in np.asarray(image.get_array())]
+    blue, black, orange, grey, faint = (
+        to_hex(c) for c in (figures.BLUE, figures.BLACK, figures.ORANGE, figures.GREY, figures.FAINT)
+    )
+    assert drawn == [[blue, black, faint], [orange, grey, blue]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first  1/2", "second  1/3"]
+    assert axes.get_xlabel() == "output channel; beside each layer: left/before"
+    assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
+
+
+def test_counting_dead_filters_as_zeros_changes_the_outputs(run: pipeline.Run) -> None:
+    result, _ = pipeline.evaluate_run(run)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    claimed, true = lessons.dead_filter_account(run.model, result, images)
+    assert int(claimed["MACs"].replace(",", "")) < int(true["MACs"].replace(",", ""))  # the channels of ones
+    assert float(claimed["outputs"].rsplit(" ", 1)[1]) > 0
+    assert claimed["count"].startswith(f"{9 * len(DEAD)} dead filters")
+    assert true["count"].startswith(f"{9 * 2} of them constants")
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_logits_under_both_forms_of_decay_by_hand() -> None:
+    steps, paths, zeros = lessons.logit_trajectories(50, learning_rate=0.01, decay=0.1)
+    assert steps.tolist() == list(range(51))
+    np.testing.assert_allclose(paths["decoupled decay"], 3 * (1 - 0.01 * 0.1) ** steps, rtol=1e-5)
+    assert paths["squares in the loss"][1] == pytest.approx(2.99)  # Adam's first step is the learning rate
+    # theta = 3: half width 2.5758 (1 - tanh 3) = 0.012735; P(|w| <= that) = 0.7979 * 0.012735 = 0.01016
+    assert zeros["decoupled decay"][0] == pytest.approx(0.01016, abs=1e-5)
+
+
+def test_a_dead_zone_of_a_given_share() -> None:
+    quantizer = lessons.fixed_quantizer(0.25, 3)
+    assert quantizer.dead_zone_share().item() == pytest.approx(0.25)
+    _, w, q = lessons.staircase_curve("", 0.25, 3)
+    assert np.abs(w[q == 0]).max() == pytest.approx(0.25, abs=1e-3)
+    assert len(np.unique(q)) == 7  # 2 (2^(3 - 1) - 1) + 1
+    with pytest.raises(ValueError, match="share=0"):
+        lessons.dead_zone_logit(0)
+
+
+def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
+    groups = channel_groups(run.model)
+    number = groups.names.index("layer1.0.conv1[3]")
+    rows = lessons.group_table(groups, number).to_dict("records")
+    assert [(row["layer"], row["part"]) for row in rows] == [
+        ("layer1.0.conv1", "filter"),
+        ("layer1.0.bn1", "scale"),
+        ("layer1.0.bn1", "shift"),
+        ("layer1.0.conv2", "slice that reads it"),
+    ]
+    result, _ = pipeline.evaluate_run(run)
+    assert f"{result.structured_stats.total_macs:,}" in lessons.layer_table(result).to_html()
+    assert f"{result.structured_mac_ratio:.2f}x" in lessons.ratio_table(result).to_html()
+    for table in (lessons.layer_table(result), lessons.ratio_table(result)):
+        assert re.search(r"th\.col0 \{\s*text-align: left", table.to_html()), (
+            "names start at the left, as their heading"
+        )
+    verdict = pipeline.judge_run(run)
+    for table in (lessons.layer_table(result), lessons.verdict_table(verdict)):
+        colours = re.findall(r"(?:background(?:-color)?|[^-]color)\s*:\s*([^;}]+)", table.to_html())
+        assert colours
+        assert all("rgba(" in colour for colour in colours), "readable on dark screens, too"
+    assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.findings)
+    assert "logit_bit" in lessons.optimizer_table(run.optimizer, run.objective).to_html()
+
+
+def test_the_forms_that_are_timed_compute_the_same(run: pipeline.Run, tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    dense = pipeline.build_network(run.config, run.data, run.device)
+    with torch.inference_mode():
+        found = {name: take() for name, take in inference.forms(run.model, dense, images, tmp_path).items()}
+        expected = run.model(images)
+    assert list(found) == list(inference.FORMS)
+    for name in ("masked", "compacted", "onnx_fp32", "onnx_int"):
+        logits = found[name]
+        assert isinstance(logits, torch.Tensor)
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder.open(tmp_path / "run")
+    folder.save_progress(run.model, run.optimizer, run.history, _config(run))
+    target = tmp_path / "times.json"
+    arguments = [str(folder.path), "--batch-sizes", "1", "2", "--rounds", "1", "--json", str(target)]
+    assert inference.run_command(arguments) == 0
+    written = json.loads(target.read_text())
+    assert list(written["batch_sizes"]) == ["1", "2"]
+    assert set(written["batch_sizes"]["1"]) == set(inference.FORMS)
+    assert all(form["seconds"]["median"] > 0 for form in written["batch_sizes"]["2"].values())
+    assert "ONNX Runtime, compacted, integers" in capsys.readouterr().out
+
+
+def test_an_empty_epoch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="training set is empty"):
+        EpochMeans().read()
+    with pytest.raises(ValueError, match="history is empty"):
+        _ = History(3).last
+
+
+def _config(run: pipeline.Run) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return asdict(run.config)

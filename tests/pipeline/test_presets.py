@@ -1,0 +1,145 @@
+"""Configurations: what each preset fixes, what is refused and in which words, what becomes of it on the digits."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+
+from experiments.pipeline import DEBUG, PRESETS, ConfigError, RunConfig, configure
+from experiments.pipeline.config import PAPER, PAPER_4BIT, SMOKE, suited_to
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_the_debug_preset_is_the_specified_run() -> None:
+    assert (DEBUG.model, DEBUG.epochs, DEBUG.batch_size, DEBUG.crop_padding, DEBUG.flip) == (
+        "resnet20",
+        20,
+        512,
+        4,
+        True,
+    )
+    assert DEBUG.exclude_layers == ("conv1", "bn", "linear")
+    assert DEBUG.quantizer_kwargs == {
+        "fixed_bit_val": 4, "max_bits": 8, "init_bit_logit": 3.0, "init_deadzone_logit": 3.0,
+        "learnable_bit": True, "learnable_deadzone": True,
+    }  # fmt: skip
+    assert (DEBUG.learning_rate, DEBUG.dz_learning_rate, DEBUG.bit_learning_rate) == (1e-3, 1e-3, 1e-3)
+    assert (DEBUG.logit_decay_dz, DEBUG.logit_decay_bit) == (0.01, 0.01)
+    schedule = DEBUG.schedule()
+    assert [schedule(epoch, 20) for epoch in (0, 5)] == [0, 0]
+    assert [schedule(epoch, 20) / DEBUG.peak for epoch in (6, 10, 19)] == pytest.approx([0.2, 1, 1])
+
+
+def test_the_paper_presets_hold_the_300_epoch_recipe() -> None:
+    for preset in (PAPER, PAPER_4BIT):
+        assert (preset.epochs, preset.batch_size, preset.data, preset.peak) == (300, 512, "cifar10", 0.0)
+        assert [preset.weights_factor()(done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+        assert (preset.logit_decay_dz, preset.logit_decay_bit) == (0.01, 0.01)
+    assert PAPER.learnable_bit
+    assert (PAPER_4BIT.learnable_bit, PAPER_4BIT.fixed_bits) == (False, 4)
+    assert list(PRESETS) == ["debug", "smoke", "paper", "paper-4bit"]
+
+
+def test_the_two_ways_for_the_decay_to_act() -> None:
+    loss, decoupled = DEBUG, replace(DEBUG, regularization="decoupled", logit_decay_bit=0.02)
+    assert (loss.group_kwargs["dz_decay"], loss.group_kwargs["bit_decay"]) == (0, 0)
+    assert (loss.objective(None).lambda_dz, loss.objective(None).lambda_bit) == (0.01, 0.01)
+    assert (decoupled.group_kwargs["dz_decay"], decoupled.group_kwargs["bit_decay"]) == (0.01, 0.02)
+    assert (decoupled.objective(None).lambda_dz, decoupled.objective(None).lambda_bit) == (0, 0)
+
+
+def test_learning_rate_shapes() -> None:
+    def at(shape: str) -> list[float]:
+        factor = configure("debug", learning_rate_shape=shape, hold=0.5).weights_factor()
+        return [factor(done) for done in (0.0, 0.5, 0.75, 1.0)]
+
+    assert at("constant") == [1, 1, 1, 1]
+    assert at("hold_then_linear") == [1, 1, 0.5, 0]
+    assert at("cosine") == pytest.approx([1, 0.5, 0.1464466, 0])
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("model", "resnet-20", "model='resnet-20' is unknown: choose one of resnet20, .*; did you mean 'resnet20'"),
+    ("model", ["resnet20"], "choose one of resnet20"),
+    ("shortcut", "C", "shortcut='C' is unknown: choose one of A, B"),
+    ("device", "gpu", "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),
+    ("precision", "fp16", "precision='fp16' is unknown: choose one of auto, fp32, bf16"),
+    ("learning_rate_shape", "step", "choose one of constant, hold_then_linear, cosine"),
+    ("regularization", "l2", "choose one of loss, decoupled"),
+    ("epochs", 0, "epochs=0: need a whole number from 1 to 100000"),
+    ("epochs", -3, "epochs=-3: need a whole number from 1"),
+    ("epochs", "20", "epochs='20': need a whole number from 1"),
+    ("epochs", 1.5, "epochs=1.5: need a whole number"),
+    ("epochs", True, "epochs=True: need a whole number"),
+    ("batch_size", 0, "batch_size=0: need a whole number from 2"),
+    ("batch_size", 1, "batch_size=1: need a whole number from 2"),
+    ("batch_size", None.__class__, "batch_size=<class 'NoneType'>: need a whole number"),
+    ("limit", 0, "limit=0: need a whole number from 1"),
+    ("limit", "all", "limit='all': need a whole number"),
+    ("seed", -1, "seed=-1: need a whole number from 0 to 2147483647"),
+    ("seed", 2**31, "need a whole number from 0 to 2147483647"),
+    ("crop_padding", 33, "crop_padding=33: need a whole number from 0 to 32"),
+    ("delay", -1, "delay=-1: need a whole number from 0"),
+    ("ramp", 0.5, "ramp=0.5: need a whole number from 0"),
+    ("fixed_bits", 1, "fixed_bits=1: need a whole number from 2 to 16; 2 means ternary"),
+    ("max_bits", 17, "max_bits=17: need a whole number from 2 to 16"),
+    ("max_bits", 8.0, "max_bits=8.0: need a whole number from 2 to 16"),
+    ("init_bit_logit", NAN, "init_bit_logit=nan: need a finite number; 3.0 starts"),
+    ("init_deadzone_logit", "3", "init_deadzone_logit='3': need a finite number"),
+    ("learning_rate", -1e-3, "learning_rate=-0.001: need a number from 0 to 10"),
+    ("dz_learning_rate", INF, "dz_learning_rate=inf: need a number from 0 to 10"),
+    ("bit_learning_rate", "fast", "bit_learning_rate='fast': need a number"),
+    ("logit_decay_dz", NAN, "logit_decay_dz=nan: need a number from 0"),
+    ("logit_decay_bit", -1, "logit_decay_bit=-1: need a number from 0"),
+    ("peak", -0.1, "peak=-0.1: need a number from 0"),
+    ("hold", 1.0, "hold=1.0: need a number from 0 to 0.999"),
+    ("expected_accuracy", 60, "expected_accuracy=60: need a number from 0 to 1"),
+    ("exclude_layers", "conv1", r"exclude_layers='conv1': need a tuple of patterns, \('conv1',\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD, ids=[f"{name}={value!r}" for name, value, _ in BAD])
+def test_a_setting_out_of_range_is_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(preset="mine", **{name: value})
+    with pytest.raises(ConfigError, match=message):
+        configure("debug", **{name: value})
+
+
+def test_every_number_and_choice_has_been_refused_above() -> None:
+    free = {"preset", "data", "data_root", "flip", "learnable_bit", "learnable_deadzone", "given"}
+    assert {f.name for f in fields(RunConfig)} - free == {name for name, _, _ in BAD}
+
+
+def test_unknown_presets_and_settings() -> None:
+    with pytest.raises(ConfigError, match=r"'debgu' is unknown: choose one of debug, .*did you mean 'debug'"):
+        configure("debgu")
+    with pytest.raises(ConfigError, match=r"setting='epoch' is unknown: .*did you mean 'epochs'"):
+        configure("debug", epoch=3)
+    with pytest.raises(ConfigError, match="choose one of debug"):
+        configure(None)  # type: ignore[arg-type]
+
+
+def test_what_is_not_given_keeps_the_presets_value() -> None:
+    assert configure("debug", epochs=None, data="auto", limit=None) == DEBUG
+    assert configure("smoke", data="auto").data == "digits"
+    assert configure("paper", data="digits").data == "digits"
+    changed = configure("debug", epochs=3, seed=7)
+    assert (changed.epochs, changed.seed, changed.batch_size) == (3, 7, 512)
+    assert DEBUG.epochs == 20
+    with pytest.raises(FrozenInstanceError):
+        DEBUG.epochs = 3  # type: ignore[misc]
+
+
+def test_on_the_digits_debug_becomes_smoke_and_keeps_what_was_changed() -> None:
+    assert suited_to(DEBUG, "cifar10") is DEBUG
+    assert suited_to(PAPER, "digits") is PAPER
+    assert suited_to(DEBUG, "digits") == SMOKE
+    suited = suited_to(configure("debug", data="digits", epochs=2, limit=100, peak=0.5, seed=3), "digits")
+    assert suited == replace(SMOKE, data="digits", epochs=2, limit=100, peak=0.5, seed=3)
+    assert (suited.preset, suited.batch_size, suited.flip) == ("smoke", 48, False)
+    asked = configure("debug", epochs=DEBUG.epochs, batch_size=DEBUG.batch_size)  # asked for, though they are its own
+    assert (suited_to(asked, "digits").epochs, suited_to(asked, "digits").batch_size) == (20, 512)

@@ -1,0 +1,187 @@
+"""The verdict on histories made by hand: a healthy one, and one for each expectation that is not met."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from experiments.pipeline import DEBUG, FAILED, NOT_JUDGED, PASSED, RunConfig, Verdict, judge
+from experiments.pipeline.config import PAPER_4BIT, SMOKE
+from experiments.pipeline.verdict import FEWEST_STEPS
+from src.training import EpochRecord, History, LayerRecord
+
+NAMES = [
+    "layers quantized",
+    "loss falls",
+    "accuracy climbs",
+    "accuracy reached",
+    "zeros appear",
+    "channels die",
+    "bits fall",
+    "nothing collapses",
+    "no layer dies whole",
+]
+
+
+def healthy(epochs: int = 20) -> list[EpochRecord]:
+    """Loss 2.2 to 0.5, accuracy 30 to 82 %, zeros 0 to 52 %, dead filters 0 to 25 %, bits 8 to 7."""
+    records = []
+    for epoch in range(1, epochs + 1):
+        done = (epoch - 1) / 19
+        dead = (epoch > 12, False, False, False)
+        layers = tuple(LayerRecord(name, 8 - done, 0.1, 0.52 * done, dead) for name in ("a", "b"))
+        record = EpochRecord(
+            epoch=epoch, loss=2.5 - 1.7 * done, task_loss=2.2 - 1.7 * done, logit_penalty=0.3, group_penalty=400.0,
+            coefficient=DEBUG.schedule()(epoch - 1, 20), learning_rate=1e-3, train_accuracy=0.3 + 0.5 * done,
+            test_loss=2.0 - done, accuracy=0.30 + 0.52 * done, unstructured_sparsity=0.52 * done,
+            structured_sparsity=0.25 if epoch > 12 else 0.0, mean_bits=8 - done, seconds=30.0, layers=layers,
+        )  # fmt: skip
+        records.append(record)
+    return records
+
+
+def verdict_of(
+    records: list[EpochRecord], config: RunConfig = DEBUG, attached: tuple[str, ...] = ("a", "b")
+) -> Verdict:
+    return judge(History(config.epochs, records), config, 10, attached)
+
+
+def statuses(verdict: Verdict) -> dict[str, str]:
+    return {finding.name: finding.status for finding in verdict.findings}
+
+
+def ending(**changes: Any) -> list[EpochRecord]:
+    records = healthy()
+    return [*records[:-1], replace(records[-1], **changes)]
+
+
+def throughout(**changes: Any) -> list[EpochRecord]:
+    return [replace(record, **changes) for record in healthy()]
+
+
+def test_a_healthy_run() -> None:
+    verdict = verdict_of(healthy())
+    assert statuses(verdict) == dict.fromkeys(NAMES, PASSED)
+    assert (verdict.healthy, verdict.faulty) == (True, False)
+    assert verdict.headline == "HEALTHY: all 9 expectations met"
+    assert verdict.to_json()["state"] == "healthy"
+    measured = {finding.name: finding.measured for finding in verdict.findings}
+    assert measured["accuracy reached"] == "82.0%"
+    assert measured["zeros appear"] == "0.0% -> 52.0%"
+    assert measured["channels die"] == "25.0% of the filters"
+    assert measured["bits fall"] == "7.00 bits on average"
+
+
+def whole_layer_dead() -> list[EpochRecord]:
+    records = healthy()
+    layers = (records[-1].layers[0], replace(records[-1].layers[1], dead=(True,) * 4))
+    return [*records[:-1], replace(records[-1], layers=layers)]
+
+
+def collapsed() -> list[EpochRecord]:
+    """Mid-run 97 %, then 48 %: above what a run must reach here, below half of mid-run."""
+    return [replace(r, accuracy=0.97 if r.epoch < 20 else 0.48) for r in healthy()]
+
+
+ALONE: dict[str, tuple[list[EpochRecord], RunConfig, tuple[str, ...]]] = {
+    "layers quantized": (healthy(), DEBUG, ("a", "b", "c")),
+    "loss falls": (ending(task_loss=2.2), DEBUG, ("a", "b")),
+    "accuracy climbs": (throughout(accuracy=0.19), replace(DEBUG, expected_accuracy=0.1), ("a", "b")),
+    "accuracy reached": (throughout(accuracy=0.599), DEBUG, ("a", "b")),
+    "zeros appear": (throughout(unstructured_sparsity=0.009), DEBUG, ("a", "b")),
+    "channels die": (throughout(structured_sparsity=0.0), DEBUG, ("a", "b")),
+    "bits fall": (throughout(mean_bits=8.0), DEBUG, ("a", "b")),
+    "nothing collapses": (collapsed(), replace(DEBUG, expected_accuracy=0.4), ("a", "b")),
+    "no layer dies whole": (whole_layer_dead(), DEBUG, ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_expectation_that_is_not_met_is_the_only_failure(name: str) -> None:
+    records, config, attached = ALONE[name]
+    verdict = verdict_of(records, config, attached)
+    assert statuses(verdict) == {**dict.fromkeys(NAMES, PASSED), name: FAILED}
+    assert (verdict.healthy, verdict.faulty) == (False, True)
+    assert verdict.headline == f"FAULT: 1 of 9 expectations not met ({name})"
+    assert verdict.to_json()["state"] == "faulty"
+    (failed,) = [finding for finding in verdict.findings if finding.status == FAILED]
+    lines = verdict.text().splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith(f"  FAILED      {name} "))
+    assert failed.measured in lines[at]
+    assert failed.expected in lines[at]
+    assert lines[at + 1].strip() == f"look at: {failed.look_at}"
+    assert len(lines) == 1 + 9 + 1  # the headline, the findings, and where to look for the one
+
+
+@pytest.mark.parametrize("zeros", [(0.0, 0.009), (0.3, 0.3), (0.3, 0.2)])
+def test_zeros_must_grow_and_be_more_than_a_rounding(zeros: tuple[float, float]) -> None:
+    first, *between = ending(unstructured_sparsity=zeros[1])
+    verdict = verdict_of([replace(first, unstructured_sparsity=zeros[0]), *between])
+    assert statuses(verdict)["zeros appear"] == FAILED
+
+
+def test_the_dead_layer_is_named() -> None:
+    found = {finding.name: finding.measured for finding in verdict_of(whole_layer_dead()).findings}
+    assert found["no layer dies whole"] == "b"
+
+
+def test_one_epoch_is_not_judged_by_what_takes_longer() -> None:
+    verdict = verdict_of(healthy(1), replace(DEBUG, epochs=1))
+    judged = {"layers quantized": PASSED, "no layer dies whole": PASSED}
+    assert statuses(verdict) == {**dict.fromkeys(NAMES, NOT_JUDGED), **judged}
+    assert (verdict.healthy, verdict.faulty) == (False, False)
+    assert verdict.headline.startswith("INCONCLUSIVE: 2 of 9 expectations met")
+    assert verdict.to_json()["state"] == "inconclusive"
+
+
+def test_a_run_before_the_penalty_is_not_asked_for_zeros_or_dead_channels() -> None:
+    found = statuses(verdict_of(healthy(5), replace(DEBUG, epochs=5)))
+    unmet = {"accuracy reached", "zeros appear", "channels die", "bits fall"}
+    assert {name for name, status in found.items() if status == NOT_JUDGED} == unmet
+    assert {status for name, status in found.items() if name not in unmet} == {PASSED}
+
+
+def test_a_part_of_the_images_is_not_judged_by_what_needs_all() -> None:
+    nothing = throughout(accuracy=0.1, unstructured_sparsity=0.0, structured_sparsity=0.0, mean_bits=8.0)
+    verdict = verdict_of(nothing, replace(DEBUG, limit=100))
+    assert not verdict.faulty
+    judged = {name for name, status in statuses(verdict).items() if status == PASSED}
+    assert judged == {"layers quantized", "loss falls", "no layer dies whole"}
+
+
+def test_what_a_configuration_switches_off_is_not_expected() -> None:
+    fixed = statuses(verdict_of(throughout(mean_bits=4.0), replace(DEBUG, learnable_bit=False)))
+    assert set(fixed) == set(NAMES) - {"bits fall"}
+    assert set(fixed.values()) == {PASSED}
+    dense = statuses(verdict_of(healthy(), replace(DEBUG, peak=0.0, learnable_deadzone=False)))
+    assert set(dense) == set(NAMES) - {"channels die", "zeros appear"}
+    assert {"bits fall", "channels die"}.isdisjoint(statuses(verdict_of(healthy(), PAPER_4BIT)))
+
+
+def test_a_configuration_of_ones_own_is_measured_by_itself() -> None:
+    mine = replace(SMOKE, preset="mine", epochs=20, delay=5, expected_accuracy=0.8)
+    assert verdict_of(healthy(), mine).healthy
+    assert verdict_of(healthy(), replace(mine, expected_accuracy=0.83)).faulty
+
+
+def test_an_empty_history_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no epoch has finished"):
+        verdict_of([])
+
+
+def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
+    records = healthy()
+    few = judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS - 1)
+    statuses = {finding.name: finding.status for finding in few.findings}
+    assert statuses["channels die"] == statuses["bits fall"] == statuses["accuracy reached"] == NOT_JUDGED
+    assert statuses["layers quantized"] == PASSED
+    assert not few.healthy
+    assert not few.faulty
+    assert judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS).healthy
+    perfect = [replace(record, accuracy=1.0) for record in records]
+    # chance is 1/2, so twice chance would be 100 %: the bar is 1/2 + 1/8
+    two = judge(History(DEBUG.epochs, perfect), DEBUG, 2, ("a", "b"))
+    assert next(f for f in two.findings if f.name == "accuracy climbs").expected.startswith("above 62.5%")
+    assert two.healthy

@@ -1,0 +1,244 @@
+"""Reading a network as a short program: one tiny network per operation, and what is not recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet import resnet20
+from src.pruning import GraphError, Op, channel_groups, compact, trace
+from src.quantizer import DeadZoneLDZCompander
+from tests.networks import IMAGE, TOPOLOGIES, Chain, FlattenArea, OptionAShortcut
+from utils_quantization import attach_weight_quantizers
+
+
+class Wrapped(nn.Module):
+    """One function of an image behind a 1x1 convolution 2->4, so that the function's input is no image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x))
+
+
+class FirstOfTwo(nn.Module):
+    """The first of two outputs of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x)[0]
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return [op.kind for op in trace(model, IMAGE)]
+
+
+def made_of(function: Callable[[Tensor], Tensor]) -> list[Op]:
+    """The operations that `function` adds."""
+    return trace(Wrapped(function), IMAGE)[2:-1]
+
+
+def test_chain() -> None:
+    ops = trace(Chain(), IMAGE)
+    assert [op.kind for op in ops] == [
+        *("input", "conv", "batchnorm", "relu", "conv", "relu", "pool", "flatten", "linear", "output"),
+    ]
+    assert [op.module for op in ops if op.module] == ["conv1", "bn1", "conv2", "linear"]
+    assert [op.channels for op in ops[:-1]] == [2, 3, 3, 3, 4, 4, 4, 4, 2]
+    assert (ops[1].height, ops[1].width) == (6, 6)
+    assert [op.inputs for op in ops[1:]] == [(op.name,) for op in ops[:-1]]
+
+
+def test_option_a_is_a_stride_and_a_pad() -> None:
+    ops = trace(OptionAShortcut(), IMAGE)
+    stride = next(op for op in ops if op.kind == "stride")
+    pad = next(op for op in ops if op.kind == "pad")
+    assert stride.settings["step"] == 2
+    assert (stride.channels, stride.height, stride.width) == (2, 3, 3)
+    assert pad.settings["before"] == 1
+    assert pad.channels == 4
+    add = next(op for op in ops if op.kind == "add")
+    assert set(add.inputs) == {pad.name, next(op for op in ops if op.kind == "batchnorm").name}
+
+
+def test_flatten_with_area() -> None:
+    flatten = next(op for op in trace(FlattenArea(), IMAGE) if op.kind == "flatten")
+    assert flatten.settings["area"] == 9
+    assert flatten.channels == 27
+
+
+def test_resnet20_has_nothing_unknown() -> None:
+    model = resnet20()
+    attach_weight_quantizers(model, ["conv1", "bn", "linear"], DeadZoneLDZCompander)
+    ops = trace(model)
+    counted = {kind: sum(op.kind == kind for op in ops) for kind in {op.kind for op in ops}}
+    ends = dict.fromkeys(("input", "pool", "flatten", "linear", "output"), 1)
+    assert counted == ends | {"conv": 19, "batchnorm": 19, "relu": 19, "add": 9, "stride": 2, "pad": 2}
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (torch.relu, "relu"),
+        (F.relu, "relu"),
+        (nn.ReLU(), "relu"),
+        (lambda x: x.relu(), "relu"),
+        (nn.Identity(), "pass"),
+        (nn.Dropout(0.5), "pass"),
+        (nn.MaxPool2d(2), "pool"),
+        (nn.AvgPool2d((2, 2)), "pool"),
+        (nn.AdaptiveAvgPool2d((1, 1)), "pool"),
+        (lambda x: F.adaptive_avg_pool2d(x, 1), "pool"),
+        (lambda x: x[:, :, ::3, ::3], "stride"),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 2, 0)), "pad"),
+        (lambda x: torch.flatten(x, 1), "flatten"),
+        (lambda x: x.flatten(1, -1), "flatten"),
+        (nn.Flatten(), "flatten"),
+        (lambda x: x.view(x.size(0), -1), "flatten"),
+        (lambda x: x.reshape(x.shape[0], -1), "flatten"),
+        (lambda x: F.max_pool2d(x, 2), "pool"),
+        (lambda x: F.avg_pool2d(x, kernel_size=x.size(3), stride=1), "pool"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "conv"),
+        (nn.BatchNorm2d(4, affine=False), "batchnorm"),
+    ],
+)
+def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> None:
+    assert [op.kind for op in made_of(function)] == [kind]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.sigmoid,
+        lambda x: x * 2,
+        lambda x: x + 1,
+        lambda x: torch.relu(x) + torch.relu(x)[:, :, :1, :],  # broadcast
+        lambda x: x[:, :2],
+        lambda x: x[:, :, 1::2, ::2],
+        lambda x: x[:, :, ::2, ::3],
+        lambda x: F.pad(x, (1, 1, 1, 1)),
+        lambda x: F.pad(x, (0, 0, 0, 0, 1, 1), value=1.0),
+        lambda x: F.adaptive_avg_pool2d(x, 2),
+        lambda x: torch.flatten(x, 2),
+        lambda x: x.view(x.size(0), 4, -1),
+        lambda x: F.max_pool2d(x, 3, 1, 1),
+        lambda x: F.avg_pool2d(x, 2, ceil_mode=True),
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3),
+        nn.MaxPool2d(3, 1, 1),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.AvgPool2d(4, ceil_mode=True),
+        nn.MaxPool2d((2, 3)),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.GroupNorm(2, 4),
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.Flatten(2),
+        nn.Linear(6, 6),  # acts on the columns of an image, not on channels
+    ],
+)
+def test_everything_else_is_opaque(function: Callable[[Tensor], Tensor]) -> None:
+    assert "opaque" in [op.kind for op in made_of(function)]
+
+
+def test_sums_of_sizes_are_no_operations_and_tuples_are_opaque() -> None:
+    assert made_of(lambda x: x.view(x.size(0) + x.size(0) - x.size(0), -1))[-1].kind == "flatten"
+    assert {op.kind for op in made_of(FirstOfTwo())} == {"opaque"}
+    assert made_of(lambda x: torch.flatten(torch.flatten(x, 2), 1))[-1].kind == "opaque"
+
+
+def test_a_module_called_twice_is_opaque() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(self.act(self.conv(x))))
+
+    assert kinds(Twice()) == ["input", "opaque", "relu", "opaque", "relu", "output"]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_tracing_leaves_the_network_as_it_was(topology: type[nn.Module]) -> None:
+    model = topology().train()
+    next(model.children()).eval()
+    training = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    trace(model, IMAGE)
+    assert [module.training for module in model.modules()] == training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_wrong_image_size() -> None:
+    with pytest.raises(GraphError, match=r"Chain does not accept an image of size \(5, 6, 6\).*input_size"):
+        trace(Chain(), (5, 6, 6))
+
+
+def test_forward_pass_that_depends_on_values() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(GraphError, match=r"Branches cannot be traced.*fixed graph"):
+        trace(Branches(), IMAGE)
+
+
+def test_state_is_restored_after_an_error() -> None:
+    model = Chain().train()
+    with pytest.raises(GraphError):
+        trace(model, (5, 6, 6))
+    assert all(module.training for module in model.modules())
+
+
+class OldEnding(nn.Module):
+    """How the first CIFAR ResNets in PyTorch end: a pool as wide as the image, and a view by the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.linear = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 2)
+        x = F.relu(self.conv2(x))
+        x = F.avg_pool2d(x, x.size()[3])
+        return self.linear(x.view(x.size(0), -1))
+
+
+def test_pooling_functions_and_views_by_size_are_followed() -> None:
+    ops = {op.name: op for op in trace(OldEnding())}
+    assert [op.kind for op in ops.values()] == [
+        *("input", "conv", "batchnorm", "relu", "pool", "conv", "relu", "pool", "flatten", "linear", "output")
+    ]
+    assert ops["max_pool2d"].settings == {"average": 0, "kernel": 2, "stride": 2}
+    assert ops["avg_pool2d"].settings == {"average": 1, "kernel": 16, "stride": 16}
+    assert ops["view"].settings == {"area": 1}
+    assert len(channel_groups(OldEnding())) == 4 + 6
+
+
+def test_a_network_with_the_old_ending_loses_its_dead_channels_exactly() -> None:
+    torch.manual_seed(0)
+    model = OldEnding().double().eval()
+    with torch.no_grad():
+        model.conv1.weight[1] = 0
+        model.bn1.bias[1] = 0.5  # a constant that conv2 reads through its padding
+        model.conv2.weight[[0, 3]] = 0
+    smaller = compact(model)
+    x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(smaller(x), model(x), rtol=1e-10, atol=1e-12)
+    assert smaller.state_dict()["conv2.weight"].shape == (4, 3 + 1, 3, 3)

@@ -1,0 +1,243 @@
+"""A step that is recorded gives the numbers of one that is not; that needs a CUDA device, the last tests do not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments import doctor, pipeline
+from experiments.pipeline import TrainingLoop, configure
+from experiments.sparsity import coupled_group_lasso
+from resnet import BasicBlock, ResNet
+from src.quantizer import DeadZoneLDZCompander
+from src.training import (
+    GraphedStep,
+    Objective,
+    StepLosses,
+    cuda_graph,
+    make_optimizer,
+    parameter_groups,
+    repeatable,
+    train_step,
+)
+from tests.runs.test_resume import assert_equal, everything, killed, train
+from utils_quantization import attach_weight_quantizers, quantization
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+CUDA = torch.device("cuda")
+Step = Callable[..., StepLosses]
+
+
+@pytest.fixture
+def ordered_sums() -> Iterator[None]:
+    """The process as a run prepares it, and as it was afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    repeatable(CUDA)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def network() -> ResNet:
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1], widths=(4, 8, 16))
+    kwargs = {"init_deadzone_logit": 1.0, "init_bit_logit": 0.8}
+    attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, kwargs)
+    return model.to(CUDA)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(parameter_groups(model, learning_rate=0.01, dz_learning_rate=0.02, bit_learning_rate=0.03))
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    drawn = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(n, 3, 32, 32, generator=drawn).to(CUDA), torch.randint(10, (n,), generator=drawn).to(CUDA))
+        for n in sizes
+    ]
+
+
+def trained(model: nn.Module, step: Step, sizes: list[int], coefficients: list[float]) -> list[list[float]]:
+    """The parts of every step's loss; `model` is trained in place."""
+    optimizer, objective = optimizer_of(model), Objective(coupled_group_lasso(model), 0.01, 0.01)
+    model.train()
+    rows = []
+    for (images, labels), coefficient in zip(batches(*sizes), coefficients, strict=True):
+        losses = step(model, optimizer, images, labels, objective, coefficient)
+        rows.append([float(part) for part in vars(losses).values()])
+    return rows
+
+
+@on_cuda
+def test_recorded_steps_equal_eager_ones(ordered_sums: None) -> None:
+    """Two shapes of batch, with and without the penalty: four recordings, used in turns. Bit for bit."""
+    sizes, coefficients = [16, 16, 8, 8, 16, 8, 16], [0.0, 0.1, 0.1, 0.0, 0.2, 0.3, 0.0]
+    eager, recorded, step = network(), network(), GraphedStep()
+    assert trained(eager, train_step, sizes, coefficients) == trained(recorded, step, sizes, coefficients)
+    for (name, a), b in zip(eager.state_dict().items(), recorded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(step._recordings) == 4
+    assert not step.failure
+
+
+@on_cuda
+def test_switched_quantizers_are_recorded_anew(ordered_sums: None) -> None:
+    found = []
+    for step in (train_step, GraphedStep()):
+        model = network()
+        optimizer, objective = optimizer_of(model), Objective()
+        ((images, labels),) = batches(16)
+        losses = []
+        for enabled in (True, False, True):
+            with quantization(model, enabled):
+                losses.append(float(step(model, optimizer, images, labels, objective, 0.0).task))
+        found.append(losses)
+    assert found[0] == found[1]
+
+
+@on_cuda
+def test_recording_leaves_averages_and_random_numbers_alone() -> None:
+    model = network()
+    other = copy.deepcopy(model)
+    torch.cuda.manual_seed(5)
+    trained(model, GraphedStep(), [16], [0.0])
+    drawn = torch.rand(3, device=CUDA)
+    torch.cuda.manual_seed(5)
+    trained(other, train_step, [16], [0.0])
+    assert torch.equal(drawn, torch.rand(3, device=CUDA))
+    assert model.bn1.num_batches_tracked == other.bn1.num_batches_tracked == 1
+    torch.testing.assert_close(model.bn1.running_mean, other.bn1.running_mean)
+
+
+@on_cuda
+def test_a_step_that_cannot_be_recorded_runs_as_it_is() -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3 * 32 * 32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.linear(x.flatten(1))
+            return scores if float(scores.detach().mean()) > 1e9 else 2 * scores  # waits for the device
+
+    heard: list[str] = []
+    torch.manual_seed(0)
+    model = Deciding().to(CUDA)
+    plain, step = copy.deepcopy(model), GraphedStep(heard.append)
+    results = []
+    for net, take in ((model, step), (plain, train_step)):
+        optimizer = optimizer_of(net)
+        results.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for batch in batches(8, 8, 8)])
+    assert results[0] == pytest.approx(results[1])
+    assert len(heard) == 1
+    assert "cannot be recorded as a CUDA graph" in heard[0]
+
+
+@on_cuda
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_does_not_wait_for_the_device(recorded: bool) -> None:
+    model, step = network(), GraphedStep() if recorded else train_step
+    optimizer, objective = optimizer_of(model), Objective(coupled_group_lasso(model), 0.01, 0.01)
+    images, labels = batches(16)[0]
+    for _ in range(2):  # the first makes what is kept
+        step(model, optimizer, images, labels, objective, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step(model, optimizer, images, labels, objective, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(losses.total)
+
+
+def small_run(seed: int = 0) -> pipeline.Run:
+    config = configure("smoke", data="digits", device="cuda", epochs=3, limit=144, delay=1, ramp=1, seed=seed)
+    config, data = pipeline.prepare_data(config)
+    return pipeline.build_run(config, data)
+
+
+@on_cuda
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_a_resumed_run_ends_with_the_same_bits(ordered_sums: None, tmp_path: Path, steps: int) -> None:
+    """144 images in batches of 48, 3 steps an epoch: stopped within the first, at its end, within the third."""
+    whole = small_run()
+    train(TrainingLoop.open(whole, tmp_path / "whole"))
+    killed(small_run(), tmp_path / "parts", steps + 1, checkpoint_every=1)
+    resumed = small_run(seed=7)  # other weights: they all come from the checkpoint
+    resumed.config = whole.config
+    train(TrainingLoop.open(resumed, tmp_path / "parts", resume=True))
+    assert_equal(resumed, everything(whole))
+
+
+@pytest.mark.parametrize("problem", ["capture", "memory"])
+def test_where_recording_fails(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a batch is the user's to know, with its own advice; anything else costs speed alone."""
+    error = torch.OutOfMemoryError("none left") if problem == "memory" else RuntimeError("not permitted\ndetails")
+    tried = []
+
+    def refuse(*arguments: object) -> None:
+        tried.append(arguments)
+        raise error
+
+    monkeypatch.setattr(cuda_graph, "_record", refuse)
+    torch.manual_seed(0)
+    model, heard = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[str]()
+    plain, step = copy.deepcopy(model), GraphedStep(heard.append)
+    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
+    if problem == "memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, optimizer_of(model), *batch, Objective(), 0.0)
+        return
+    losses = []
+    for net, take in ((model, step), (plain, train_step)):
+        optimizer = optimizer_of(net)
+        losses.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(tried) == 1
+    assert heard == ["this step cannot be recorded as a CUDA graph and runs without one: not permitted"]
+
+
+def test_what_watches_the_network_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor puts hooks on the network for one step of an epoch; a replay would run none of them."""
+    tried: list[object] = []
+
+    def refuse(*arguments: object) -> None:
+        tried.append(arguments)
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(cuda_graph, "_record", refuse)
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[int]()
+    step, optimizer = GraphedStep(), optimizer_of(model)
+    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
+    hook = model[1].register_forward_hook(lambda *_: seen.append(1))
+    step(model, optimizer, *batch, Objective(), 0.0)
+    hook.remove()
+    assert (seen, tried) == ([1], [])
+    step(model, optimizer, *batch, Objective(), 0.0)
+    assert (len(seen), len(tried)) == (1, 1)
+
+
+@on_cuda
+def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
+    run = small_run()
+    watcher = doctor.Watcher(doctor.Subject.of_run(run))
+    for record in pipeline.train_epochs(run, watcher.step):
+        watcher.epoch(record)
+    report = watcher.report()
+    assert isinstance(run.step, GraphedStep)
+    assert run.step._recordings
+    assert not report.failed, report.text(passed=False)
+
+
+def test_only_a_cuda_device_records() -> None:
+    config = configure("smoke", data="digits", device="cpu", limit=48)
+    run = pipeline.build_run(*pipeline.prepare_data(config))
+    assert run.step is None
+    elsewhere = replace(run, device=CUDA)
+    assert isinstance(elsewhere.step, GraphedStep), "the notebook builds its run by hand"
+    assert not torch.are_deterministic_algorithms_enabled()
