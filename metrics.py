@@ -4,7 +4,7 @@
 bits (`b_a`), as the paper counts them; a layer without quantizer has 32-bit weights. Left out: BatchNorm, bias, ReLU,
 pooling and adds, which are less than 1 % of ResNet-20.
 
-    structured     MACs of the network that exact removal leaves (src/account.py): whole channels only.
+    structured     MACs of the network that exact removal leaves (src/pruning/liveness.py): whole channels only.
     unstructured   every non-zero weight is one MAC per output pixel: density x dense MACs.
 
 A ratio is baseline over compressed, so larger is smaller.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.pruning import LayerFlow, account
+from src.pruning import LayerLiveness, analyze_liveness
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
 FULL_PRECISION_BITS = 32
@@ -123,19 +123,23 @@ class QuantizationComparison:
         With quantizers attached their bits count, so hand over a full-precision network to compare with FP32.
         """
         layers = self._layers(model)
-        self.baseline = ModelStats(tuple(self._stats(flow, info, _dense_macs(flow, info)) for flow, info in layers))
+        self.baseline = ModelStats(tuple(self._stats(layer, info, _dense_macs(layer, info)) for layer, info in layers))
         return self.baseline
 
     def calculate_stats(self, model: nn.Module) -> ModelStats:
         """Structured: MACs and BOPs of the network that exact removal leaves, quantizers as they are switched."""
         return self._matching(
-            ModelStats(tuple(self._stats(flow, info, _removed_macs(flow, info)) for flow, info in self._layers(model)))
+            ModelStats(
+                tuple(self._stats(layer, info, _removed_macs(layer, info)) for layer, info in self._layers(model))
+            )
         )
 
     def calculate_unstructured_stats(self, model: nn.Module) -> ModelStats:
         """Unstructured: every non-zero weight is one MAC per output pixel, wherever it stands."""
         return self._matching(
-            ModelStats(tuple(self._stats(flow, info, info.nonzero * flow.pixels) for flow, info in self._layers(model)))
+            ModelStats(
+                tuple(self._stats(layer, info, info.nonzero * layer.pixels) for layer, info in self._layers(model))
+            )
         )
 
     def mac_compression_ratio(self, stats: ModelStats) -> float:
@@ -149,24 +153,24 @@ class QuantizationComparison:
     unstructured_compression_ratio = compression_ratio
     unstructured_mac_compression_ratio = mac_compression_ratio
 
-    def _layers(self, model: nn.Module) -> list[tuple[LayerFlow, _WeightInfo]]:
-        flows = account(model, self.input_size).layers
-        info = _weight_info(model, [flow.name for flow in flows])
-        return [(flow, info[flow.name]) for flow in flows]
+    def _layers(self, model: nn.Module) -> list[tuple[LayerLiveness, _WeightInfo]]:
+        layers = analyze_liveness(model, self.input_size).layers
+        info = _weight_info(model, [layer.name for layer in layers])
+        return [(layer, info[layer.name]) for layer in layers]
 
-    def _stats(self, flow: LayerFlow, info: _WeightInfo, macs: int) -> LayerStats:
-        constant = np.flatnonzero(~np.isnan(flow.constant_out))
+    def _stats(self, layer: LayerLiveness, info: _WeightInfo, macs: int) -> LayerStats:
+        constant = np.flatnonzero(~np.isnan(layer.constant_out))
         return LayerStats(
-            name=flow.name,
+            name=layer.name,
             macs=macs,
             bops=float(macs) * info.bits * self.b_a,
             bitwidth=info.bits,
             pruning_ratio=1 - info.nonzero / info.count,
-            null_in=_missing(flow.kept_in, flow.in_channels),
-            null_out=_missing(flow.kept_out, flow.out_channels),
-            dead_out=_indices(np.flatnonzero(flow.dead_out)),
+            null_in=_missing(layer.kept_in, layer.in_channels),
+            null_out=_missing(layer.kept_out, layer.out_channels),
+            dead_out=_indices(np.flatnonzero(layer.dead_out)),
             constant_out=_indices(constant),
-            zero_out=_indices(np.flatnonzero(flow.constant_out == 0)),
+            zero_out=_indices(np.flatnonzero(layer.constant_out == 0)),
             weights=info.count,
             quantized=info.quantized,
         )
@@ -212,12 +216,12 @@ def _weight_info(model: nn.Module, names: Iterable[str]) -> dict[str, _WeightInf
     return found
 
 
-def _dense_macs(flow: LayerFlow, info: _WeightInfo) -> int:
-    return flow.out_channels * flow.in_channels * info.kernel * flow.pixels
+def _dense_macs(layer: LayerLiveness, info: _WeightInfo) -> int:
+    return layer.out_channels * layer.in_channels * info.kernel * layer.pixels
 
 
-def _removed_macs(flow: LayerFlow, info: _WeightInfo) -> int:
-    return len(flow.kept_out) * flow.inputs_after_removal * info.kernel * flow.pixels
+def _removed_macs(layer: LayerLiveness, info: _WeightInfo) -> int:
+    return len(layer.kept_out) * layer.inputs_after_removal * info.kernel * layer.pixels
 
 
 def _ratio(baseline: float, compressed: float) -> float:

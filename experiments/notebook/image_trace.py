@@ -3,7 +3,7 @@
 float       the latent weights, quantizers off, with BatchNorm statistics of their own: those of the trained network
             belong to the quantized weights, and without the dead zone its answers would mean nothing
 quantized   the trained network as it is used, zeros in place
-compacted   the smaller network that exact removal leaves (src/compaction.py): channels that are gone have no map
+compacted   the smaller network that exact removal leaves (src/pruning/compaction.py): removed channels have no map
 Axis letters: K shown channels, H W space, C classes.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED, ImageTrace, Stage
 from src.data import ImageData, normalize
-from src.pruning import CompactionError, CompactNetwork, account, compact
+from src.pruning import CompactionError, CompactNetwork, analyze_liveness, compact
 from utils_quantization import eval_mode, shared_quantized_weights, toggle_quantization
 
 MEASURED, BATCH = 512, 128  # training images for the float network's BatchNorm statistics
@@ -37,17 +37,17 @@ class ThreeNetworks:
         self.missing = ""
         self.compacted: CompactNetwork | None = None
         with eval_mode(model):
-            ledger = account(model)
+            liveness = analyze_liveness(model)
             try:
                 self.compacted = compact(model)
             except CompactionError as error:
                 self.missing = str(error).split(":")[0]
-        layer_of = {op.name: op.module for op in ledger.ops if op.kind in ("conv", "linear")}
+        layer_of = {op.name: op.module for op in liveness.ops if op.kind in ("conv", "linear")}
         self.stages: dict[str, Stage] = {}
-        for op in ledger.ops:
+        for op in liveness.ops:
             layer = layer_of.get(op.inputs[0]) if op.kind == "batchnorm" else None
             if layer and op.module:
-                kept = ledger.kept[op.name]
+                kept = liveness.kept[op.name]
                 self.stages[layer] = Stage(layer, op.module, len(kept), np.flatnonzero(kept))
         if not self.stages:
             raise ValueError("the network has no layer with a BatchNorm behind it: there is no feature map to show")

@@ -20,7 +20,7 @@ from experiments.evaluator import EvalResult
 from experiments.figures import BLUE, Curve, left_aligned, names_left, plain_table, result_css, wash
 from experiments.pipeline import FAILED, Verdict
 from metrics import QuantizationComparison
-from src.pruning import ChannelGroups, account
+from src.pruning import ChannelGroups, analyze_liveness
 from src.quantizer import DeadZoneLDZCompander
 from src.training import Objective, make_optimizer, parameter_groups, squared_logits
 from utils_quantization import eval_mode
@@ -158,17 +158,19 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     """
     claimed = copy.deepcopy(model).eval()
     modules = dict(claimed.named_modules())
-    flows = account(model)
-    dead = {flow.name: flow.dead_out for flow in flows.layers}
-    made_by = {op.name: op.module for op in flows.ops}
-    for op in flows.ops:
+    liveness = analyze_liveness(model)
+    dead = {layer.name: layer.dead_out for layer in liveness.layers}
+    made_by = {op.name: op.module for op in liveness.ops}
+    for op in liveness.ops:
         producer = made_by.get(op.inputs[0]) if op.kind == "batchnorm" else None
         if producer in dead and op.module:
             norm, filters = cast(nn.BatchNorm2d, modules[op.module]), torch.from_numpy(dead[producer])
             for tensor in (norm.bias, cast(Tensor, norm.running_mean)):
                 tensor[filters.to(tensor.device)] = 0
-    counted = sum(layer.dead_out.sum() for layer in flows.layers)
-    moving = sum(int((np.nan_to_num(flows.settled(layer.name)) != 0).sum()) for layer in flows.layers)
+    counted = sum(layer.dead_out.sum() for layer in liveness.layers)
+    moving = sum(
+        int((np.nan_to_num(liveness.propagated_constants(layer.name)) != 0).sum()) for layer in liveness.layers
+    )
     claim = QuantizationComparison().calculate_stats(claimed).total_macs
     with eval_mode(model):
         change = (claimed(images) - model(images)).abs().max().item()

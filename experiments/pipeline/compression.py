@@ -2,7 +2,7 @@
 
 FP32        the dense network the run started from: its own accuracy is not known, it was never trained
 quantized   the trained network with its quantizers on: zeros in place, computed as a dense network
-compacted   the same function in an ordinary, smaller network (src/compaction.py)
+compacted   the same function in an ordinary, smaller network (src/pruning/compaction.py)
 packed      that network in one file of entropy-coded integers (src/packing.py), read back
 """
 
@@ -29,7 +29,7 @@ from experiments.pipeline.timing import spread, time_in_turns
 from metrics import QuantizationComparison
 from src.data import test_batches
 from src.export import PackReport, pack, unpack
-from src.pruning import CompactNetwork, account, compact
+from src.pruning import CompactNetwork, analyze_liveness, compact
 from src.training import predict
 
 KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
@@ -158,9 +158,9 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
     nothing that reaches the output reads it.
     """
     names, fates = [], []
-    ledger = account(model)
-    for layer in ledger.layers:
-        value = ledger.settled(layer.name)
+    liveness = analyze_liveness(model)
+    for layer in liveness.layers:
+        value = liveness.propagated_constants(layer.name)
         fate = np.full(layer.out_channels, UNREAD, dtype="<U8")
         fate[~np.isnan(value)] = CONSTANT
         fate[value == 0] = ZERO

@@ -2,7 +2,7 @@
 
 A quantized weight is s q + delta sign(q) with a whole number q, a step s and a shift delta (src/quantizer.py). A
 packed file and an ONNX file store q. A compacted convolution may read one more channel, of ones, which carries the
-constants of removed channels (src/compaction.py): that last column is a sum of many weights and lies on no grid.
+constants of removed channels (src/pruning/compaction.py): that last column is a sum of many weights, not on the grid.
 Axis letters: O output channels, I input channels, k kernel.
 """
 
@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from src.pruning import CompactNetwork, LayerFlow, account, compact
+from src.pruning import CompactNetwork, LayerLiveness, analyze_liveness, compact
 from src.quantizer import DeadZoneLDZCompander, dequantize
 from utils_quantization import FakeQuantParametrization, latent_weight, quantized_layers, quantizer_of
 
@@ -59,7 +59,7 @@ def compact_with_indices(
         return _on_cpu(model), {}
     network = compact(model, input_size).cpu()
     state = network.state_dict()
-    flows = {flow.name: flow for flow in account(model, input_size).layers} if layers else {}
+    flows = {flow.name: flow for flow in analyze_liveness(model, input_size).layers} if layers else {}
     found = {
         name: _indexed(name, layer, flows[name], state[f"{name}.weight"])
         for name, layer in layers.items()
@@ -68,7 +68,7 @@ def compact_with_indices(
     return network, found
 
 
-def _indexed(name: str, layer: nn.Module, flow: LayerFlow, weight: Tensor) -> IndexedWeight:
+def _indexed(name: str, layer: nn.Module, flow: LayerLiveness, weight: Tensor) -> IndexedWeight:
     quantizer, latent = cast(DeadZoneLDZCompander, quantizer_of(layer)), latent_weight(layer).detach()
     grid = quantizer.grid(latent)
     rows, columns = torch.from_numpy(flow.kept_out), torch.from_numpy(flow.kept_in)

@@ -1,7 +1,7 @@
 """A trained network as an ONNX file after exact removal, and the proof that ONNX Runtime computes the same.
 
-`export_onnx` writes quantized weights as int4, int8 or int16 with DequantizeLinear (src/onnx_graph.py), or everything
-in float32 for a comparison. `check_onnx` runs the file on images and holds the logits against the network's.
+`export_onnx` writes quantized weights as int4, int8 or int16 with DequantizeLinear (src/export/onnx_graph.py), or
+everything in float32 for a comparison. `check_onnx` runs the file on images and compares the logits with the network's.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def export_onnx(
 ) -> OnnxReport:
     """Compact `model` and write it to `path` as ONNX: input "images" (N, *input_size), output "logits", any N.
 
-    model: as for `src.packing.pack`, or a CompactNetwork, whose weights are all float32. integer_weights: store the
+    model: as for `src.export.pack`, or a CompactNetwork, whose weights are all float32. integer_weights: store the
     quantized layers as whole numbers; False stores every weight in float32. force: write over an existing file.
     Raises OutputError for the path, CompactionError or IndexingError for the model; nothing is written then.
     """

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from src.export.integer_weights import IndexedWeight
-from src.pruning import CompactNetwork, Shape, Step, value_shapes
+from src.pruning import CompactNetwork, Operation, Shape, value_shapes
 
 OPSET = 21  # the first in which DequantizeLinear reads int4 and int16
 IR_VERSION = 10  # the file format that goes with it; readers refuse newer ones than they know
@@ -125,7 +125,7 @@ def _packed(q: NDArray[np.int32], kind: str) -> bytes:
     return bytes(padded[::2] | padded[1::2] << 4)
 
 
-def _conv(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _conv(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     if step["padding"] == "same":
         spare = [dilation * (side - 1) for dilation, side in zip(step["dilation"], step["kernel"], strict=True)]
         before = [total // 2 for total in spare]
@@ -137,12 +137,12 @@ def _conv(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
     graph.node("Conv", [*inputs, graph.weight(step["name"]), *bias], output, **window)
 
 
-def _linear(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _linear(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     bias = graph.parameters(step["name"], "bias") if step["bias"] else []
     graph.node("Gemm", [*inputs, graph.weight(step["name"]), *bias], output, transB=1)
 
 
-def _batchnorm(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _batchnorm(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     name = step["name"]
     statistics = graph.parameters(name, "running_mean", "running_var")
     if step["affine"]:
@@ -156,14 +156,14 @@ def _batchnorm(graph: _Graph, step: Step, inputs: list[str], output: str) -> Non
     graph.node("BatchNormalization", [*inputs, *affine, *statistics], output, epsilon=float(step["eps"]))
 
 
-def _shift(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _shift(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     name = f"{step['name']}.value"
     shape: Shape = graph.shapes[step["inputs"][0]]
     constants = graph.store(name, graph.state[name].view(-1, *[1] * (len(shape) - 1)))
     graph.node("Add", [*inputs, constants], output)
 
 
-def _pool(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _pool(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     kind = "Average" if step["average"] else "Max"
     if step["kernel"] is None:
         graph.node(f"Global{kind}Pool", inputs, output)
@@ -171,12 +171,12 @@ def _pool(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
         graph.node(f"{kind}Pool", inputs, output, kernel_shape=[step["kernel"]] * 2, strides=[step["stride"]] * 2)
 
 
-def _stride(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _stride(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     roles = {"starts": [0, 0], "ends": [END, END], "axes": [2, 3], "steps": [step["step"]] * 2}
     graph.node("Slice", [*inputs, *(graph.whole_numbers(output, role, n) for role, n in roles.items())], output)
 
 
-def _select(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _select(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     shape = graph.shapes[step["inputs"][0]]
     source, available = inputs[0], shape[0]
     if min(step["channels"]) < 0:  # one channel of zeros behind the others, for those that are not there
@@ -187,7 +187,7 @@ def _select(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
     graph.node("Gather", [source, graph.whole_numbers(output, "channels", chosen)], output, axis=1)
 
 
-def _fill(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _fill(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
     """(N, *size) of one number, where N is the images'."""
     batch = graph.node("Shape", [INPUT], f"{output}.batch", start=0, end=1)
     size = graph.whole_numbers(output, "size", step["size"])
@@ -196,14 +196,14 @@ def _fill(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
     graph.node("Expand", [number, shape], output)
 
 
-def _plain(kind: str, **attributes: Any) -> Callable[[_Graph, Step, list[str], str], None]:
-    def write(graph: _Graph, step: Step, inputs: list[str], output: str) -> None:
+def _plain(kind: str, **attributes: Any) -> Callable[[_Graph, Operation, list[str], str], None]:
+    def write(graph: _Graph, step: Operation, inputs: list[str], output: str) -> None:
         graph.node(kind, inputs, output, **attributes)
 
     return write
 
 
-_WRITERS: dict[str, Callable[[_Graph, Step, list[str], str], None]] = {
+_WRITERS: dict[str, Callable[[_Graph, Operation, list[str], str], None]] = {
     "conv": _conv,
     "linear": _linear,
     "batchnorm": _batchnorm,

@@ -2,7 +2,7 @@
 
 `pack` compacts the network and writes the indices of its quantized weights near their entropy, and all else (stem,
 classifier, BatchNorm, constants) in float32. `unpack` gives the compact network with, bit for bit, the weights that
-were evaluated. The file holds data only (src/packed_file.py): reading it runs nothing that it brings along.
+were evaluated. The file holds data only (src/storage/packed_file.py): reading it runs nothing that it brings along.
 
 Worked case: 1,000 weights of 4 bits, of which 900 are 0 and 100 are spread evenly over the 14 other values. As float32
 they take 4,000 bytes, as the bit widths say 500, by their entropy 0.9 * 0.152 + 0.1 * (3.322 + 3.807) = 0.850 bits each

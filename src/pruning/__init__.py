@@ -5,24 +5,24 @@ One description, read off the torch.fx graph, serves the penalty's groups, the l
 
 from __future__ import annotations
 
-from src.pruning.compact_description import CompactionError, Shape, Step, state_shapes, value_shapes
+from src.pruning.compact_description import CompactionError, Operation, Shape, state_shapes, value_shapes
 from src.pruning.compact_network import CompactNetwork
 from src.pruning.compaction import compact
 from src.pruning.graph import GraphError, Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
-from src.pruning.liveness import LayerFlow, account
+from src.pruning.liveness import LayerLiveness, analyze_liveness
 
 __all__ = [
     "ChannelGroups",
     "CompactNetwork",
     "CompactionError",
     "GraphError",
-    "LayerFlow",
+    "LayerLiveness",
     "Member",
     "Op",
+    "Operation",
     "Shape",
-    "Step",
-    "account",
+    "analyze_liveness",
     "channel_groups",
     "compact",
     "groups_of",

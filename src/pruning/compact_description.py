@@ -36,7 +36,7 @@ MAX_PARAMETERS = 2**28
 LAYERS = ("conv", "linear", "batchnorm", "shift")  # the steps with parameters, and with a name
 NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100}){0,9}")
 
-Step = dict[str, Any]
+Operation = dict[str, Any]
 Shape = tuple[int, ...]  # of one image's value: (C, H, W), or (C,) for features
 
 
@@ -87,7 +87,7 @@ def state_shapes(description: Mapping[str, Any]) -> dict[str, Shape]:
     return _state_shapes(description["steps"], shapes)
 
 
-def _state_shapes(steps: Sequence[Step], shapes: Sequence[Shape]) -> dict[str, Shape]:
+def _state_shapes(steps: Sequence[Operation], shapes: Sequence[Shape]) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
     for step in steps:
         if step["op"] not in LAYERS:
@@ -204,7 +204,7 @@ def _check_name(where: str, name: str, layers: set[str], above: set[str]) -> Non
     above |= paths
 
 
-def _result(where: str, step: Step, sources: list[Shape]) -> Shape:
+def _result(where: str, step: Operation, sources: list[Shape]) -> Shape:
     """Shape that a step gives. Raises CompactionError where its inputs do not fit."""
     kind = step["op"]
     if kind == "fill":

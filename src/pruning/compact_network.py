@@ -1,4 +1,4 @@
-"""A network built from a written description (src/compact_description.py): ordinary layers, joined by a list of steps.
+"""A network built from a description (src/pruning/compact_description.py): ordinary layers and what joins them.
 
 Axis letters: N batch, C channels, H W space.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.pruning.compact_description import CompactionError, Shape, Step, value_shapes
+from src.pruning.compact_description import CompactionError, Operation, Shape, value_shapes
 
 
 class CompactNetwork(nn.Module):
@@ -22,7 +22,7 @@ class CompactNetwork(nn.Module):
     Layers keep the names they had in the network it was made from, and so do the keys of the state dictionary. Restore
     with `net = CompactNetwork(description); net.load_state_dict(state)`. device, dtype: of the new parameters; on the
     "meta" device nothing is allocated until `load_state_dict(state, assign=True)`.
-    Raises CompactionError for a description that is damaged, or larger than the limits in src/compact_description.py.
+    Raises CompactionError for a description that is damaged, or larger than its limits.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class CompactNetwork(nn.Module):
         self._description = copy.deepcopy(dict(description))
         self._input_size: Shape = shapes[0]
         self._output = int(description["output"])
-        self._steps: list[Step] = self._description["steps"]
+        self._steps: list[Operation] = self._description["steps"]
         self._finished = _last_uses(self._steps, self._output)
         # Index lists are part of the description: they are no part of the state, and exist on "meta" too.
         place = None if device is None or torch.device(device).type == "meta" else device
@@ -81,7 +81,7 @@ class CompactNetwork(nn.Module):
                 del values[value]
         return values[self._output]
 
-    def _run(self, number: int, step: Step, sources: list[Tensor], image: Tensor) -> Tensor:
+    def _run(self, number: int, step: Operation, sources: list[Tensor], image: Tensor) -> Tensor:
         kind = step["op"]
         if kind == "fill":
             return image.new_full((image.shape[0], *step["size"]), step["value"])
@@ -128,24 +128,24 @@ class Shift(nn.Module):
         return x + self.value.view(-1, *[1] * (x.dim() - 2))
 
 
-def _conv(step: Step, channels: int, at: dict[str, Any]) -> nn.Module:
+def _conv(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
     settings = {key: _tuple(step[key]) for key in ("stride", "padding", "dilation")}
     return nn.Conv2d(channels, step["out"], tuple(step["kernel"]), bias=step["bias"], **settings, **at)
 
 
-def _linear(step: Step, channels: int, at: dict[str, Any]) -> nn.Module:
+def _linear(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
     return nn.Linear(channels, step["out"], bias=step["bias"], **at)
 
 
-def _batchnorm(step: Step, channels: int, at: dict[str, Any]) -> nn.Module:
+def _batchnorm(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
     return nn.BatchNorm2d(channels, eps=step["eps"], momentum=step["momentum"], affine=step["affine"], **at)
 
 
-def _shift(step: Step, channels: int, at: dict[str, Any]) -> nn.Module:
+def _shift(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
     return Shift(channels, **at)
 
 
-_LAYERS: dict[str, Callable[[Step, int, dict[str, Any]], nn.Module]] = {
+_LAYERS: dict[str, Callable[[Operation, int, dict[str, Any]], nn.Module]] = {
     "conv": _conv,
     "linear": _linear,
     "batchnorm": _batchnorm,
@@ -153,7 +153,7 @@ _LAYERS: dict[str, Callable[[Step, int, dict[str, Any]], nn.Module]] = {
 }
 
 
-def _pool(step: Step, x: Tensor) -> Tensor:
+def _pool(step: Operation, x: Tensor) -> Tensor:
     if step["kernel"] is None:
         return F.adaptive_avg_pool2d(x, 1) if step["average"] else F.adaptive_max_pool2d(x, 1)
     pool = F.avg_pool2d if step["average"] else F.max_pool2d
@@ -169,7 +169,7 @@ def _plain_padding(channels: Sequence[int], available: int) -> tuple[int, int] |
     return (before, after) if all(channel < 0 for channel in channels[before + available :]) else None
 
 
-def _last_uses(steps: Sequence[Step], output: int) -> list[list[int]]:
+def _last_uses(steps: Sequence[Operation], output: int) -> list[list[int]]:
     """Values that are not needed any more after each step; activations are large, and most are read once."""
     last = {value: number for number, step in enumerate(steps, start=1) for value in (number, *step["inputs"])}
     finished: list[list[int]] = [[] for _ in range(len(steps) + 1)]

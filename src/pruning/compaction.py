@@ -1,6 +1,6 @@
 """Exact removal: a smaller network that computes what the given one computes, to rounding.
 
-What can go is in the account of src/account.py: a channel stays where it depends on the image and something on the way
+What can go is what src/pruning/liveness.py says: a channel stays where it depends on the image and something on the way
 to the output reads it. All others are left out, with their filters, their BatchNorm entries and the slices that read
 them. What constant channels contributed is kept in three places:
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from src.pruning.compact_description import FORMAT, CompactionError, state_shapes
 from src.pruning.compact_network import CompactNetwork
 from src.pruning.graph import Op
-from src.pruning.liveness import Account, LayerFlow, account, is_padded
+from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, is_padded
 from utils_quantization import shared_quantized_weights
 
 __all__ = ["CompactNetwork", "CompactionError", "compact", "state_shapes"]
@@ -44,22 +44,22 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
     metrics.QuantizationComparison.calculate_stats counts. Quantized weights become plain parameters, bit for bit;
     `model` is left as it is. input_size: (C, H, W) of one image.
 
-    Raises CompactionError for a network in training mode, with an operation that src/graph.py does not know, without
-    layers, with weights that are not finite, or whose output does not depend on the image;
-    src.graph.GraphError where the network cannot be traced.
+    Raises CompactionError for a network in training mode, with an operation that src/pruning/graph.py does not know,
+    without layers, with weights that are not finite, or whose output does not depend on the image;
+    GraphError where the network cannot be traced.
     """
     if any(module.training for module in model.modules()):
         raise CompactionError(
             f"{type(model).__name__} is in training mode, where BatchNorm's statistics move and constants are not "
             "constant; call model.eval() first"
         )
-    ledger = account(model, input_size)
+    liveness = analyze_liveness(model, input_size)
     modules = dict(model.named_modules())
-    _check_supported(ledger.ops)
+    _check_supported(liveness.ops)
     with shared_quantized_weights(model):
-        weights = {flow.name: cast(Tensor, modules[flow.name].weight).detach().clone() for flow in ledger.layers}
+        weights = {flow.name: cast(Tensor, modules[flow.name].weight).detach().clone() for flow in liveness.layers}
     device, dtype = _place_of(weights)
-    removal = _Removal(ledger, modules, weights)
+    removal = _Removal(liveness, modules, weights)
     description, state = removal.written(input_size)
     network = CompactNetwork(description, device="meta")
     network.load_state_dict({name: _to(value, device, dtype) for name, value in state.items()}, assign=True)
@@ -99,26 +99,26 @@ class _Removal:
     moving: values that depend on the image; a padded convolution of constants alone varies in space, but not with it.
     """
 
-    def __init__(self, ledger: Account, modules: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
-        self.ledger, self.modules, self.weights = ledger, modules, weights
-        self.flows = {flow.name: flow for flow in ledger.layers}
-        self.kept: dict[str, Indices] = {name: np.flatnonzero(flags) for name, flags in ledger.kept.items()}
+    def __init__(self, liveness: Liveness, modules: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
+        self.liveness, self.modules, self.weights = liveness, modules, weights
+        self.flows = {flow.name: flow for flow in liveness.layers}
+        self.kept: dict[str, Indices] = {name: np.flatnonzero(flags) for name, flags in liveness.kept.items()}
         self.steps: list[dict[str, Any]] = []
         self.state: dict[str, Tensor] = {}
         self.value: dict[str, int] = {}
         self.moving: set[int] = {0}
-        self.ops = {op.name: op for op in ledger.ops}
+        self.ops = {op.name: op for op in liveness.ops}
 
     def written(self, input_size: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The description and the state dictionary of the smaller network."""
-        for op in self.ledger.ops:
+        for op in self.liveness.ops:
             if op.kind == "input":
                 self.value[op.name] = 0
             elif op.kind != "output" and len(self.kept[op.name]):
                 self.value[op.name] = self._write(op)
-        output = self.value.get(self.ledger.ops[-1].inputs[0], -1)
+        output = self.value.get(self.liveness.ops[-1].inputs[0], -1)
         if output not in self.moving:
-            cut = [flow.name for flow in self.ledger.layers if not len(flow.kept_out)]
+            cut = [flow.name for flow in self.liveness.layers if not len(flow.kept_out)]
             where = f"; nothing is left of {', '.join(cut[:5])}{' and others' if len(cut) > 5 else ''}" if cut else ""
             raise CompactionError(
                 f"the network is dead: its output is the same for every image{where}. There is nothing to compact; "
@@ -147,13 +147,13 @@ class _Removal:
             return self._step("pool", source, average=bool(op.settings["average"]), **window)
         return self._step(op.kind, source, **op.settings)
 
-    def _layer(self, op: Op, flow: LayerFlow) -> int:
+    def _layer(self, op: Op, flow: LayerLiveness) -> int:
         """A convolution or linear layer: filters that stay, slices that stay, and the constants it reads."""
         module, source = self.modules[flow.name], op.inputs[0]
         weight = self.weights[flow.name][self._index(flow.kept_out)]  # (O, I, ...)
         own_bias = cast("Tensor | None", module.bias)
         bias = None if own_bias is None else own_bias.detach()[self._index(flow.kept_out)]
-        constants = _constants(self.ledger.constant[source])
+        constants = _constants(self.liveness.constant[source])
         carried = torch.tensordot(weight.cpu().double(), torch.from_numpy(constants), dims=([1], [0]))  # (O, ...)
         weight = weight[:, self._index(flow.kept_in)]
         value = self._select(source, flow.kept_in) if len(flow.kept_in) else None
@@ -187,7 +187,7 @@ class _Removal:
         constants = np.zeros(len(kept))
         branches = []
         for name in op.inputs:
-            constants += _constants(self.ledger.constant[name])[kept]
+            constants += _constants(self.liveness.constant[name])[kept]
             if np.isin(kept, self.kept[name]).any():
                 branches.append(self._select(name, kept))
         value = branches[0] if len(branches) == 1 else self._step("add", *branches)

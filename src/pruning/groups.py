@@ -1,7 +1,7 @@
 """How channels flow through a network: which parameters must vanish together for a channel to be removable.
 
 One description serves three users: the penalty takes its groups from here, the metrics what is left after exact removal
-and the removal its index maps from src/account.py. All read the same list of operations (src/graph.py).
+and the removal its index maps from src/pruning/liveness.py. All read the same operations (src/pruning/graph.py).
 
 Worked case, a basic block. Inner channel 3 is made by filter 3 of conv1, scaled and shifted by bn1, and read by slice 3
 of conv2: these are its group. A channel of the residual stream is made by the stem and by conv2 of every block, and
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class ChannelGroups:
     """Disjoint groups of parameters; group g holds all that removing one channel takes away.
 
     names[g] says where the channel is made first ("layer1.0.conv1[3]"). Channels that the network's output, its input
-    or an operation unknown to src/graph.py depend on belong to no group, because they cannot be removed.
+    or an operation unknown to src/pruning/graph.py depend on belong to no group, because they cannot be removed.
     """
 
     members: tuple[Member, ...]
@@ -63,7 +63,7 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 
     """The groups of removable channels of `model`, from its structure alone (no weights are read).
 
     Channels that are added, element by element, are one channel; so are a channel and what the shortcut makes of it.
-    Raises src.graph.GraphError where the network cannot be traced.
+    Raises GraphError where the network cannot be traced.
     """
     return groups_of(trace(model, input_size), dict(model.named_modules()))
 
@@ -72,18 +72,17 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
     """`channel_groups` for operations that were traced already."""
     union = _Union()
     labels: dict[str, NDArray[np.int64]] = {}  # of each operation's output channels
-    drafts: list[tuple[str, str, str, int, NDArray[np.int64]]] = []
-    born: list[tuple[str, NDArray[np.int64]]] = []
+    parts: list[_Part] = []
+    producers: list[_Producer] = []
     for op in ops:
         sources = [labels[name] for name in op.inputs]
-        own = union.fresh(op.channels)
-        labels[op.name] = own
+        own = labels[op.name] = union.fresh(op.channels)
+        name = op.module or ""
         if op.kind in ("conv", "linear"):
-            name = cast(str, op.module)
-            drafts += [(name, "weight", "filter", 0, own), (name, "weight", "slice", 1, sources[0])]
+            parts += [_Part(name, "weight", "filter", 0, own), _Part(name, "weight", "slice", 1, sources[0])]
             if getattr(modules[name], "bias", None) is not None:
-                drafts.append((name, "bias", "bias", 0, own))
-            born.append((name, own))
+                parts.append(_Part(name, "bias", "bias", 0, own))
+            producers.append(_Producer(name, own))
         elif op.kind == "add":
             union.join(own, sources[0])
             union.join(own, sources[1])
@@ -94,16 +93,30 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
             union.join(own, sources[0].repeat(op.settings["area"]))
         elif op.kind in CHANNELWISE:
             union.join(own, sources[0])
-            if op.kind == "batchnorm" and getattr(modules[cast(str, op.module)], "weight", None) is not None:
-                drafts += [
-                    (cast(str, op.module), "weight", "scale", 0, own),
-                    (cast(str, op.module), "bias", "shift", 0, own),
-                ]
+            if op.kind == "batchnorm" and getattr(modules[name], "weight", None) is not None:
+                parts += [_Part(name, "weight", "scale", 0, own), _Part(name, "bias", "shift", 0, own)]
         else:  # input, output, opaque
             union.pin(own)
             for source in sources:
                 union.pin(source)
-    return _numbered(union, drafts, born)
+    return _numbered(union, parts, producers)
+
+
+class _Producer(NamedTuple):
+    """A layer that makes channels, and the labels of those channels."""
+
+    module: str
+    labels: NDArray[np.int64]
+
+
+class _Part(NamedTuple):
+    """A member whose groups have no numbers yet: labels[j] is the channel of index j along `dim`."""
+
+    module: str
+    parameter: str
+    role: str
+    dim: int
+    labels: NDArray[np.int64]
 
 
 class _Union:
@@ -133,24 +146,19 @@ class _Union:
         self.pinned.update(int(label) for label in labels)
 
 
-def _numbered(
-    union: _Union,
-    drafts: Sequence[tuple[str, str, str, int, NDArray[np.int64]]],
-    born: Sequence[tuple[str, NDArray[np.int64]]],
-) -> ChannelGroups:
+def _numbered(union: _Union, parts: Sequence[_Part], producers: Sequence[_Producer]) -> ChannelGroups:
     fixed = {union.find(label) for label in union.pinned}
     number: dict[int, int] = {}
     names: list[str] = []
-    for module, labels in born:
-        for channel, label in enumerate(labels):
+    for producer in producers:
+        for channel, label in enumerate(producer.labels):
             root = union.find(int(label))
             if root not in fixed and root not in number:
                 number[root] = len(names)
-                names.append(f"{module}[{channel}]")
-    members = [
-        Member(
-            module, parameter, role, dim, np.array([number.get(union.find(int(x)), -1) for x in labels], dtype=np.int64)
-        )
-        for module, parameter, role, dim, labels in drafts
-    ]
-    return ChannelGroups(tuple(m for m in members if (m.groups >= 0).any()), tuple(names))
+                names.append(f"{producer.module}[{channel}]")
+    members = []
+    for part in parts:
+        groups = np.array([number.get(union.find(int(label)), -1) for label in part.labels], dtype=np.int64)
+        if (groups >= 0).any():
+            members.append(Member(part.module, part.parameter, part.role, part.dim, groups))
+    return ChannelGroups(tuple(members), tuple(names))

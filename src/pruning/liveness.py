@@ -28,7 +28,7 @@ Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class LayerFlow:
+class LayerLiveness:
     """One convolution or linear layer in the account.
 
     in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
@@ -55,7 +55,7 @@ class LayerFlow:
 
 
 @dataclass(frozen=True)
-class Account:
+class Liveness:
     """What exact removal would keep. Arrays by operation name, one entry per channel of its output.
 
     constant: the value where the channel is the same for every image and pixel, NaN where it is live.
@@ -65,9 +65,9 @@ class Account:
     ops: tuple[Op, ...]
     constant: dict[str, Values]
     kept: dict[str, Flags]
-    layers: tuple[LayerFlow, ...]
+    layers: tuple[LayerLiveness, ...]
 
-    def settled(self, layer: str) -> Values:
+    def propagated_constants(self, layer: str) -> Values:
         """What a layer's constant output channels come to after the BatchNorm and ReLU behind it, NaN for live, (O,).
 
         A dead filter gives 0 at first, which BatchNorm turns into its shift and ReLU limits from below.
@@ -81,12 +81,12 @@ class Account:
 
 
 @torch.no_grad()
-def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Account:
+def analyze_liveness(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Liveness:
     """Follow every channel of `model` as it would compute in eval mode, with the quantizers as they are switched.
 
     Forwards: a channel is constant where every weight that reads a live channel is zero, and where no nonzero constant
     is read through zero padding. Backwards: a live channel is kept where a nonzero weight of a kept channel reads it.
-    Works in float64. Raises src.graph.GraphError where the network cannot be traced.
+    Works in float64. Raises GraphError where the network cannot be traced.
     """
     ops = trace(model, input_size)
     modules = dict(model.named_modules())
@@ -116,7 +116,7 @@ def account(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
         for op in ops
         if op.module and (op.name in weights or op.name in counted_whole)
     ]
-    return Account(tuple(ops), constant, kept, tuple(layers))
+    return Liveness(tuple(ops), constant, kept, tuple(layers))
 
 
 def _constant(op: Op, module: nn.Module | None, weight: Values | None, sources: list[Values]) -> Values:
@@ -173,11 +173,13 @@ def _kept(
     return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
 
 
-def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]) -> LayerFlow:
+def _layer(
+    op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]
+) -> LayerLiveness:
     source = constant[op.inputs[0]]
     reads = _reads(weight)[kept[op.name]].any(axis=0)  # (I,): by a kept output channel
     live = np.isnan(source)
-    return LayerFlow(
+    return LayerLiveness(
         name=cast(str, op.module),
         kind=op.kind,
         out_channels=weight.shape[0],
@@ -191,10 +193,10 @@ def _layer(op: Op, module: nn.Module, weight: Values, constant: dict[str, Values
     )
 
 
-def _opaque_layer(op: Op, weight: Values) -> LayerFlow:
+def _opaque_layer(op: Op, weight: Values) -> LayerLiveness:
     """A grouped or shared layer: nothing of it is removed, but its cost counts."""
     outputs, inputs = weight.shape[:2]
-    return LayerFlow(
+    return LayerLiveness(
         name=cast(str, op.module),
         kind=op.kind,
         out_channels=outputs,

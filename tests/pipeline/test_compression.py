@@ -17,7 +17,7 @@ from experiments import figures, pipeline
 from experiments.benchmarks import inference
 from experiments.notebook import lessons
 from experiments.pipeline import compression, configure
-from src.pruning import account, channel_groups
+from src.pruning import analyze_liveness, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder
 from src.training import EpochMeans, History
@@ -94,7 +94,7 @@ def test_the_fate_of_every_channel(run: pipeline.Run) -> None:
     found = dict(zip(names, fates, strict=True))
     # shifts 0.5 and 0.25 pass the ReLU, -0.5 does not; running mean 0 of a dead filter leaves the shift alone
     assert [found["layer1.0.conv1"][channel] for channel in DEAD] == ["constant", "constant", "zero"]
-    kept = {flow.name: len(flow.kept_out) for flow in account(run.model).layers}
+    kept = {layer.name: len(layer.kept_out) for layer in analyze_liveness(run.model).layers}
     assert {name: int((fate == "kept").sum()) for name, fate in found.items()} == kept
 
 

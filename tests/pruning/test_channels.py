@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from resnet import BasicBlock, ResNet, resnet20
-from src.pruning import ChannelGroups, LayerFlow, account, channel_groups
-from src.pruning.liveness import Account, batchnorm_affine, is_padded
+from src.pruning import ChannelGroups, LayerLiveness, analyze_liveness, channel_groups
+from src.pruning.liveness import Liveness, batchnorm_affine, is_padded
 from src.quantizer import DeadZoneLDZCompander
 from tests.networks import (
     IMAGE,
@@ -168,7 +168,7 @@ def test_groups_do_not_depend_on_values_or_quantizers() -> None:
 # --- the account by hand ---------------------------------------------------------------------------------------------
 
 
-def layer(found: Account, name: str) -> LayerFlow:
+def layer(found: Liveness, name: str) -> LayerLiveness:
     return next(flow for flow in found.layers if flow.name == name)
 
 
@@ -192,7 +192,7 @@ def chain(padding: int = 1, shift: float = 0.5) -> Chain:
 
 def test_a_dead_filter_leaves_a_constant_not_zero() -> None:
     """relu(beta - gamma mean / sqrt(var + eps)) = relu(3.5 - 2 * 3 / 2) = 0.5."""
-    found = account(chain(), IMAGE)
+    found = analyze_liveness(chain(), IMAGE)
     values = {op.name: found.constant[op.name] for op in found.ops}
     np.testing.assert_array_equal(values["conv1"], [NAN, 0, NAN])
     np.testing.assert_allclose(values["bn1"], [NAN, 0.5, NAN])
@@ -214,7 +214,7 @@ def test_a_dead_filter_leaves_a_constant_not_zero() -> None:
     ids=["positive", "stopped by ReLU", "zero", "no padding: goes into the bias"],
 )
 def test_when_constants_have_to_be_carried(padding: int, shift: float, carries: bool) -> None:
-    second = layer(account(chain(padding, shift), IMAGE), "conv2")
+    second = layer(analyze_liveness(chain(padding, shift), IMAGE), "conv2")
     assert second.carries_constants is carries
     assert second.inputs_after_removal == 2 + carries
 
@@ -223,7 +223,7 @@ def test_constants_are_not_carried_where_no_kept_filter_reads_them() -> None:
     model = chain()
     with torch.no_grad():
         model.conv2.weight[:, 1] = 0
-    assert not layer(account(model, IMAGE), "conv2").carries_constants
+    assert not layer(analyze_liveness(model, IMAGE), "conv2").carries_constants
 
 
 def test_all_dead_and_unpadded_is_constant_throughout() -> None:
@@ -232,7 +232,7 @@ def test_all_dead_and_unpadded_is_constant_throughout() -> None:
     with torch.no_grad():
         model.conv1.weight.zero_()
         model.conv2.bias.fill_(2)
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     second = layer(found, "conv2")
     np.testing.assert_allclose(second.constant_out, [15.5] * 4)
     assert second.kept_out.tolist() == []
@@ -247,7 +247,7 @@ def test_a_padded_read_of_a_constant_is_live() -> None:
     model = chain()
     with torch.no_grad():
         model.conv1.weight.zero_()
-    second = layer(account(model, IMAGE), "conv2")
+    second = layer(analyze_liveness(model, IMAGE), "conv2")
     assert np.isnan(second.constant_out).all()
     assert second.inputs_after_removal == 1
 
@@ -258,7 +258,7 @@ def test_a_channel_nobody_reads_takes_its_producer_along() -> None:
     with torch.no_grad():
         model.linear.weight[:, [0, 3]] = 0
         model.conv2.weight[[1, 2], 2] = 0  # channel 2 of conv1 is read by filters 0 and 3 alone
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     assert layer(found, "conv2").kept_out.tolist() == [1, 2]
     assert layer(found, "conv2").kept_in.tolist() == [0]
     assert layer(found, "conv1").kept_out.tolist() == [0]
@@ -269,7 +269,7 @@ def test_a_zero_scale_makes_a_live_channel_constant() -> None:
     model = chain()
     with torch.no_grad():
         model.bn1.weight[2] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     np.testing.assert_allclose(found.constant["relu"], [NAN, 0.5, 3.5])  # beta alone: 3.5
     assert layer(found, "conv1").kept_out.tolist() == [0]
     assert layer(found, "conv1").dead_out.tolist() == [False, True, False]
@@ -289,10 +289,10 @@ def test_a_stream_channel_goes_only_when_all_its_producers_are_constant() -> Non
     model = randomize(IdentityShortcut(), 3)
     with torch.no_grad():
         model.stem.weight[0] = 0
-    assert np.isnan(account(model, IMAGE).constant["relu_2"][0]), "b still writes to it"
+    assert np.isnan(analyze_liveness(model, IMAGE).constant["relu_2"][0]), "b still writes to it"
     with torch.no_grad():
         model.b.weight[0] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     assert found.constant["relu_2"][0] == 0
     assert layer(found, "stem").kept_out.tolist() == [1, 2]
     assert layer(found, "b").kept_out.tolist() == [1, 2]
@@ -305,7 +305,7 @@ def test_option_a_index_map() -> None:
     """Stem channel 0 is stream channel 1: both must be dead for linear to lose column 1. Channel 0 is `a`'s alone."""
     model = randomize(OptionAShortcut(), 5)
     model.a.weight[[0, 1]] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     mean, variance = model.bn.running_mean, model.bn.running_var
     assert mean is not None
     assert variance is not None
@@ -316,7 +316,7 @@ def test_option_a_index_map() -> None:
     assert layer(found, "linear").kept_in.tolist() == [1, 2, 3]
     assert layer(found, "stem").kept_out.tolist() == [0, 1]
     model.stem.weight[0] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     np.testing.assert_allclose(found.constant["relu_1"], [max(offset[0], 0), max(offset[1], 0), NAN, NAN])
     assert layer(found, "linear").kept_in.tolist() == [2, 3]
     assert layer(found, "stem").kept_out.tolist() == [1]
@@ -327,9 +327,9 @@ def test_option_a_index_map() -> None:
 def test_flatten_index_map() -> None:
     model = randomize(FlattenArea(), 1)
     model.linear.weight[:, 9:18] = 0
-    assert layer(account(model, IMAGE), "conv").kept_out.tolist() == [0, 2]
+    assert layer(analyze_liveness(model, IMAGE), "conv").kept_out.tolist() == [0, 2]
     model.linear.weight[1, 13] = 1  # one pixel of channel 1 is read after all
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     assert layer(found, "conv").kept_out.tolist() == [0, 1, 2]
     assert layer(found, "linear").kept_in.tolist() == [*range(9), 13, *range(18, 27)]
 
@@ -339,11 +339,11 @@ def test_nothing_is_removed_around_an_unknown_operation() -> None:
     model = randomize(UnknownOperation(), 2)
     model.conv1.weight[0] = 0
     model.conv2.weight[:, 1] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     assert layer(found, "conv1").kept_out.tolist() == [0, 1, 2]
     assert np.isnan(found.constant["softmax"]).all()
     model.conv2.weight[0] = 0
-    assert layer(account(model, IMAGE), "conv2").kept_out.tolist() == [1], "after it, as usual"
+    assert layer(analyze_liveness(model, IMAGE), "conv2").kept_out.tolist() == [1], "after it, as usual"
 
 
 def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
@@ -354,7 +354,7 @@ def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
     with torch.no_grad():
         model.get_submodule("0").weight[0] = 0
         model.get_submodule("2").weight[1] = 0
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     grouped = layer(found, "2")
     assert layer(found, "0").kept_out.tolist() == [0, 1, 2, 3]
     assert (grouped.out_channels, grouped.in_channels, grouped.pixels) == (6, 2, 36)
@@ -370,9 +370,9 @@ def test_the_account_reads_quantized_weights_where_they_are_on() -> None:
     with torch.no_grad():
         original = inner.parametrizations.weight.original
         original[0] = 1e-3 * original.abs().max()
-    assert layer(account(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [True, False]
+    assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [True, False]
     with quantization(model, enabled=False):
-        assert layer(account(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [False, False]
+        assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_padding(module: nn.Module, padded: bool) -> None:
 class Oracle(fx.Interpreter):
     """Runs the network on images, and after each operation checks the account and puts noise where it says it may."""
 
-    def __init__(self, model: nn.Module, found: Account, noise: bool) -> None:
+    def __init__(self, model: nn.Module, found: Liveness, noise: bool) -> None:
         super().__init__(fx.GraphModule(model, fx.Tracer().trace(model)))
         self.found = found
         self.noise = noise
@@ -425,7 +425,7 @@ class Oracle(fx.Interpreter):
             value[:, free] = 100 * torch.randn_like(value[:, free])
         return value
 
-    def check_layer(self, node: fx.Node, value: Tensor, flow: LayerFlow) -> None:
+    def check_layer(self, node: fx.Node, value: Tensor, flow: LayerLiveness) -> None:
         """The kept outputs from the kept inputs, and all constants through one channel of ones."""
         source_node = node.all_input_nodes[0]
         source = self.env[source_node]
@@ -457,7 +457,7 @@ class Oracle(fx.Interpreter):
 @torch.no_grad()
 def check(model: nn.Module, seed: int) -> int:
     """Raise where the account is wrong on random images; returns how many constant channels it had."""
-    found = account(model, IMAGE)
+    found = analyze_liveness(model, IMAGE)
     torch.manual_seed(seed)
     images = torch.randn(3, *IMAGE, dtype=torch.float64)
     scores = model(images)
@@ -497,14 +497,14 @@ def test_zeroing_a_whole_group_removes_its_channel() -> None:
             check(twin, 1)
             for module, parameter, dim, index in groups.slices(group):
                 if parameter == "weight" and isinstance(twin.get_submodule(module), (nn.Conv2d, nn.Linear)):
-                    flow = layer(account(twin, IMAGE), module)
+                    flow = layer(analyze_liveness(twin, IMAGE), module)
                     kept = flow.kept_out if dim == 0 else flow.kept_in
                     assert not set(kept.tolist()) & set(index.tolist())
 
 
 def test_nothing_to_remove_keeps_everything() -> None:
     model = ResNet(BasicBlock, [1, 1, 1])
-    found = account(model)
+    found = analyze_liveness(model)
     assert all(np.isnan(flow.constant_out).all() for flow in found.layers)
     assert all(
         len(flow.kept_out) == flow.out_channels and len(flow.kept_in) == flow.in_channels for flow in found.layers
