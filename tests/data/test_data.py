@@ -29,6 +29,7 @@ from src.data import (
     ImageData,
     augment,
     cifar10,
+    dataset,
     download,
     epoch_batches,
     load_data,
@@ -447,8 +448,8 @@ def test_a_small_cifar10_is_put_together_in_order(tmp_path: Path, monkeypatch: p
     names = ["data_batch_1", "data_batch_2", "test_batch"]
     meta = b"\x80\x02}(U\x0blabel_names](" + b"".join(b"U\x02c" + bytes([48 + n]) for n in range(9)) + b"eu."
     archive = place(tmp_path, {name: batch(4 + n, seed=n) for n, name in enumerate(names)} | {"batches.meta": meta})
-    monkeypatch.setattr(module, "obtain", lambda root, say, download: True)
-    monkeypatch.setattr(module, "read_images", lambda root: cifar10.read_images(root, archive))
+    monkeypatch.setattr(dataset, "obtain", lambda root, say, download: True)
+    monkeypatch.setattr(dataset, "read_images", lambda root: cifar10.read_images(root, archive))
     data = load_data("cifar10", tmp_path)
     assert data.train_labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
     assert data.test_labels.tolist() == [0, 1, 2, 3, 4, 5]

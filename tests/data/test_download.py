@@ -1,6 +1,6 @@
 """The download against a local server that misbehaves in every way a real one does.
 
-The archives here are small fakes (tests/torture/fakes.py), the server is tests/torture/host.py.
+The archives here are small fakes (tests/data/fake_archive.py), the server is tests/data/server.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from filelock import FileLock
 from src.data import download
 from src.data.cifar10 import CIFAR10, MAX_EXTRA_BYTES, images_and_labels, obtain, read_batches, unpack
 from src.data.download import Archive, DataError, Patience, fetch
-from tests.torture.fakes import FILES, FOLDER, PAYLOAD, batch, described, md5, packed
-from tests.torture.host import QUICK, Host, serving
+from tests.data.fake_archive import FILES, FOLDER, PAYLOAD, batch, described, md5, packed
+from tests.data.server import QUICK, Host, serving
 
 
 class Loudly:

@@ -24,8 +24,8 @@ from src.runs import RunFolder, SnapshotError, Snapshots, load_checkpoint
 from src.runs.checkpoint import DamagedCheckpoint
 from src.storage import PackedFileError
 from src.training import EpochRecord, History, LayerRecord, make_optimizer, parameter_groups
+from tests.data.fake_archive import FILES, FOLDER, PAYLOAD, described
 from tests.torture.damage import damaged, read_damaged, told
-from tests.torture.fakes import FILES, FOLDER, PAYLOAD, described
 from tests.torture.fault import Outcome, fault
 from utils_quantization import attach_weight_quantizers
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from src.data.cifar10 import obtain, read_batches
 from src.data.download import DataError, fetch
+from tests.data.fake_archive import FILES, FOLDER, PAYLOAD, described, md5
+from tests.data.server import QUICK, Host, serving
 from tests.torture.damage import told
-from tests.torture.fakes import FILES, FOLDER, PAYLOAD, described, md5
 from tests.torture.fault import Outcome, Run, fault
-from tests.torture.host import QUICK, Host, serving
 
 ROOT = Path(__file__).parents[2]
 Ready = Callable[[Host, random.Random, Path], None]
@@ -73,8 +73,8 @@ fault("download with a wrong digest", survived=RESUMED, rounds=20, quick=2)(misb
 _DOWNLOAD = """
 import sys
 from pathlib import Path
-from src.cifar10 import obtain
-from tests.torture.fakes import FILES, PAYLOAD, described
+from src.data.cifar10 import obtain
+from tests.data.fake_archive import FILES, PAYLOAD, described
 print("ready", flush=True)
 sys.stdin.readline()
 obtain(Path(sys.argv[1]), print, download=True, archive=described(PAYLOAD, FILES, sys.argv[2]))

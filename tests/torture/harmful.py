@@ -28,9 +28,9 @@ from src.export import unpack as unpack_network
 from src.runs import SnapshotError, Snapshots, load_checkpoint
 from src.storage import PackedFileError, RunError
 from src.storage.packed_file import MARK
+from tests.data.fake_archive import FILES, FOLDER, described, packed
 from tests.export.test_packing import forged
 from tests.torture.damaged_files import small_packed
-from tests.torture.fakes import FILES, FOLDER, described, packed
 from tests.torture.fault import Outcome, fault
 
 MOST_BYTES = 64 * 2**20  # of memory that refusing a file may take

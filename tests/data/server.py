@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from src.data.download import Patience
-from tests.torture.fakes import PAYLOAD
+from tests.data.fake_archive import PAYLOAD
 
 QUICK = Patience(timeout=0.4, rounds=2, pause=0.0, window=0.2, slow=1e6, stalled=1.0)
 
