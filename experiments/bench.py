@@ -102,7 +102,7 @@ def full(setting: Setting) -> Take:
         for epoch in itertools.count():
             settings = pipeline.epoch_settings(config, epoch, run.precision)
             # every step with the penalty on, as most of a run is, and with rates that never fall
-            settings |= {"epochs": epoch + 1, "coefficient": config.peak, "weights_factor": lambda done: 1.0}
+            settings |= {"epochs": epoch + 1, "coefficient": config.peak, "lr_lambda": lambda done: 1.0}
             yield from training.train_epoch(
                 run.model, run.optimizer, run.data, run.objective, step=run.step, **settings
             )

@@ -18,7 +18,7 @@ all through sign and R. Axis letters: L layers, T weights of all layers together
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +30,8 @@ RANGE_QUANTILE = 0.99
 STEP_EPSILON = 1e-8
 MIN_BITS = 2
 LARGEST_BITS = 16  # beyond this, float32 no longer tells neighbouring levels apart reliably
+BITS_REMEDY = "2 means ternary"
+LOGIT_REMEDY = "3.0 starts at full width and almost no dead zone"
 
 
 class QuantizerError(ValueError):
@@ -76,10 +78,10 @@ class DeadZoneLDZCompander(nn.Module):
         learnable_deadzone: bool = True,
     ) -> None:
         super().__init__()
-        check_bits("fixed_bit_val", fixed_bit_val)
-        check_bits("max_bits", max_bits)
-        check_logit("init_bit_logit", init_bit_logit)
-        check_logit("init_deadzone_logit", init_deadzone_logit)
+        for name, bits in (("fixed_bit_val", fixed_bit_val), ("max_bits", max_bits)):
+            check_range(name, bits, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
+        for name, logit in (("init_bit_logit", init_bit_logit), ("init_deadzone_logit", init_deadzone_logit)):
+            check_range(name, logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
         self.logit_dz = nn.Parameter(torch.tensor(float(init_deadzone_logit)), requires_grad=bool(learnable_deadzone))
         self.logit_bit = nn.Parameter(torch.tensor(float(init_bit_logit)), requires_grad=bool(learnable_bit))
         self.register_buffer("fixed_bit", torch.tensor(float(fixed_bit_val)))
@@ -99,7 +101,7 @@ class DeadZoneLDZCompander(nn.Module):
         """The bit width b in use: (), a whole number, with a straight-through gradient to theta_bit."""
         if not self._learns_bits:
             return self.fixed_bit
-        return round_through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits)
+        return round_ste(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits)
 
     def get_deadzone_logit(self) -> Tensor:
         """theta_dz, ()."""
@@ -184,33 +186,42 @@ def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
     return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
 
 
-def round_through(x: Tensor) -> Tensor:
+def round_ste(x: Tensor) -> Tensor:
     """round(x) forward (halves to even), the identity backward."""
-    return cast(Tensor, _RoundThrough.apply(x))
+    return cast(Tensor, _StraightThrough.apply(x, torch.round))
 
 
-def relu_through(x: Tensor) -> Tensor:
+def relu_ste(x: Tensor) -> Tensor:
     """max(x, 0) forward, the identity backward."""
-    return cast(Tensor, _ReluThrough.apply(x))
+    return cast(Tensor, _StraightThrough.apply(x, torch.relu))
 
 
-def clip_through(x: Tensor, bound: Tensor) -> Tensor:
+def clip_ste(x: Tensor, bound: Tensor) -> Tensor:
     """x limited to [-bound, bound] forward; backward the identity for x and nothing for the bound."""
-    return cast(Tensor, _ClipThrough.apply(x, bound))
+    return cast(Tensor, _StraightThrough.apply(x, lambda x: torch.minimum(torch.maximum(x, -bound), bound)))
 
 
-def check_bits(name: str, bits: object) -> None:
-    """Raise QuantizerError unless `bits` is a whole number from 2 to 16."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= LARGEST_BITS:
-        raise QuantizerError(f"{name}={bits!r}: need a whole number from {MIN_BITS} to {LARGEST_BITS}; 2 means ternary")
+def check_range(
+    name: str,
+    value: Any,
+    lowest: float,
+    highest: float = math.inf,
+    *,
+    whole: bool = True,
+    remedy: str = "",
+    error: type[ValueError] = QuantizerError,
+) -> None:
+    """Raise `error` unless `value` is a finite number in lowest..highest, limits included; `whole`: an int.
 
-
-def check_logit(name: str, logit: object) -> None:
-    """Raise QuantizerError unless `logit` is a finite number."""
-    if isinstance(logit, bool) or not isinstance(logit, (int, float)) or not math.isfinite(logit):
-        raise QuantizerError(
-            f"{name}={logit!r}: need a finite number; 3.0 starts at full width and almost no dead zone"
-        )
+    The message is "name=value: need lowest..highest; remedy". True and False are not numbers here.
+    """
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and lowest <= value <= highest:
+        return
+    limits = f"{lowest} or more" if highest == math.inf else f"{lowest}..{highest}"
+    need = "any finite number" if lowest == -math.inf else limits
+    kind = ", a whole number" if whole else ""
+    raise error(f"{name}={value!r:.80}: need {need}{kind}{'; ' if remedy else ''}{remedy}")
 
 
 def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -245,35 +256,17 @@ def _grid(range_: Tensor, logit_dz: Tensor, bits: Tensor) -> Grid:
 
 
 def _indices(w: Tensor, grid: Grid) -> Tensor:
-    outside = w.sign() * relu_through(w.abs() - grid.shift)
+    outside = w.sign() * relu_ste(w.abs() - grid.shift)
     # + 0.0 makes -0.0 (a small negative weight) an ordinary zero, so that equal weights have equal bits
-    return clip_through(round_through(outside / grid.step), grid.levels) + 0.0
+    return clip_ste(round_ste(outside / grid.step), grid.levels) + 0.0
 
 
-class _RoundThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
+class _StraightThrough(torch.autograd.Function):
+    """function(x) forward, the identity backward."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-class _ReluThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.relu()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-class _ClipThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(x, -bound), bound)
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

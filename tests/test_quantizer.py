@@ -9,7 +9,8 @@ import copy
 import io
 import math
 import pickle
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,12 +23,11 @@ from torch import nn
 from src.quantizer import (
     DeadZoneLDZCompander,
     QuantizerError,
-    check_bits,
-    check_logit,
-    clip_through,
+    check_range,
+    clip_ste,
     quantize,
-    relu_through,
-    round_through,
+    relu_ste,
+    round_ste,
     weight_ranges,
 )
 from utils_quantization import FakeQuantParametrization, attach_weight_quantizers
@@ -205,9 +205,9 @@ def test_straight_through_pieces() -> None:
     x = torch.tensor([-2.6, -0.5, 0.5, 1.5, 7.2], dtype=torch.float64, requires_grad=True)
     bound = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     for piece, expected in (
-        (round_through, [-3, 0, 0, 2, 7]),
-        (relu_through, [0, 0, 0.5, 1.5, 7.2]),
-        (lambda t: clip_through(t, bound), [-2, -0.5, 0.5, 1.5, 2]),
+        (round_ste, [-3, 0, 0, 2, 7]),
+        (relu_ste, [0, 0, 0.5, 1.5, 7.2]),
+        (lambda t: clip_ste(t, bound), [-2, -0.5, 0.5, 1.5, 2]),
     ):
         value = piece(x)
         np.testing.assert_allclose(value.detach().numpy(), expected)
@@ -414,18 +414,40 @@ def test_saved_and_loaded_gives_the_same_values() -> None:
 
 @pytest.mark.parametrize("bits", [1, 17, 0, -3, 4.0, "4", True, None])
 def test_bits_out_of_range(bits: object) -> None:
-    with pytest.raises(QuantizerError, match=r"whole number from 2 to 16"):
-        check_bits("max_bits", bits)
-    with pytest.raises(QuantizerError, match="fixed_bit_val="):
-        DeadZoneLDZCompander(fixed_bit_val=bits)
+    for name in ("fixed_bit_val", "max_bits"):
+        with pytest.raises(QuantizerError, match=rf"{name}=.*: need 2\.\.16, a whole number; 2 means ternary"):
+            DeadZoneLDZCompander(**{name: bits})
 
 
 @pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf, "3", None, True])
 def test_logits_that_are_not_finite_numbers(logit: object) -> None:
-    with pytest.raises(QuantizerError, match="finite number"):
-        check_logit("init_bit_logit", logit)
-    with pytest.raises(QuantizerError, match="init_deadzone_logit="):
-        DeadZoneLDZCompander(init_deadzone_logit=logit)
+    for name in ("init_bit_logit", "init_deadzone_logit"):
+        with pytest.raises(QuantizerError, match=f"{name}=.*: need any finite number; 3.0 starts"):
+            DeadZoneLDZCompander(**{name: logit})
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "message"),
+    [
+        (0.5, {"lowest": 0, "highest": 1, "whole": False}, None),
+        (1, {"lowest": 0, "highest": 1}, None),
+        (10**9, {"lowest": 0}, None),
+        (1.5, {"lowest": 0, "highest": 1, "whole": False}, "share=1.5: need 0..1"),
+        (1.0, {"lowest": 0, "highest": 1}, "share=1.0: need 0..1, a whole number"),
+        (-1, {"lowest": 0, "remedy": "count from 0"}, "share=-1: need 0 or more, a whole number; count from 0"),
+        (math.inf, {"lowest": 0, "whole": False}, "share=inf: need 0 or more"),
+        (math.nan, {"lowest": 0, "whole": False}, "share=nan: need 0 or more"),
+        (True, {"lowest": 0}, "share=True: need 0 or more, a whole number"),
+    ],
+)
+def test_ranges_include_their_limits_and_the_message_names_them(
+    value: object, limits: dict[str, Any], message: str | None
+) -> None:
+    if message is None:
+        check_range("share", value, **limits)
+        return
+    with pytest.raises(LookupError, match=f"^{re.escape(message)}$"):
+        check_range("share", value, **limits, error=type("Custom", (LookupError, ValueError), {}))
 
 
 @pytest.mark.parametrize("w", [torch.zeros(0), torch.zeros(3, 0), torch.zeros(4, dtype=torch.int64)])

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.schedules import Schedule, linear_warmup
 from resnet import NETWORKS
-from src.quantizer import QuantizerError, check_bits, check_logit
+from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, check_range
 from src.training import DEVICES, PRECISIONS, Factor, Objective, Penalty, cosine_to_zero, hold_then_linear
 
 LEARNING_RATE_SHAPES: dict[str, Callable[[float], Factor]] = {
@@ -23,6 +23,25 @@ LEARNING_RATE_SHAPES: dict[str, Callable[[float], Factor]] = {
     "cosine": lambda hold: cosine_to_zero,
 }
 REGULARIZATIONS = ("loss", "decoupled")
+WHOLE_NUMBERS = {
+    "epochs": (1, 100_000),
+    "batch_size": (2, 1_000_000),
+    "limit": (1, 10**9),
+    "seed": (0, 2**31 - 1),
+    "crop_padding": (0, 32),
+    "delay": (0, 100_000),
+    "ramp": (0, 100_000),
+}
+NUMBERS = {
+    "learning_rate": (0, 10),
+    "dz_learning_rate": (0, 10),
+    "bit_learning_rate": (0, 10),
+    "logit_decay_dz": (0, 1000),
+    "logit_decay_bit": (0, 1000),
+    "peak": (0, 1000),
+    "hold": (0, 0.999),
+    "expected_accuracy": (0, 1),
+}
 
 
 class ConfigError(ValueError):
@@ -34,21 +53,6 @@ def _choice(name: str, value: object, allowed: Any) -> None:
         near = difflib.get_close_matches(str(value), list(allowed), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}{hint}")
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}: need a whole number from {low} to {high}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise ConfigError(f"{name}={value!r}: need a number from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -105,31 +109,19 @@ class RunConfig:
         _choice("precision", self.precision, PRECISIONS)
         _choice("learning_rate_shape", self.learning_rate_shape, LEARNING_RATE_SHAPES)
         _choice("regularization", self.regularization, REGULARIZATIONS)
-        _whole("epochs", self.epochs, 1, 100_000)
-        _whole("batch_size", self.batch_size, 2, 1_000_000)
-        _whole("seed", self.seed, 0, 2**31 - 1)
-        _whole("crop_padding", self.crop_padding, 0, 32)
-        _whole("delay", self.delay, 0, 100_000)
-        _whole("ramp", self.ramp, 0, 100_000)
-        if self.limit is not None:
-            _whole("limit", self.limit, 1, 10**9)
-        for name in ("learning_rate", "dz_learning_rate", "bit_learning_rate"):
-            _number(name, getattr(self, name), 0, 10)
-        for name in ("logit_decay_dz", "logit_decay_bit", "peak"):
-            _number(name, getattr(self, name), 0, 1000)
-        _number("hold", self.hold, 0, 0.999)
-        _number("expected_accuracy", self.expected_accuracy, 0, 1)
+        for name, (lowest, highest) in WHOLE_NUMBERS.items():
+            if name != "limit" or self.limit is not None:
+                check_range(name, getattr(self, name), lowest, highest, error=ConfigError)
+        for name, (least, most) in NUMBERS.items():
+            check_range(name, getattr(self, name), least, most, whole=False, error=ConfigError)
+        for name in ("fixed_bits", "max_bits"):
+            check_range(name, getattr(self, name), MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY, error=ConfigError)
+        for name in ("init_bit_logit", "init_deadzone_logit"):
+            check_range(name, getattr(self, name), -math.inf, whole=False, remedy=LOGIT_REMEDY, error=ConfigError)
         if isinstance(self.exclude_layers, str):
             raise ConfigError(
                 f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)"
             )
-        try:
-            check_bits("fixed_bits", self.fixed_bits)
-            check_bits("max_bits", self.max_bits)
-            check_logit("init_bit_logit", self.init_bit_logit)
-            check_logit("init_deadzone_logit", self.init_deadzone_logit)
-        except QuantizerError as error:
-            raise ConfigError(str(error)) from error
 
     @property
     def quantizer_kwargs(self) -> dict[str, Any]:
@@ -164,7 +156,7 @@ class RunConfig:
         """The sparsity coefficient: fn(epoch, epochs)."""
         return linear_warmup(self.delay, self.ramp, self.peak)
 
-    def weights_factor(self) -> Factor:
+    def lr_lambda(self) -> Factor:
         """The factor on the weights' learning rate: fn(share of the run done)."""
         return LEARNING_RATE_SHAPES[self.learning_rate_shape](self.hold)
 

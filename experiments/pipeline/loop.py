@@ -55,7 +55,7 @@ def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dic
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "coefficient": config.schedule()(epoch, config.epochs),
-        "weights_factor": config.weights_factor(),
+        "lr_lambda": config.lr_lambda(),
         "precision": precision,
         "seed": config.seed,
         "crop_padding": config.crop_padding,

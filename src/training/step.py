@@ -177,7 +177,7 @@ def train_epoch(
     epochs: int,
     batch_size: int,
     coefficient: float,
-    weights_factor: Factor,
+    lr_lambda: Factor,
     precision: torch.dtype = torch.float32,
     seed: int = 0,
     crop_padding: int = 4,
@@ -187,7 +187,7 @@ def train_epoch(
 ) -> Iterator[Step]:
     """Train epoch `epoch` (from 0) of `epochs`, yielding after each step.
 
-    weights_factor: share of the run done (0 to 1) -> factor on the learning rate of the group "weights"; the logits'
+    lr_lambda: share of the run done (0 to 1) -> factor on the learning rate of the group "weights"; the logits'
         rates stay as they are.
     start: steps of this epoch that were taken before; they are left out. step: what a step does, `train_step` by
         default; it gets the same arguments.
@@ -205,7 +205,7 @@ def train_epoch(
     raise_pending()
     for index, (images, labels) in enumerate(batches, start):
         look = index % every == 0 or index == steps - 1
-        _scale_learning_rate(optimizer, weights_factor((epoch + index / steps) / epochs))
+        _scale_learning_rate(optimizer, lr_lambda((epoch + index / steps) / epochs))
         with watched_update(optimizer, parameters, images, look) as found:
             losses = take(model, optimizer, images, labels, objective, coefficient, precision)
         if look and (found.text or not torch.isfinite(losses.total)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.quantizer import DeadZoneLDZCompander, clip_through, quantize, relu_through, round_through, weight_ranges
+from src.quantizer import DeadZoneLDZCompander, clip_ste, quantize, relu_ste, round_ste, weight_ranges
 
 
 class PlainQuantizer(DeadZoneLDZCompander):
@@ -42,13 +42,13 @@ class PlainQuantizer(DeadZoneLDZCompander):
         return torch.exp2(bits - 1) - 1
 
     def round(self, x: Tensor) -> Tensor:
-        return round_through(x)
+        return round_ste(x)
 
     def relu(self, x: Tensor) -> Tensor:
-        return relu_through(x)
+        return relu_ste(x)
 
     def clip(self, x: Tensor, bound: Tensor) -> Tensor:
-        return clip_through(x, bound)
+        return clip_ste(x, bound)
 
     def sign(self, w: Tensor) -> Tensor:
         return w.sign()
@@ -139,7 +139,7 @@ class BitsFrozen(PlainQuantizer):
 
 class BitsUnlimited(PlainQuantizer):
     def get_bitwidth(self) -> Tensor:
-        return round_through(self.logit_bit.abs() * (self.max_bits - self.min_bits) + self.min_bits)
+        return round_ste(self.logit_bit.abs() * (self.max_bits - self.min_bits) + self.min_bits)
 
 
 class BitsNotRounded(PlainQuantizer):

@@ -138,7 +138,7 @@ class EveryFourth(torch.optim.AdamW):
 
 
 def rates(factor: Callable[[float], float]) -> Callable[[Subject], Subject]:
-    return lambda subject: replace(subject, weights_factor=factor)
+    return lambda subject: replace(subject, lr_lambda=factor)
 
 
 def logits_follow_the_schedule(subject: Subject) -> Subject:

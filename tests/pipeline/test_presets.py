@@ -36,7 +36,7 @@ def test_the_debug_preset_is_the_specified_run() -> None:
 def test_the_paper_presets_hold_the_300_epoch_recipe() -> None:
     for preset in (PAPER, PAPER_4BIT):
         assert (preset.epochs, preset.batch_size, preset.data, preset.peak) == (300, 512, "cifar10", 0.0)
-        assert [preset.weights_factor()(done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+        assert [preset.lr_lambda()(done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
         assert (preset.logit_decay_dz, preset.logit_decay_bit) == (0.01, 0.01)
     assert PAPER.learnable_bit
     assert (PAPER_4BIT.learnable_bit, PAPER_4BIT.fixed_bits) == (False, 4)
@@ -53,7 +53,7 @@ def test_the_two_ways_for_the_decay_to_act() -> None:
 
 def test_learning_rate_shapes() -> None:
     def at(shape: str) -> list[float]:
-        factor = configure("debug", learning_rate_shape=shape, hold=0.5).weights_factor()
+        factor = configure("debug", learning_rate_shape=shape, hold=0.5).lr_lambda()
         return [factor(done) for done in (0.0, 0.5, 0.75, 1.0)]
 
     assert at("constant") == [1, 1, 1, 1]
@@ -69,34 +69,34 @@ BAD: list[tuple[str, Any, str]] = [
     ("precision", "fp16", "precision='fp16' is unknown: choose one of auto, fp32, bf16"),
     ("learning_rate_shape", "step", "choose one of constant, hold_then_linear, cosine"),
     ("regularization", "l2", "choose one of loss, decoupled"),
-    ("epochs", 0, "epochs=0: need a whole number from 1 to 100000"),
-    ("epochs", -3, "epochs=-3: need a whole number from 1"),
-    ("epochs", "20", "epochs='20': need a whole number from 1"),
-    ("epochs", 1.5, "epochs=1.5: need a whole number"),
-    ("epochs", True, "epochs=True: need a whole number"),
-    ("batch_size", 0, "batch_size=0: need a whole number from 2"),
-    ("batch_size", 1, "batch_size=1: need a whole number from 2"),
-    ("batch_size", None.__class__, "batch_size=<class 'NoneType'>: need a whole number"),
-    ("limit", 0, "limit=0: need a whole number from 1"),
-    ("limit", "all", "limit='all': need a whole number"),
-    ("seed", -1, "seed=-1: need a whole number from 0 to 2147483647"),
-    ("seed", 2**31, "need a whole number from 0 to 2147483647"),
-    ("crop_padding", 33, "crop_padding=33: need a whole number from 0 to 32"),
-    ("delay", -1, "delay=-1: need a whole number from 0"),
-    ("ramp", 0.5, "ramp=0.5: need a whole number from 0"),
-    ("fixed_bits", 1, "fixed_bits=1: need a whole number from 2 to 16; 2 means ternary"),
-    ("max_bits", 17, "max_bits=17: need a whole number from 2 to 16"),
-    ("max_bits", 8.0, "max_bits=8.0: need a whole number from 2 to 16"),
-    ("init_bit_logit", NAN, "init_bit_logit=nan: need a finite number; 3.0 starts"),
-    ("init_deadzone_logit", "3", "init_deadzone_logit='3': need a finite number"),
-    ("learning_rate", -1e-3, "learning_rate=-0.001: need a number from 0 to 10"),
-    ("dz_learning_rate", INF, "dz_learning_rate=inf: need a number from 0 to 10"),
-    ("bit_learning_rate", "fast", "bit_learning_rate='fast': need a number"),
-    ("logit_decay_dz", NAN, "logit_decay_dz=nan: need a number from 0"),
-    ("logit_decay_bit", -1, "logit_decay_bit=-1: need a number from 0"),
-    ("peak", -0.1, "peak=-0.1: need a number from 0"),
-    ("hold", 1.0, "hold=1.0: need a number from 0 to 0.999"),
-    ("expected_accuracy", 60, "expected_accuracy=60: need a number from 0 to 1"),
+    ("epochs", 0, "epochs=0: need 1..100000"),
+    ("epochs", -3, "epochs=-3: need 1"),
+    ("epochs", "20", "epochs='20': need 1"),
+    ("epochs", 1.5, "epochs=1.5: need 1..100000, a whole number"),
+    ("epochs", True, "epochs=True: need .*, a whole number"),
+    ("batch_size", 0, "batch_size=0: need 2"),
+    ("batch_size", 1, "batch_size=1: need 2"),
+    ("batch_size", None.__class__, "batch_size=<class 'NoneType'>: need .*, a whole number"),
+    ("limit", 0, "limit=0: need 1"),
+    ("limit", "all", "limit='all': need .*, a whole number"),
+    ("seed", -1, "seed=-1: need 0..2147483647"),
+    ("seed", 2**31, "need 0..2147483647"),
+    ("crop_padding", 33, "crop_padding=33: need 0..32"),
+    ("delay", -1, "delay=-1: need 0"),
+    ("ramp", 0.5, "ramp=0.5: need 0"),
+    ("fixed_bits", 1, "fixed_bits=1: need 2..16, a whole number; 2 means ternary"),
+    ("max_bits", 17, "max_bits=17: need 2..16"),
+    ("max_bits", 8.0, "max_bits=8.0: need 2..16"),
+    ("init_bit_logit", NAN, "init_bit_logit=nan: need any finite number; 3.0 starts"),
+    ("init_deadzone_logit", "3", "init_deadzone_logit='3': need any finite number"),
+    ("learning_rate", -1e-3, "learning_rate=-0.001: need 0..10"),
+    ("dz_learning_rate", INF, "dz_learning_rate=inf: need 0..10"),
+    ("bit_learning_rate", "fast", "bit_learning_rate='fast': need 0..10"),
+    ("logit_decay_dz", NAN, "logit_decay_dz=nan: need 0"),
+    ("logit_decay_bit", -1, "logit_decay_bit=-1: need 0"),
+    ("peak", -0.1, "peak=-0.1: need 0"),
+    ("hold", 1.0, "hold=1.0: need 0..0.999"),
+    ("expected_accuracy", 60, "expected_accuracy=60: need 0..1"),
     ("exclude_layers", "conv1", r"exclude_layers='conv1': need a tuple of patterns, \('conv1',\)"),
 ]
 

@@ -90,7 +90,7 @@ def optimizer_of(model: nn.Module, **decays: float) -> torch.optim.Optimizer:
 
 def one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, data: ImageData, **changes: Any) -> list[Step]:
     settings: dict[str, Any] = {
-        "epoch": 0, "epochs": 3, "batch_size": 16, "coefficient": 0.0, "weights_factor": lambda done: 1.0
+        "epoch": 0, "epochs": 3, "batch_size": 16, "coefficient": 0.0, "lr_lambda": lambda done: 1.0
     }  # fmt: skip
     objective = changes.pop("objective", Objective())
     return list(train_epoch(model, optimizer, data, objective, **{**settings, **changes}))
@@ -247,7 +247,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path: Any) -> Non
         objective = Objective(coupled_group_lasso(model), 0.01, 0.01)
         for epoch in epochs:
             means = EpochMeans()
-            settings = {"epoch": epoch, "coefficient": 0.01 * epoch, "weights_factor": hold_then_linear(0.5), "seed": 3}
+            settings = {"epoch": epoch, "coefficient": 0.01 * epoch, "lr_lambda": hold_then_linear(0.5), "seed": 3}
             for step in one_epoch(model, optimizer, data, objective=objective, **settings):
                 means.add(step)
             record = measure_epoch(model, optimizer, data, means, epoch=epoch, coefficient=0.01 * epoch, seconds=0.0)
@@ -300,7 +300,7 @@ def test_steps_say_where_they_are_and_only_the_weights_rate_moves() -> None:
         done.append(share)
         return 0.5
 
-    steps = one_epoch(model, optimizer, images(70), epoch=1, epochs=2, weights_factor=factor)
+    steps = one_epoch(model, optimizer, images(70), epoch=1, epochs=2, lr_lambda=factor)
     assert [(s.index, s.steps, s.images) for s in steps] == [(0, 4, 16), (1, 4, 16), (2, 4, 16), (3, 4, 16)]
     assert done == [0.5, 0.625, 0.75, 0.875]
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.02, 0.03]
@@ -434,7 +434,7 @@ def test_summary_by_hand() -> None:
 def test_the_record_of_an_epoch_holds_what_was_measured() -> None:
     model, data = quantized(), images()
     optimizer, means = optimizer_of(model), EpochMeans()
-    for step in one_epoch(model, optimizer, data, weights_factor=lambda done: 0.5):
+    for step in one_epoch(model, optimizer, data, lr_lambda=lambda done: 0.5):
         means.add(step)
     record = measure_epoch(model, optimizer, data, means, epoch=4, coefficient=0.25, seconds=1.5)
     assert (record.epoch, record.coefficient, record.seconds, record.learning_rate) == (5, 0.25, 1.5, 0.005)

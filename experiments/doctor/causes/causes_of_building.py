@@ -197,7 +197,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "learning-rate-schedule": (
         "the learning rate does not follow its schedule.",
-        "lr = base rate x weights_factor(share of the run done), on the group `weights` alone",
+        "lr = base rate x lr_lambda(share of the run done), on the group `weights` alone",
     ),
     "wrong-decay": (
         "a group has another weight decay than configured.",

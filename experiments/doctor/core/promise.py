@@ -44,7 +44,7 @@ class Promise:
     """What the parts of a pipeline should do. All of it is optional.
 
     quantized: names of the layers that should have a quantizer. groups: by kind of parameter, "weights", "logit_dz",
-    "logit_bit". optimizer: class name. coefficients: of every epoch. weights_factors: the learning rate's factor at the
+    "logit_bit". optimizer: class name. coefficients: of every epoch. lr_factors: the learning rate's factor at the
     start of every epoch. mean, std: of the images per channel, in units of 0..1.
     """
 
@@ -56,7 +56,7 @@ class Promise:
     lambda_bit: float | None = None
     penalty: str | None = None
     coefficients: tuple[float, ...] | None = None
-    weights_factors: tuple[float, ...] | None = None
+    lr_factors: tuple[float, ...] | None = None
     epochs: int | None = None
     batch_size: int | None = None
     num_classes: int | None = None
@@ -92,7 +92,7 @@ class Promise:
             lambda_bit=0.0 if decoupled else config.logit_decay_bit,
             penalty="coupled group lasso" if config.peak > 0 else None,
             coefficients=tuple(_coefficient(config, epoch) for epoch in range(config.epochs)),
-            weights_factors=tuple(factor(epoch / config.epochs) for epoch in range(config.epochs)),
+            lr_factors=tuple(factor(epoch / config.epochs) for epoch in range(config.epochs)),
             epochs=config.epochs,
             batch_size=config.batch_size,
             num_classes=data.num_classes,

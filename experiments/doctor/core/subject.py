@@ -41,7 +41,7 @@ class Subject:
     step: one update on one batch; returns the loss: a number, or an object with `total` (and `task`, `logits`,
         `groups`), such as StepLosses.
     train_batches(subject, epoch), test_batches(subject): normalised images (N, C, H, W) and labels (N,).
-    coefficient(epoch), weights_factor(share of the run done): what the training loop applies; epochs from 0.
+    coefficient(epoch), lr_lambda(share of the run done): what the training loop applies; epochs from 0.
     train_epoch(subject, epoch) -> Steps: the loop around `step`, which also puts the model into training mode and sets
         the learning rate.
     measure(subject, means, epoch, seconds) -> EpochRecord; evaluate(subject) -> (EvalResult, accuracy in float32).
@@ -58,7 +58,7 @@ class Subject:
     promise: Promise = field(default_factory=Promise)
     objective: training.Objective = field(default_factory=training.Objective)
     coefficient: Callable[[int], float] = lambda epoch: 0.0
-    weights_factor: Callable[[float], float] = lambda done: 1.0
+    lr_lambda: Callable[[float], float] = lambda done: 1.0
     precision: torch.dtype = torch.float32
     data: ImageData | None = None
     test_batches: Callable[[Subject], Iterable[Batch]] | None = None
@@ -81,7 +81,7 @@ class Subject:
             promise=Promise.of_config(config, run.model, run.data),
             objective=run.objective,
             coefficient=lambda epoch: config.schedule()(epoch, config.epochs),
-            weights_factor=config.weights_factor(),
+            lr_lambda=config.lr_lambda(),
             precision=run.precision,
             data=run.data,
             test_batches=run_test_batches,
@@ -212,7 +212,7 @@ def run_epoch(subject: Subject, epoch: int) -> Iterator[training.Step]:
         yield from loop_epoch(subject, epoch)
         return
     settings = pipeline.epoch_settings(_run_config(subject), epoch, subject.precision)
-    settings |= {"coefficient": subject.coefficient(epoch), "weights_factor": subject.weights_factor}
+    settings |= {"coefficient": subject.coefficient(epoch), "lr_lambda": subject.lr_lambda}
     yield from training.train_epoch(
         subject.model, subject.optimizer, _image_data(subject), subject.objective, step=subject.step, **settings
     )
@@ -224,7 +224,7 @@ def loop_epoch(subject: Subject, epoch: int) -> Iterator[training.Step]:
     batches = list(subject.train_batches(subject, epoch))
     epochs = subject.promise.epochs or 1
     for index, (images, labels) in enumerate(batches):
-        factor = subject.weights_factor((epoch + index / len(batches)) / epochs)
+        factor = subject.lr_lambda((epoch + index / len(batches)) / epochs)
         for group in subject.optimizer.param_groups:
             if group.get("name") == "weights" and "base_lr" in group:
                 group["lr"] = group["base_lr"] * factor

@@ -172,10 +172,10 @@ def _sensible(subject: Subject, trainable: list[tuple[str, nn.Parameter]], holdi
 
 
 def _schedule(subject: Subject) -> Outcome:
-    promised, epochs = subject.promise.weights_factors, subject.promise.epochs
+    promised, epochs = subject.promise.lr_factors, subject.promise.epochs
     if promised is None or not epochs:
         raise NotApplicable("no learning-rate schedule is promised")
-    found = [float(subject.weights_factor(epoch / epochs)) for epoch in range(epochs)]
+    found = [float(subject.lr_lambda(epoch / epochs)) for epoch in range(epochs)]
     odd = [e for e, (a, b) in enumerate(zip(found, promised, strict=True)) if abs(a - b) > CLOSE]
     measured = "as promised in every epoch"
     if odd:
