@@ -6,9 +6,10 @@ Its rooms: core, causes, and the checks of quantizer, network, data, step and tr
 
 from __future__ import annotations
 
+from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.figure import report_figure, report_table
 from experiments.doctor.core.findings import Report
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.examination import Examination
 from experiments.doctor.examine import afterwards, before, first_steps
 from experiments.doctor.training.reported import Reported
@@ -16,9 +17,10 @@ from experiments.doctor.training.training_checks import Watcher
 
 __all__ = [
     "Examination",
+    "Expected",
+    "Pipeline",
     "Report",
     "Reported",
-    "Subject",
     "Watcher",
     "afterwards",
     "before",

@@ -24,8 +24,8 @@ class Examination:
 
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         self._run, self._tell = run, tell
-        self._subject = examine.Subject.of_run(run)
-        self._watcher = examine.Watcher(self._subject)
+        self._pipeline = examine.Pipeline.of_run(run)
+        self._watcher = examine.Watcher(self._pipeline)
         self.report = Report()
 
     def begin(self) -> None:
@@ -33,8 +33,8 @@ class Examination:
         if self._run.history.records or self._run.means.steps:
             self._tell("doctor: a run that is taken up; what it was before training is not examined again")
             return
-        self._add(BEFORE, examine.before(self._subject))
-        self._add(FIRST_STEPS, examine.first_steps(self._subject))
+        self._add(BEFORE, examine.before(self._pipeline))
+        self._add(FIRST_STEPS, examine.first_steps(self._pipeline))
 
     def step(self, epoch: int, step: Step) -> None:
         """After an update; `epoch` from 0."""
@@ -49,7 +49,7 @@ class Examination:
         if self._run.history.records:
             self.report += self._watcher.report()
         told = examine.Reported(checkpoint, self._run.history, result, accuracy)
-        self.report += examine.afterwards(self._subject, told)
+        self.report += examine.afterwards(self._pipeline, told)
         return self.report
 
     def _add(self, stage: str, found: Report) -> None:

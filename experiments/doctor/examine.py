@@ -7,10 +7,10 @@ The first trains a short run of its own and examines it before, at its first ste
 `--run FOLDER` examines a finished run. The report is on stdout; notices are on stderr.
 Exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted.
 
-Each stage is a function from a Subject to a Report, so that it can be used alone:
+Each stage is a function from a Pipeline to a Report, so that it can be used alone:
 
-    subject = Subject.of_run(run)                  # or Subject.of_parts(model, optimizer, batches, step)
-    report = before(subject) + first_steps(subject)
+    pipeline = Pipeline.of_run(run)                  # or Pipeline.of_parts(model, optimizer, batches, step)
+    report = before(pipeline) + first_steps(pipeline)
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments import pipeline
+from experiments.doctor.core.check_runner import RAISED, CheckRunner, PartFailed, preserve_state
 from experiments.doctor.core.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
-from experiments.doctor.core.subject import Subject, train
-from experiments.doctor.core.ward import RAISED, Broken, Ward, undisturbed
+from experiments.doctor.core.pipeline import Pipeline, train
 from experiments.doctor.data.data_checks import data_checks
 from experiments.doctor.network.account_checks import account_checks
 from experiments.doctor.network.baseline_checks import baseline_checks
@@ -42,15 +41,15 @@ from experiments.doctor.step.step_checks import step_checks
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks
-from experiments.pipeline import PRESETS, RunConfig, configure
+from experiments.pipeline import PRESETS, RunConfig, build_run, configure, prepare_data
 from src.runs import CHECKPOINT, RunFolder, load_checkpoint, load_model_state
 from src.storage import RunError, check_writable, fail, say
 from src.training import EpochRecord, History, TrainingError
 
 __all__ = [
+    "Pipeline",
     "Report",
     "Reported",
-    "Subject",
     "Watcher",
     "afterwards",
     "before",
@@ -64,37 +63,37 @@ QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate"
 """What the doctor's own run changes of the preset `smoke`: shorter, with faster logits."""
 
 
-def before(subject: Subject) -> Report:
+def before(pipeline: Pipeline) -> Report:
     """What can be known before training: attachment, quantizers, optimizer, data, network, penalty. Changes nothing."""
-    ward = Ward(BEFORE)
-    with undisturbed(subject):
-        quantizer_checks(ward, subject)
-        grid_checks(ward, subject)
-        joint_checks(ward, subject)
-        optimizer_checks(ward, subject)
-        data_checks(ward, subject)
-        network_checks(ward, subject)
-        baseline_checks(ward, subject)
-        penalty_checks(ward, subject)
-    return ward.report()
+    runner = CheckRunner(BEFORE)
+    with preserve_state(pipeline):
+        quantizer_checks(runner, pipeline)
+        grid_checks(runner, pipeline)
+        joint_checks(runner, pipeline)
+        optimizer_checks(runner, pipeline)
+        data_checks(runner, pipeline)
+        network_checks(runner, pipeline)
+        baseline_checks(runner, pipeline)
+        penalty_checks(runner, pipeline)
+    return runner.report()
 
 
-def first_steps(subject: Subject) -> Report:
+def first_steps(pipeline: Pipeline) -> Report:
     """What a few real steps show; afterwards everything is as it was. Changes nothing."""
-    ward = Ward(FIRST_STEPS)
-    with undisturbed(subject):
-        step_checks(ward, subject)
-    return ward.report()
+    runner = CheckRunner(FIRST_STEPS)
+    with preserve_state(pipeline):
+        step_checks(runner, pipeline)
+    return runner.report()
 
 
 def while_training(
-    subject: Subject, folder: Path, on_epoch: Callable[[Any], None] | None = None
+    pipeline: Pipeline, folder: Path, on_epoch: Callable[[Any], None] | None = None
 ) -> tuple[Report, Reported]:
-    """Train the promised epochs and watch; returns what was seen and what the pipeline reported of itself."""
-    watcher, reported = Watcher(subject), Reported()
-    history = History(subject.promise.epochs or 1)
+    """Train the expected epochs and watch; returns what was seen and what the pipeline reported of itself."""
+    watcher, reported = Watcher(pipeline), Reported()
+    history = History(pipeline.expected.epochs or 1)
     try:
-        for record, path in train(_telling(subject), folder, watcher.step):
+        for record, path in train(_blaming_parts(pipeline), folder, watcher.step):
             watcher.epoch(record)
             history.records.append(record)
             reported.checkpoint = path
@@ -102,7 +101,7 @@ def while_training(
                 on_epoch(record)
     except TrainingError as error:
         watcher.failed(error, "loss-not-finite")
-    except Broken as error:
+    except PartFailed as error:
         watcher.failed(error.__cause__ or error, error.cause)
     except RAISED as error:  # whatever a part raises is a finding
         watcher.failed(error, "step-raises")
@@ -110,8 +109,8 @@ def while_training(
     return watcher.report(), reported
 
 
-def _telling(subject: Subject) -> Subject:
-    """The subject whose errors in measuring and saving say that they are from there."""
+def _blaming_parts(pipeline: Pipeline) -> Pipeline:
+    """The pipeline whose errors in measuring and saving say that they are from there."""
 
     def telling(part: Callable[..., Any], cause: str, kind: type) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -123,32 +122,32 @@ def _telling(subject: Subject) -> Subject:
             except TrainingError:
                 raise
             except RAISED as error:
-                raise Broken(cause, error) from error
+                raise PartFailed(cause, error) from error
 
         return call
 
-    measure = telling(subject.measure, "measure-raises", EpochRecord) if subject.measure else None
-    save = telling(subject.save, "saving-raises", object) if subject.save else None
-    return replace(subject, measure=measure, save=save)
+    measure = telling(pipeline.measure, "measure-raises", EpochRecord) if pipeline.measure else None
+    save = telling(pipeline.save, "saving-raises", object) if pipeline.save else None
+    return replace(pipeline, measure=measure, save=save)
 
 
-def afterwards(subject: Subject, reported: Reported) -> Report:
+def afterwards(pipeline: Pipeline, reported: Reported) -> Report:
     """Every reported figure a second time, and the healthy list of `experiments.verdict`."""
-    ward = Ward(AFTERWARDS)
-    account_checks(ward, subject, reported)
-    verdict_checks(ward, subject, reported.history)
-    return ward.report()
+    runner = CheckRunner(AFTERWARDS)
+    account_checks(runner, pipeline, reported)
+    verdict_checks(runner, pipeline, reported.history)
+    return runner.report()
 
 
 def examine(
-    subject: Subject,
+    pipeline: Pipeline,
     folder: Path | None = None,
     *,
     stop_when_faulty: bool = False,
     on_stage: Callable[[str, Report], None] | None = None,
     on_epoch: Callable[[Any], None] | None = None,
 ) -> Report:
-    """All four stages, training the subject in between. folder: for the checkpoint; a temporary one by default.
+    """All four stages, training the pipeline in between. folder: for the checkpoint; a temporary one by default.
 
     stop_when_faulty: leave out the stages after the first that finds a fault. Without `measure` there is no training:
     the report then ends with the first steps.
@@ -164,12 +163,12 @@ def examine(
                 on_stage(stage, found)
             return stop_when_faulty and report.faulty
 
-        if add(BEFORE, before(subject)) or add(FIRST_STEPS, first_steps(subject)) or subject.measure is None:
+        if add(BEFORE, before(pipeline)) or add(FIRST_STEPS, first_steps(pipeline)) or pipeline.measure is None:
             return report
-        seen, reported = while_training(subject, place, on_epoch)
+        seen, reported = while_training(pipeline, place, on_epoch)
         if add(TRAINING, seen) or reported.history is None:
             return report
-        add(AFTERWARDS, afterwards(subject, reported))
+        add(AFTERWARDS, afterwards(pipeline, reported))
         return report
 
 
@@ -180,16 +179,16 @@ def examine_folder(path: Path, report: Callable[[str], None] = say) -> Report:
     config = RunConfig(
         **{**saved, "exclude_layers": tuple(saved["exclude_layers"]), "given": ("device",), "device": "cpu"}
     )
-    config, data = pipeline.prepare_data(config, report)
+    config, data = prepare_data(config, report)
     if state.get("data_digest") and state["data_digest"] != data.digest:
         raise RunError(
             f"the run in {str(path)!r} was trained on other images; put its data back under {config.data_root!r}"
         )
-    run = pipeline.build_run(config, data)
+    run = build_run(config, data)
     load_model_state(run.model, state["model"])
     run.history = History.from_json(state["history"])
-    subject = Subject.of_run(run)
-    return afterwards(subject, Reported(checkpoint=path / CHECKPOINT, history=run.history))
+    pipeline = Pipeline.of_run(run)
+    return afterwards(pipeline, Reported(checkpoint=path / CHECKPOINT, history=run.history))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -218,14 +217,14 @@ def _own_run(options: argparse.Namespace) -> Report:
     changes: dict[str, Any] = {**QUICK} if options.preset == "smoke" else {}
     asked = {name: getattr(options, name) for name in ("data", "data_root", "epochs", "limit", "seed", "device")}
     config = configure(options.preset, **changes | {name: value for name, value in asked.items() if value is not None})
-    config, data = pipeline.prepare_data(config, say)
-    run = pipeline.build_run(config, data)
+    config, data = prepare_data(config, say)
+    run = build_run(config, data)
     say(f"{run.subtitle}; {config.epochs} epochs")
 
     def told(stage: str, found: Report) -> None:
         say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
 
-    return examine(Subject.of_run(run), on_stage=told, on_epoch=lambda record: say(record.console_line(config.epochs)))
+    return examine(Pipeline.of_run(run), on_stage=told, on_epoch=lambda record: say(record.console_line(config.epochs)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import pipeline
-from experiments.doctor import Report, Subject, Watcher, before, first_steps, report_figure, report_table
+from experiments.doctor import Pipeline, Report, Watcher, before, first_steps, report_figure, report_table
 from experiments.doctor.causes.causes import CAUSES, causes
+from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, NOT_APPLICABLE, PASSED, Finding
-from experiments.doctor.core.promise import Promise
-from experiments.doctor.core.subject import Parts, build_subject
+from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
 from experiments.doctor.examine import examine, main
-from experiments.pipeline import RunConfig, configure
+from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
+from experiments.pipeline.loop import finish_epoch, steps_left, train_epochs
 from resnet import NETWORKS
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
@@ -36,12 +36,12 @@ WIDTHS = (4, 8, 16)
 @pytest.fixture(scope="module")
 def prepared() -> tuple[RunConfig, ImageData]:
     config = configure("smoke", limit=240, epochs=2, batch_size=24, delay=0, device="cpu", precision="fp32")
-    return pipeline.prepare_data(config)
+    return prepare_data(config)
 
 
 @pytest.fixture
-def subject(prepared: tuple[RunConfig, ImageData]) -> Subject:
-    return build_subject(*prepared, replace(Parts(), network=small_network))
+def pipeline(prepared: tuple[RunConfig, ImageData]) -> Pipeline:
+    return build_pipeline(*prepared, replace(PipelineParts(), network=small_network))
 
 
 def keys(report: Report, name: str) -> list[str]:
@@ -51,9 +51,9 @@ def keys(report: Report, name: str) -> list[str]:
     return [cause.key for cause in found[0].causes]
 
 
-def everything(subject: Subject) -> dict[str, Any]:
+def everything(pipeline: Pipeline) -> dict[str, Any]:
     """All state that an examination might disturb."""
-    model, optimizer = subject.model, subject.optimizer
+    model, optimizer = pipeline.model, pipeline.optimizer
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
@@ -77,21 +77,21 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def test_examining_before_training_leaves_every_bit_as_it_was(subject: Subject) -> None:
-    images, labels = subject.first_batches(1)[0]
-    subject.take_step(images, labels, 0.0)  # so that moments and gradients are there
-    subject.model.layer1.eval()  # type: ignore[operator]
-    kept = everything(subject)
-    before(subject)
-    first_steps(subject)
-    now = everything(subject)
+def test_examining_before_training_leaves_every_bit_as_it_was(pipeline: Pipeline) -> None:
+    images, labels = pipeline.first_batches(1)[0]
+    pipeline.take_step(images, labels, 0.0)  # so that moments and gradients are there
+    pipeline.model.layer1.eval()  # type: ignore[operator]
+    kept = everything(pipeline)
+    before(pipeline)
+    first_steps(pipeline)
+    now = everything(pipeline)
     assert [name for name in kept if not same(kept[name], now[name])] == []
 
 
 def test_the_run_after_an_examination_is_the_run_without_one(prepared: tuple[RunConfig, ImageData]) -> None:
     ends = []
     for examined in (False, True):
-        built = build_subject(*prepared, replace(Parts(), network=small_network))
+        built = build_pipeline(*prepared, replace(PipelineParts(), network=small_network))
         if examined:
             before(built)
             first_steps(built)
@@ -101,8 +101,8 @@ def test_the_run_after_an_examination_is_the_run_without_one(prepared: tuple[Run
     assert same(dict(ends[0]), dict(ends[1]))
 
 
-def test_a_healthy_pipeline_passes_all_four_stages(subject: Subject, tmp_path: Path) -> None:
-    report = examine(subject, tmp_path)
+def test_a_healthy_pipeline_passes_all_four_stages(pipeline: Pipeline, tmp_path: Path) -> None:
+    report = examine(pipeline, tmp_path)
     assert report.failed == (), report.text(passed=False)
     stages = {finding.stage for finding in report.findings if finding.status == PASSED}
     assert len(stages) == 4
@@ -114,7 +114,7 @@ def test_other_forms_of_the_method_raise_no_alarm(
     prepared: tuple[RunConfig, ImageData], settings: dict[str, Any]
 ) -> None:
     config, data = prepared
-    built = build_subject(replace(config, **settings), data, replace(Parts(), network=small_network))
+    built = build_pipeline(replace(config, **settings), data, replace(PipelineParts(), network=small_network))
     report = before(built) + first_steps(built)
     assert report.failed == (), report.text(passed=False)
 
@@ -155,13 +155,13 @@ class OwnPipeline:
         self.optimizer.step()
         return loss.detach()
 
-    def subject(self, **parts: Any) -> Subject:
-        return Subject.of_parts(self.model, self.optimizer, self.batches, self.step, **parts)
+    def pipeline(self, **parts: Any) -> Pipeline:
+        return Pipeline.of_parts(self.model, self.optimizer, self.batches, self.step, **parts)
 
 
 def test_a_pipeline_of_ones_own_with_sgd_passes() -> None:
     own = OwnPipeline()
-    report = examine(own.subject(tests=own.batches, promise=Promise(num_classes=3, input_size=(1, 8, 8))))
+    report = examine(own.pipeline(tests=own.batches, expected=Expected(num_classes=3, input_size=(1, 8, 8))))
     assert report.failed == (), report.text(passed=False)
     passed = {finding.name for finding in report.findings if finding.status == PASSED}
     assert {"update", "gradients", "one batch", "only what it should", "toggling", "loss at the start"} <= passed
@@ -186,12 +186,12 @@ def test_sgd_with_another_momentum_than_its_rule_is_seen() -> None:
             own.model.head.bias.add_(0.5)
         return loss
 
-    report = first_steps(Subject.of_parts(own.model, own.optimizer, own.batches, twice))
+    report = first_steps(Pipeline.of_parts(own.model, own.optimizer, own.batches, twice))
     assert "update-wrong" in keys(report, "update")[:2]
 
 
 def test_a_network_without_quantizers_is_a_finding_and_the_rest_goes_on() -> None:
-    report = examine(OwnPipeline(quantized=False).subject())
+    report = examine(OwnPipeline(quantized=False).pipeline())
     assert keys(report, "layers quantized")[0] == "no-quantizers"
     assert [finding.name for finding in report.failed] == ["layers quantized"]
     assert any(finding.name == "one batch" and finding.status == PASSED for finding in report.findings)
@@ -219,7 +219,7 @@ def test_an_optimizer_of_ones_own_is_examined_and_left_as_it_was() -> None:
     own = OwnPipeline()
     own.optimizer = SignDescent(own.model.parameters(), 0.003)
     kept = {name: value.clone() for name, value in own.model.state_dict().items()}
-    report = examine(own.subject())
+    report = examine(own.pipeline())
     assert own.optimizer.calls == 0
     assert same(kept, dict(own.model.state_dict()))
     status = {finding.name: finding.status for finding in report.findings}
@@ -228,9 +228,9 @@ def test_an_optimizer_of_ones_own_is_examined_and_left_as_it_was() -> None:
     assert report.failed == (), report.text(passed=False)
 
 
-def test_another_kind_of_optimizer_than_promised_is_a_finding(subject: Subject) -> None:
-    other = torch.optim.SGD(subject.model.parameters(), lr=0.01)
-    report = before(replace(subject, optimizer=other))
+def test_another_kind_of_optimizer_than_promised_is_a_finding(pipeline: Pipeline) -> None:
+    other = torch.optim.SGD(pipeline.model.parameters(), lr=0.01)
+    report = before(replace(pipeline, optimizer=other))
     assert keys(report, "kind of optimizer") == ["other-optimizer"]
 
 
@@ -246,7 +246,7 @@ def test_another_kind_of_optimizer_than_promised_is_a_finding(subject: Subject) 
 def test_a_loader_that_gives_nothing_usable_is_a_finding(batches: list[Any], cause: str) -> None:
     own = OwnPipeline()
     own.batches = batches
-    report = examine(own.subject(promise=Promise(num_classes=3)))
+    report = examine(own.pipeline(expected=Expected(num_classes=3)))
     assert keys(report, "batches")[0] == cause
     assert any(finding.name == "toggling" and finding.status == PASSED for finding in report.findings)
 
@@ -256,7 +256,7 @@ def test_a_loader_that_raises_is_a_finding() -> None:
         raise OSError("the disk is gone")
 
     own = OwnPipeline()
-    report = examine(Subject.of_parts(own.model, own.optimizer, broken, own.step))
+    report = examine(Pipeline.of_parts(own.model, own.optimizer, broken, own.step))
     assert keys(report, "batches") == ["loader-raises"]
     assert "the disk is gone" in next(f.measured for f in report.failed if f.name == "batches")
 
@@ -269,44 +269,44 @@ def test_a_step_that_raises_is_a_finding_and_leaves_the_network_alone() -> None:
         raise RuntimeError("no such thing")
 
     kept = {name: value.clone() for name, value in own.model.state_dict().items()}
-    report = examine(Subject.of_parts(own.model, own.optimizer, own.batches, step))
+    report = examine(Pipeline.of_parts(own.model, own.optimizer, own.batches, step))
     assert keys(report, "a step runs")[0] == "step-raises"
     assert same(kept, dict(own.model.state_dict()))
     assert not own.optimizer.state
     assert any(finding.stage == BEFORE and finding.status == PASSED for finding in report.findings)
 
 
-def test_quantizers_switched_off_are_named_first(subject: Subject) -> None:
-    toggle_quantization(subject.model, False)
-    report = before(subject)
+def test_quantizers_switched_off_are_named_first(pipeline: Pipeline) -> None:
+    toggle_quantization(pipeline.model, False)
+    report = before(pipeline)
     assert report.diagnosis[0].key == "quantizers-off"
 
 
-def test_a_coefficient_that_is_used_but_not_promised_is_named(subject: Subject) -> None:
-    report = before(replace(subject, coefficient=lambda epoch: 1.0))
+def test_a_coefficient_that_is_used_but_not_promised_is_named(pipeline: Pipeline) -> None:
+    report = before(replace(pipeline, coefficient=lambda epoch: 1.0))
     assert keys(report, "coefficient's schedule")[0] == "coefficient-too-large"
 
 
-def test_a_watcher_sees_a_record_of_another_epoch(subject: Subject) -> None:
-    from experiments.doctor.core.subject import train
+def test_a_watcher_sees_a_record_of_another_epoch(pipeline: Pipeline) -> None:
+    from experiments.doctor.core.pipeline import train
 
-    watcher = Watcher(subject)
-    for record, _ in train(subject, None, watcher.step):
+    watcher = Watcher(pipeline)
+    for record, _ in train(pipeline, None, watcher.step):
         watcher.epoch(replace(record, epoch=record.epoch - 1))
     assert keys(watcher.report(), "records follow the epochs")[0] == "history-shifted"
 
 
-def watched(run: pipeline.Run, *, restart_at: int | None = None, from_step: int = 0) -> Watcher:
+def watched(run: Run, *, restart_at: int | None = None, from_step: int = 0) -> Watcher:
     """A watcher of all epochs; a fresh one from step `from_step` of the run on; deaf for two steps from restart_at."""
-    watcher, count = Watcher(Subject.of_run(run)), 0
+    watcher, count = Watcher(Pipeline.of_run(run)), 0
     while len(run.history) < run.config.epochs:
-        for step in pipeline.steps_left(run):
+        for step in steps_left(run):
             if count == from_step:
-                watcher = Watcher(Subject.of_run(run))
+                watcher = Watcher(Pipeline.of_run(run))
             if count >= from_step and (restart_at is None or not restart_at <= count < restart_at + 2):
                 watcher.step(len(run.history), step)
             count += 1
-        record = pipeline.finish_epoch(run)
+        record = finish_epoch(run)
         if count > from_step:
             watcher.epoch(record)
     return watcher
@@ -318,7 +318,7 @@ def watched(run: pipeline.Run, *, restart_at: int | None = None, from_step: int 
 def test_a_watcher_that_misses_steps_raises_no_alarm(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(epochs=4)
     monkeypatch.setitem(NETWORKS, "small", lambda classes, shortcut: small_network(config, small_data()))
-    run = pipeline.build_run(replace(config, model="small"), small_data())
+    run = build_run(replace(config, model="small"), small_data())
     watcher = watched(run, **settings)
     assert watcher.missed
     report = watcher.report()
@@ -369,9 +369,9 @@ def test_bad_input_of_the_command_is_exit_status_2(tmp_path: Path, capsys: pytes
 
 
 def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, data = pipeline.prepare_data(configure("smoke", limit=60, epochs=1, batch_size=30, device="cpu"))
-    run = pipeline.build_run(config, data)
-    for _ in pipeline.train_epochs(run):
+    config, data = prepare_data(configure("smoke", limit=60, epochs=1, batch_size=30, device="cpu"))
+    run = build_run(config, data)
+    for _ in train_epochs(run):
         pass
     folder = RunFolder.open(tmp_path / "run")
     folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)

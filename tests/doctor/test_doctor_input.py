@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.doctor import Report, Subject, before, first_steps
+from experiments.doctor import Pipeline, Report, before, first_steps
+from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.findings import NOT_APPLICABLE, PASSED
-from experiments.doctor.core.promise import Promise
 from experiments.doctor.examine import examine, while_training
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
 from tests.faults.fault import healthy, small_config, small_data
 from utils_quantization import attach_weight_quantizers
 
-PROMISE = Promise(num_classes=3, input_size=(1, 8, 8))
+PROMISE = Expected(num_classes=3, input_size=(1, 8, 8))
 
 
 class Own:
@@ -45,9 +45,9 @@ class Own:
         self.optimizer.step()
         return loss.detach()
 
-    def subject(self, step: Callable[..., Any] | None = None, **parts: Any) -> Subject:
-        given = {"promise": PROMISE} | parts
-        return Subject.of_parts(self.model, self.optimizer, self.batches, step or self.step, **given)
+    def pipeline(self, step: Callable[..., Any] | None = None, **parts: Any) -> Pipeline:
+        given = {"expected": PROMISE} | parts
+        return Pipeline.of_parts(self.model, self.optimizer, self.batches, step or self.step, **given)
 
 
 def causes_of(report: Report) -> list[str]:
@@ -60,7 +60,7 @@ def some_passed(report: Report) -> bool:
 
 def test_a_pipeline_of_ones_own_passes() -> None:
     own = Own()
-    report = examine(own.subject(tests=own.batches))
+    report = examine(own.pipeline(tests=own.batches))
     assert not report.faulty, report.text(passed=False)
 
 
@@ -77,15 +77,15 @@ def test_an_optimizer_that_calls_backward_itself_passes() -> None:
 
         return float(own.optimizer.step(closure))
 
-    report = examine(own.subject(step))
+    report = examine(own.pipeline(step))
     assert not report.faulty, report.text(passed=False)
 
 
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_no_optimizer_is_not_applicable(optimizer: Any) -> None:
     own = Own()
-    subject = Subject.of_parts(own.model, optimizer, own.batches, own.step, promise=PROMISE)
-    report = before(subject)
+    pipeline = Pipeline.of_parts(own.model, optimizer, own.batches, own.step, expected=PROMISE)
+    report = before(pipeline)
     assert not report.faulty, report.text(passed=False)
     assert {f.status for f in report.findings if f.name == "every parameter once"} == {NOT_APPLICABLE}
 
@@ -93,7 +93,7 @@ def test_no_optimizer_is_not_applicable(optimizer: Any) -> None:
 def test_a_generator_for_a_loader_is_named() -> None:
     own = Own()
     own.batches = (batch for batch in own.batches)
-    report = examine(own.subject())
+    report = examine(own.pipeline())
     assert causes_of(report)[0] == "loader-used-up"
     assert some_passed(report)
 
@@ -107,7 +107,7 @@ def test_an_endless_loader_does_not_hang() -> None:
             yield from held
 
     own.batches = endless
-    assert not examine(own.subject()).faulty
+    assert not examine(own.pipeline()).faulty
 
 
 def raising(error: BaseException, calls: int) -> Callable[[Own], Callable[..., Any]]:
@@ -144,7 +144,7 @@ def test_a_step_that_cannot_be_used_is_a_finding(name: str) -> None:
     own = Own()
     make, cause = STEPS[name]
     kept = {key: value.clone() for key, value in own.model.state_dict().items()}
-    report = examine(own.subject(make(own)))
+    report = examine(own.pipeline(make(own)))
     assert cause in causes_of(report), report.text(passed=False)
     assert some_passed(report)
     assert all(torch.equal(kept[key], value) for key, value in own.model.state_dict().items())
@@ -159,7 +159,7 @@ def test_a_step_that_exchanges_a_layer_is_a_finding_and_the_layer_is_put_back() 
         own.model[6] = nn.Linear(128, 3)
         return loss
 
-    report = first_steps(own.subject(step))
+    report = first_steps(own.pipeline(step))
     assert "changes-too-much" in causes_of(report), report.text(passed=False)
     assert own.model[6] is head
 
@@ -177,25 +177,25 @@ def test_a_step_that_exchanges_a_layer_is_a_finding_and_the_layer_is_put_back() 
 def test_a_network_of_another_type_or_place_is_named(change: Callable[[Any], Any], cause: str) -> None:
     own = Own()
     change(own.model)
-    report = examine(own.subject(tests=own.batches))
+    report = examine(own.pipeline(tests=own.batches))
     assert cause in causes_of(report), report.text(passed=False)
     assert some_passed(report)
 
 
 @pytest.mark.parametrize(("tests", "cause"), [([], "loader-empty"), ([3], "loader-shapes")])
 def test_a_test_loader_that_cannot_be_used_is_a_finding(tests: list[Any], cause: str) -> None:
-    assert causes_of(before(Own().subject(tests=tests)))[0] == cause
+    assert causes_of(before(Own().pipeline(tests=tests)))[0] == cause
 
 
 def test_parts_that_raise_while_training_are_told_apart(tmp_path: Any) -> None:
     def refuse(*_: Any) -> Any:
         raise OSError("the disk is full")
 
-    subject = healthy(small_config(epochs=1))
+    pipeline = healthy(small_config(epochs=1))
     expected = {
-        "measure-raises": replace(subject, measure=lambda *_: None),  # type: ignore[arg-type, return-value]
-        "saving-raises": replace(subject, save=refuse),
-        "step-raises": replace(subject, step=refuse),
+        "measure-raises": replace(pipeline, measure=lambda *_: None),  # type: ignore[arg-type, return-value]
+        "saving-raises": replace(pipeline, save=refuse),
+        "step-raises": replace(pipeline, step=refuse),
     }
     for cause, broken in expected.items():
         seen, _ = while_training(broken, tmp_path)
@@ -220,9 +220,9 @@ def test_swapped_colours_of_the_test_images_are_seen() -> None:
         return torch.stack([red + amount, green, blue - amount], 1).clamp(0, 255).to(torch.uint8)
 
     data: ImageData = replace(digits, train_images=tinted(digits.train_images), test_images=tinted(digits.test_images))
-    subject = replace(healthy(small_config()), data=data)
-    assert not [f for f in before(subject).failed if f.name == "like parts"]
-    swapped = replace(subject, data=replace(data, test_images=data.test_images.flip(1)))
+    pipeline = replace(healthy(small_config()), data=data)
+    assert not [f for f in before(pipeline).failed if f.name == "like parts"]
+    swapped = replace(pipeline, data=replace(data, test_images=data.test_images.flip(1)))
     found = [f for f in before(swapped).failed if f.name == "like parts"]
     assert found
     assert found[0].causes[0].key == "channels-swapped"

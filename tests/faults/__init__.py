@@ -1,12 +1,12 @@
 """A library of faults: each breaks one thing of the real pipeline, and the doctor has to find it.
 
-subject = break_it("half of the layers")
-report = examine(subject)
+pipeline = break_it("half of the layers")
+report = examine(pipeline)
 """
 
 from __future__ import annotations
 
-from experiments.doctor import Subject
+from experiments.doctor import Pipeline
 from experiments.pipeline import RunConfig
 from tests.faults import (
     attachment_faults,
@@ -38,6 +38,6 @@ THEMES: dict[str, tuple[Fault, ...]] = {
 FAULTS: dict[str, Fault] = {fault.name: fault for faults in THEMES.values() for fault in faults}
 
 
-def break_it(name: str, config: RunConfig | None = None) -> Subject:
+def break_it(name: str, config: RunConfig | None = None) -> Pipeline:
     """The small pipeline with the fault called `name` in it. Raises KeyError for an unknown name."""
     return broken(FAULTS[name], config)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
-from experiments.doctor.core.subject import Parts
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.core.pipeline import PipelineParts
 from experiments.pipeline import RunConfig
 from src import training
 from src.quantizer import DeadZoneLDZCompander
@@ -47,7 +47,7 @@ def with_settings(**settings: Any) -> Any:
 def after_attaching(change: Any) -> Any:
     """Attach as usual, then do something to the network."""
 
-    def apply(parts: Parts) -> Parts:
+    def apply(parts: PipelineParts) -> PipelineParts:
         def attach(config: RunConfig, model: nn.Module) -> list[str]:
             names = parts.attach(config, model)
             change(model)
@@ -58,29 +58,29 @@ def after_attaching(change: Any) -> Any:
     return apply
 
 
-def one_for_all(parts: Parts) -> Parts:
+def one_for_all(parts: PipelineParts) -> PipelineParts:
     def attach(config: RunConfig, model: nn.Module) -> list[str]:
         return attach_weight_quantizers(model, config.exclude_layers, OneForAll(), config.quantizer_kwargs)
 
     return replace(parts, attach=attach)
 
 
-def off_in_training(subject: Subject) -> Subject:
+def off_in_training(pipeline: Pipeline) -> Pipeline:
     def step(model: nn.Module, *rest: Any) -> training.StepLosses:
         with quantization(model, enabled=False):
             return training.train_step(model, *rest)
 
-    return replace(subject, step=step)
+    return replace(pipeline, step=step)
 
 
-def off_in_evaluation(subject: Subject) -> Subject:
-    def measure(s: Subject, *rest: Any) -> Any:
+def off_in_evaluation(pipeline: Pipeline) -> Pipeline:
+    def measure(s: Pipeline, *rest: Any) -> Any:
         record = parts_of.run_measure(s, *rest)
         with quantization(s.model, enabled=False):
             loss, accuracy = training.evaluate(s.model, parts_of._image_data(s), precision=s.precision)
         return replace(record, test_loss=loss, accuracy=accuracy)
 
-    return replace(subject, measure=measure)
+    return replace(pipeline, measure=measure)
 
 
 class StaysOff(FakeQuantParametrization):
@@ -185,13 +185,13 @@ FAULTS = (
         "off in training",
         "The quantizers are switched off in every training step and on afterwards.",
         ("quantizers-off-in-training",),
-        subject=off_in_training,
+        pipeline=off_in_training,
     ),
     Fault(
         "off in evaluation",
         "Test loss and accuracy are those of the float weights.",
         ("quantizers-off-in-evaluation",),
-        subject=off_in_evaluation,
+        pipeline=off_in_evaluation,
     ),
     Fault(
         "switch does not restore",

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
-from experiments.doctor.core.subject import Batch
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.core.pipeline import Batch
 from src.data import ImageData, epoch_batches, normalize
 from tests.faults.fault import Fault
 
@@ -25,63 +25,63 @@ def permuted(values: Tensor) -> Tensor:
     return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))]
 
 
-def loader(change: Callable[[Subject, int], Iterable[Batch]]) -> Callable[[Subject], Subject]:
-    """Another training loader: fn(subject, epoch)."""
-    return lambda subject: replace(subject, train_batches=change)
+def loader(change: Callable[[Pipeline, int], Iterable[Batch]]) -> Callable[[Pipeline], Pipeline]:
+    """Another training loader: fn(pipeline, epoch)."""
+    return lambda pipeline: replace(pipeline, train_batches=change)
 
 
-def each_batch(change: Callable[[Tensor, Tensor], Batch]) -> Callable[[Subject], Subject]:
+def each_batch(change: Callable[[Tensor, Tensor], Batch]) -> Callable[[Pipeline], Pipeline]:
     """The pipeline's training batches, each changed."""
-    return loader(lambda subject, epoch: (change(*batch) for batch in parts_of.run_batches(subject, epoch)))
+    return loader(lambda pipeline, epoch: (change(*batch) for batch in parts_of.run_batches(pipeline, epoch)))
 
 
-def drawn(**options: Any) -> Callable[[Subject], Subject]:
+def drawn(**options: Any) -> Callable[[Pipeline], Pipeline]:
     """The pipeline's loader with other options."""
 
-    def batches(subject: Subject, epoch: int) -> Iterable[Batch]:
-        config = subject.promise.config
+    def batches(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+        config = pipeline.expected.config
         assert config is not None
-        assert subject.data is not None
+        assert pipeline.data is not None
         given = {"crop_padding": config.crop_padding, "flip": config.flip} | options
         generator = torch.Generator().manual_seed(epoch)
-        return epoch_batches(subject.data, config.batch_size, generator, **given)
+        return epoch_batches(pipeline.data, config.batch_size, generator, **given)
 
     return loader(batches)
 
 
-def by_class(subject: Subject, epoch: int) -> Iterable[Batch]:
+def by_class(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
     """All images of class 0, then all of class 1, and so on."""
-    found = subject.data
+    found = pipeline.data
     assert found is not None
     order = found.train_labels.argsort(stable=True)
-    for part in order.split(subject.promise.batch_size or 48):
+    for part in order.split(pipeline.expected.batch_size or 48):
         yield normalize(found.train_images[part], found.mean, found.std), found.train_labels[part]
 
 
-def first_batch_again(subject: Subject, epoch: int) -> Iterable[Batch]:
-    batches = list(parts_of.run_batches(subject, epoch))
+def first_batch_again(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+    batches = list(parts_of.run_batches(pipeline, epoch))
     return [batches[0]] * len(batches)
 
 
-def same_epoch_again(subject: Subject, epoch: int) -> Iterable[Batch]:
-    return parts_of.run_batches(subject, 0)
+def same_epoch_again(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+    return parts_of.run_batches(pipeline, 0)
 
 
-def on_test_images(subject: Subject, epoch: int) -> Iterable[Batch]:
-    found = subject.data
+def on_test_images(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+    found = pipeline.data
     assert found is not None
     swapped = replace(found, train_images=found.test_images, train_labels=found.test_labels)
-    return parts_of.run_batches(replace(subject, data=swapped), epoch)
+    return parts_of.run_batches(replace(pipeline, data=swapped), epoch)
 
 
-def half_of_the_batches(subject: Subject, epoch: int) -> Iterable[Batch]:
-    batches = list(parts_of.run_batches(subject, epoch))
+def half_of_the_batches(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+    batches = list(parts_of.run_batches(pipeline, epoch))
     return batches[: len(batches) // 2]
 
 
-def one_bad_batch(subject: Subject, epoch: int) -> Iterable[Batch]:
+def one_bad_batch(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
     """The third batch of the second epoch holds a pixel that is not a number."""
-    for index, (images, labels) in enumerate(parts_of.run_batches(subject, epoch)):
+    for index, (images, labels) in enumerate(parts_of.run_batches(pipeline, epoch)):
         if (epoch, index) == (1, 2):
             images[0, 0, 0, 0] = float("nan")
         yield images, labels
@@ -130,7 +130,7 @@ FAULTS = (
         "labels rolled in the loader",
         "The loader gives every image the label of its neighbour in the batch.",
         ("loader-labels-wrong",),
-        subject=each_batch(lambda images, labels: (images, labels.roll(1))),
+        pipeline=each_batch(lambda images, labels: (images, labels.roll(1))),
     ),
     Fault(
         "test images in the training set",
@@ -145,7 +145,7 @@ FAULTS = (
         "trained on the test set",
         "The loader draws from the test images.",
         ("train-is-test",),
-        subject=loader(on_test_images),
+        pipeline=loader(on_test_images),
     ),
     Fault(
         "a class missing",
@@ -181,7 +181,7 @@ FAULTS = (
         "training images normalised twice",
         "The training batches are centred and scaled a second time; the test images are not.",
         ("train-test-normalised-differently", "wrong-normalisation"),
-        subject=each_batch(lambda images, labels: ((images - 0.5) / 0.5, labels)),
+        pipeline=each_batch(lambda images, labels: ((images - 0.5) / 0.5, labels)),
     ),
     Fault(
         "test images darker",
@@ -193,55 +193,55 @@ FAULTS = (
         "unwanted flips",
         "Half of the digits are mirrored although flips are off.",
         ("flip-unwanted",),
-        subject=drawn(flip=True),
+        pipeline=drawn(flip=True),
         settings={"flip": False},
     ),
     Fault(
         "crops far too wide",
         "The random crop moves images by up to 24 of 32 pixels.",
         ("augmentation-wrong",),
-        subject=drawn(crop_padding=24),
+        pipeline=drawn(crop_padding=24),
     ),
     Fault(
         "no augmentation",
         "The random crop of the configuration is left out.",
         ("augmentation-missing", "augmentation-wrong"),
-        subject=drawn(crop_padding=0),
+        pipeline=drawn(crop_padding=0),
     ),
     Fault(
         "crops turned upside down",
         "Every training image is turned upside down; the test images are not.",
         ("augmentation-wrong",),
-        subject=each_batch(lambda images, labels: (images.flip(2), labels)),
+        pipeline=each_batch(lambda images, labels: (images.flip(2), labels)),
     ),
     Fault(
         "never shuffled",
         "The training images come class by class.",
         ("loader-not-shuffled",),
-        subject=loader(by_class),
+        pipeline=loader(by_class),
     ),
     Fault(
         "the same order every epoch",
         "The order and the crops of the first epoch are used in all.",
         ("loader-same-order", "loader-not-shuffled", "loader-repeats"),
-        subject=loader(same_epoch_again),
+        pipeline=loader(same_epoch_again),
     ),
     Fault(
         "the first batch again and again",
         "Every step of an epoch sees the same batch.",
         ("loader-repeats",),
-        subject=loader(first_batch_again),
+        pipeline=loader(first_batch_again),
     ),
     Fault(
         "half of the training set",
         "The loader stops in the middle of every epoch.",
         ("loader-incomplete", "loader-repeats"),
-        subject=loader(half_of_the_batches),
+        pipeline=loader(half_of_the_batches),
     ),
     Fault(
         "a pixel that is not a number",
         "One batch of the second epoch holds NaN.",
         ("loader-not-finite", "loss-not-finite"),
-        subject=loader(one_bad_batch),
+        pipeline=loader(one_bad_batch),
     ),
 )

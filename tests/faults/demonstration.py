@@ -37,8 +37,8 @@ def diagnose(name: str, on_stage: Callable[[str, Report], Any] | None = None) ->
     `name`: one of MENU or of FAULTS. Raises KeyError for another. on_stage: hears each stage and its findings.
     """
     config = small_config(epochs=EPOCHS)
-    subject = healthy(config) if name == HEALTHY else break_it(name, config)
-    return examine(subject, stop_when_faulty=True, on_stage=on_stage)
+    pipeline = healthy(config) if name == HEALTHY else break_it(name, config)
+    return examine(pipeline, stop_when_faulty=True, on_stage=on_stage)
 
 
 def what_breaks(name: str) -> str:

@@ -1,8 +1,8 @@
 """What a fault is, and the small pipeline that faults are put into.
 
 A fault breaks one thing of the pipeline through the seams that anybody may use: another part when it is built
-(`Parts`), other data, or another function afterwards (`dataclasses.replace(subject, step=...)`). The configuration
-stays what it was, so what was promised stays too.
+(`PipelineParts`), other data, or another function afterwards (`dataclasses.replace(pipeline, step=...)`). The
+configuration stays what it was, and so does what is expected.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments import pipeline
-from experiments.doctor import Subject
-from experiments.doctor.core.subject import Parts, build_subject
+from experiments.doctor import Pipeline
+from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
 from experiments.evaluator import Evaluator
-from experiments.pipeline import RunConfig, configure
+from experiments.pipeline import RunConfig, configure, prepare_data
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData
@@ -51,16 +50,16 @@ class Fault:
     """One thing broken.
 
     name: stable, for tables and menus. breaks: one sentence. causes: keys of experiments/diagnosis/causes.py, any of
-    which names this fault rightly. parts, data, subject: what is exchanged; each returns what it was given where
+    which names this fault rightly. parts, data, pipeline: what is exchanged; each returns what it was given where
     nothing is. settings: of the configuration in which the fault can show at all (decay needs the decoupled form).
     """
 
     name: str
     breaks: str
     causes: tuple[str, ...]
-    parts: Callable[[Parts], Parts] = lambda parts: parts
+    parts: Callable[[PipelineParts], PipelineParts] = lambda parts: parts
     data: Callable[[ImageData], ImageData] = lambda data: data
-    subject: Callable[[Subject], Subject] = lambda subject: subject
+    pipeline: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +77,7 @@ def small_config(data: str = "digits", seed: int = 0, **settings: Any) -> RunCon
 @lru_cache(maxsize=4)
 def small_data(data: str = "digits", limit: int | None = 480) -> ImageData:
     """The images of `small_config`, loaded once."""
-    return pipeline.prepare_data(small_config(data, limit=limit))[1]
+    return prepare_data(small_config(data, limit=limit))[1]
 
 
 def small_network(config: RunConfig, data: ImageData) -> ResNet:
@@ -88,39 +87,39 @@ def small_network(config: RunConfig, data: ImageData) -> ResNet:
     return network.to(memory_format=torch.channels_last)
 
 
-def small_parts() -> Parts:
+def small_parts() -> PipelineParts:
     """The project's own parts around the small network."""
-    return Parts(network=small_network)
+    return PipelineParts(network=small_network)
 
 
-def healthy(config: RunConfig | None = None) -> Subject:
+def healthy(config: RunConfig | None = None) -> Pipeline:
     """The small pipeline with nothing broken."""
     config = config or small_config()
     return build(config, small_data(config.data, config.limit), small_parts())
 
 
-def broken(fault: Fault, config: RunConfig | None = None) -> Subject:
+def broken(fault: Fault, config: RunConfig | None = None) -> Pipeline:
     """The small pipeline with `fault` in it."""
     config = replace(config or small_config(), **fault.settings)
     data = fault.data(small_data(config.data, config.limit))
-    return fault.subject(build(config, data, fault.parts(small_parts())))
+    return fault.pipeline(build(config, data, fault.parts(small_parts())))
 
 
-def build(config: RunConfig, data: ImageData, parts: Parts) -> Subject:
-    """`build_subject`, compared with the dense network that the faultless parts would make."""
-    subject = build_subject(config, data, parts)
+def build(config: RunConfig, data: ImageData, parts: PipelineParts) -> Pipeline:
+    """`build_pipeline`, compared with the dense network that the faultless parts would make."""
+    pipeline = build_pipeline(config, data, parts)
     baseline = small_network(config, data)
     return replace(
-        subject,
+        pipeline,
         evaluate=lambda s: evaluated(s, Evaluator(baseline)),
         baseline=lambda: small_network(config, data),
     )
 
 
-def evaluated(subject: Subject, evaluator: Evaluator) -> Any:
+def evaluated(pipeline: Pipeline, evaluator: Evaluator) -> Any:
     """Compression by `evaluator`, and the float32 accuracy."""
-    assert subject.data is not None
-    return evaluator.evaluate(subject.model), training.evaluate(subject.model, subject.data)[1]
+    assert pipeline.data is not None
+    return evaluator.evaluate(pipeline.model), training.evaluate(pipeline.model, pipeline.data)[1]
 
 
 def parameters_of(model: nn.Module, leaf: str) -> list[nn.Parameter]:

@@ -9,50 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
 from src import training
 from tests.faults.fault import Fault
 from tests.faults.step_faults import after_each
 from utils_quantization import toggle_quantization
 
 
-def from_epoch(number: int, change: Callable[[Subject], Subject]) -> Callable[[Subject], Subject]:
-    """The pipeline whose loop trains `change(subject)` from epoch `number` on, counted from 1."""
+def from_epoch(number: int, change: Callable[[Pipeline], Pipeline]) -> Callable[[Pipeline], Pipeline]:
+    """The pipeline whose loop trains `change(pipeline)` from epoch `number` on, counted from 1."""
 
-    def apply(subject: Subject) -> Subject:
-        def train_epoch(s: Subject, epoch: int) -> Iterator[training.Step]:
+    def apply(pipeline: Pipeline) -> Pipeline:
+        def train_epoch(s: Pipeline, epoch: int) -> Iterator[training.Step]:
             yield from parts_of.run_epoch(change(s) if epoch + 1 >= number else s, epoch)
 
-        return replace(subject, train_epoch=train_epoch)
+        return replace(pipeline, train_epoch=train_epoch)
 
     return apply
 
 
 def around_epoch(
-    before: Callable[[Subject, int], Any], after: Callable[[Subject, int], Any] = lambda s, epoch: None
-) -> Callable[[Subject], Subject]:
+    before: Callable[[Pipeline, int], Any], after: Callable[[Pipeline, int], Any] = lambda s, epoch: None
+) -> Callable[[Pipeline], Pipeline]:
     """The pipeline whose loop does something before and after the steps of every epoch (from 0)."""
 
-    def apply(subject: Subject) -> Subject:
-        def train_epoch(s: Subject, epoch: int) -> Iterator[training.Step]:
+    def apply(pipeline: Pipeline) -> Pipeline:
+        def train_epoch(s: Pipeline, epoch: int) -> Iterator[training.Step]:
             before(s, epoch)
             yield from parts_of.run_epoch(s, epoch)
             after(s, epoch)
 
-        return replace(subject, train_epoch=train_epoch)
+        return replace(pipeline, train_epoch=train_epoch)
 
     return apply
 
 
-def frozen(*words: str) -> Callable[[Subject], Subject]:
+def frozen(*words: str) -> Callable[[Pipeline], Pipeline]:
     """Parameters whose names hold one of `words` no longer require a gradient."""
 
-    def change(subject: Subject) -> Subject:
-        for name, p in subject.model.named_parameters():
+    def change(pipeline: Pipeline) -> Pipeline:
+        for name, p in pipeline.model.named_parameters():
             if any(word in name for word in words):
                 p.requires_grad_(False)
-        return subject
+        return pipeline
 
     return change
 
@@ -69,27 +69,27 @@ class NoUpdate:
     def step(self) -> None: ...
 
 
-def without_update(subject: Subject) -> Subject:
-    step = subject.step
-    return replace(subject, step=lambda model, optimizer, *rest: step(model, NoUpdate(optimizer), *rest))  # type: ignore[arg-type]
+def without_update(pipeline: Pipeline) -> Pipeline:
+    step = pipeline.step
+    return replace(pipeline, step=lambda model, optimizer, *rest: step(model, NoUpdate(optimizer), *rest))  # type: ignore[arg-type]
 
 
-def without_squares(subject: Subject) -> Subject:
-    return replace(subject, objective=replace(subject.objective, lambda_dz=0.0, lambda_bit=0.0))
+def without_squares(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, objective=replace(pipeline.objective, lambda_dz=0.0, lambda_bit=0.0))
 
 
-def labels_mixed(subject: Subject) -> Subject:
-    step = subject.step
+def labels_mixed(pipeline: Pipeline) -> Pipeline:
+    step = pipeline.step
 
     def mixed(model: Any, optimizer: Any, images: Tensor, labels: Tensor, *rest: Any) -> Any:
         return step(model, optimizer, images, labels.roll(1), *rest)
 
-    return replace(subject, step=mixed)
+    return replace(pipeline, step=mixed)
 
 
-def three_times_the_coefficient(subject: Subject) -> Subject:
-    given = subject.coefficient
-    return replace(subject, coefficient=lambda epoch: 3 * given(epoch))
+def three_times_the_coefficient(pipeline: Pipeline) -> Pipeline:
+    given = pipeline.coefficient
+    return replace(pipeline, coefficient=lambda epoch: 3 * given(epoch))
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def clamped(model: torch.nn.Module, _: Any) -> None:
             p.clamp_(min=2.7)
 
 
-def averaged(subject: Subject) -> Subject:
+def averaged(pipeline: Pipeline) -> Pipeline:
     """A running average of the weights takes their place after every epoch."""
     kept: dict[str, Tensor] = {}
 
@@ -109,11 +109,11 @@ def averaged(subject: Subject) -> Subject:
             kept[name] = p.clone() if name not in kept else 0.95 * kept[name] + 0.05 * p
 
     @torch.no_grad()
-    def exchange(s: Subject, epoch: int) -> None:
+    def exchange(s: Pipeline, epoch: int) -> None:
         for name, p in s.model.named_parameters():
             p.copy_(kept[name])
 
-    return around_epoch(lambda s, epoch: None, exchange)(after_each(follow)(subject))
+    return around_epoch(lambda s, epoch: None, exchange)(after_each(follow)(pipeline))
 
 
 FAULTS = (
@@ -121,7 +121,7 @@ FAULTS = (
         "trained in float from epoch 5",
         "The quantizers are off in every later training step, and on again whenever something is measured.",
         ("quantizers-off-in-training",),
-        subject=around_epoch(
+        pipeline=around_epoch(
             lambda s, epoch: toggle_quantization(s.model, epoch < 4),
             lambda s, epoch: toggle_quantization(s.model, True),
         ),
@@ -130,54 +130,54 @@ FAULTS = (
         "a stage frozen from epoch 4",
         "The first stage no longer requires a gradient once the run is under way.",
         ("parameter-frozen",),
-        subject=from_epoch(4, frozen("layer1")),
+        pipeline=from_epoch(4, frozen("layer1")),
     ),
     Fault(
         "logits frozen from epoch 3",
         "Dead zones and bits stay where they are after two epochs.",
         ("parameter-frozen", "logits-stuck"),
-        subject=from_epoch(3, frozen("logit")),
+        pipeline=from_epoch(3, frozen("logit")),
     ),
     Fault(
         "no update in the last epoch",
         "The optimizer no longer steps in the last epoch.",
         ("no-update",),
-        subject=from_epoch(8, without_update),
+        pipeline=from_epoch(8, without_update),
     ),
     Fault(
         "moments forgotten every epoch",
         "The optimizer's moments and count are cleared at the start of every epoch.",
         ("optimizer-reset",),
-        subject=around_epoch(lambda s, epoch: s.optimizer.state.clear()),
+        pipeline=around_epoch(lambda s, epoch: s.optimizer.state.clear()),
     ),
     Fault(
         "averaged weights swapped in",
         "A running average of the weights takes their place after every epoch.",
         ("weights-reset",),
-        subject=averaged,
+        pipeline=averaged,
     ),
     Fault(
         "squares left out from epoch 3",
         "The squared logits are in the loss of the first two epochs alone.",
         ("logit-squares-missing",),
-        subject=from_epoch(3, without_squares),
+        pipeline=from_epoch(3, without_squares),
     ),
     Fault(
         "labels rolled in later steps",
         "From the sixth epoch on the step trains each image on its neighbour's label.",
         ("step-labels-wrong",),
-        subject=from_epoch(6, labels_mixed),
+        pipeline=from_epoch(6, labels_mixed),
     ),
     Fault(
         "coefficient tripled in later epochs",
         "The loop applies three times the coefficient that the record tells, from epoch 5 on.",
         ("coefficient-wrong", "coefficient-too-large"),
-        subject=from_epoch(5, three_times_the_coefficient),
+        pipeline=from_epoch(5, three_times_the_coefficient),
     ),
     Fault(
         "logits clamped",
         "No logit may fall below 2.7, so dead zones and bits stop moving after some steps.",
         ("logits-stuck", "update-wrong"),
-        subject=after_each(clamped),
+        pipeline=after_each(clamped),
     ),
 )

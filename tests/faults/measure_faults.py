@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments import pipeline
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
 from experiments.evaluator import EvalResult, Evaluator
+from experiments.pipeline import attach
 from metrics import LayerStats, ModelStats
 from src import training
 from src.data import ImageData, augment, normalize
@@ -23,26 +23,26 @@ from src.training.evaluation import summary
 from tests.faults.fault import Fault, evaluated, small_network
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
 
-Record = Callable[[Subject, EpochRecord], EpochRecord]
-Accuracy = Callable[[Subject], float]
+Record = Callable[[Pipeline, EpochRecord], EpochRecord]
+Accuracy = Callable[[Pipeline], float]
 
 
-def recording(change: Record) -> Callable[[Subject], Subject]:
-    """The pipeline with every record changed by fn(subject, record)."""
+def recording(change: Record) -> Callable[[Pipeline], Pipeline]:
+    """The pipeline with every record changed by fn(pipeline, record)."""
 
-    def measure(s: Subject, *rest: Any) -> EpochRecord:
+    def measure(s: Pipeline, *rest: Any) -> EpochRecord:
         return change(s, parts_of.run_measure(s, *rest))
 
-    return lambda subject: replace(subject, measure=measure)
+    return lambda pipeline: replace(pipeline, measure=measure)
 
 
-def accuracy(of: Accuracy) -> Callable[[Subject], Subject]:
-    """Records and the last evaluation report `of(subject)` as the test accuracy."""
+def accuracy(of: Accuracy) -> Callable[[Pipeline], Pipeline]:
+    """Records and the last evaluation report `of(pipeline)` as the test accuracy."""
 
-    def apply(subject: Subject) -> Subject:
+    def apply(pipeline: Pipeline) -> Pipeline:
         return replace(
-            recording(lambda s, record: replace(record, accuracy=of(s)))(subject),
-            evaluate=lambda s: (subject.evaluate(s)[0], of(s)),  # type: ignore[misc]
+            recording(lambda s, record: replace(record, accuracy=of(s)))(pipeline),
+            evaluate=lambda s: (pipeline.evaluate(s)[0], of(s)),  # type: ignore[misc]
         )
 
     return apply
@@ -69,7 +69,7 @@ def right(model: nn.Module, data: ImageData, images: Tensor, most: int = 1) -> f
     return float((best == data.test_labels[:, None]).any(1).float().mean())
 
 
-def in_training_mode(s: Subject) -> float:
+def in_training_mode(s: Pipeline) -> float:
     data = cast(ImageData, s.data)
     kept = copy.deepcopy(s.model.state_dict())
     s.model.train()
@@ -78,13 +78,13 @@ def in_training_mode(s: Subject) -> float:
     return share
 
 
-def top_three(s: Subject) -> float:
+def top_three(s: Pipeline) -> float:
     data = cast(ImageData, s.data)
     s.model.eval()
     return right(s.model, data, data.test_images, most=3)
 
 
-def augmented(s: Subject) -> float:
+def augmented(s: Pipeline) -> float:
     """Test images are cropped at random, anew at every evaluation."""
     data = cast(ImageData, s.data)
     count = len(data.test_labels)
@@ -93,20 +93,20 @@ def augmented(s: Subject) -> float:
     return right(s.model, data, crops)
 
 
-def best_so_far(subject: Subject) -> Subject:
+def best_so_far(pipeline: Pipeline) -> Pipeline:
     best = [0.0]
 
-    def change(s: Subject, record: EpochRecord) -> EpochRecord:
+    def change(s: Pipeline, record: EpochRecord) -> EpochRecord:
         best[0] = max(best[0], record.accuracy)
         return replace(record, accuracy=best[0])
 
-    return recording(change)(subject)
+    return recording(change)(pipeline)
 
 
-def layers(change: Callable[[nn.Module, LayerRecord], LayerRecord]) -> Callable[[Subject], Subject]:
+def layers(change: Callable[[nn.Module, LayerRecord], LayerRecord]) -> Callable[[Pipeline], Pipeline]:
     """Records whose layers are changed one by one, and summed up again."""
 
-    def apply(s: Subject, record: EpochRecord) -> EpochRecord:
+    def apply(s: Pipeline, record: EpochRecord) -> EpochRecord:
         found = quantized_layers(s.model)
         changed = tuple(change(found[layer.name], layer) for layer in record.layers)
         sizes = {name: latent_weight(layer).numel() for name, layer in found.items()}
@@ -136,50 +136,50 @@ def unrounded_bits(layer: nn.Module, record: LayerRecord) -> LayerRecord:
     return replace(record, bits=float(quantizer.logit_bit.tanh().abs() * (quantizer.max_bits - 2) + 2))
 
 
-def layers_averaged(s: Subject, record: EpochRecord) -> EpochRecord:
+def layers_averaged(s: Pipeline, record: EpochRecord) -> EpochRecord:
     """The sparsity of the network is the plain mean over layers, whatever their size."""
     return replace(record, unstructured_sparsity=sum(x.sparsity for x in record.layers) / len(record.layers))
 
 
-def record_of_last_epoch(subject: Subject) -> Subject:
+def record_of_last_epoch(pipeline: Pipeline) -> Pipeline:
     """Every record holds the figures of the epoch before; the first its own."""
     kept: list[EpochRecord] = []
 
-    def change(s: Subject, record: EpochRecord) -> EpochRecord:
+    def change(s: Pipeline, record: EpochRecord) -> EpochRecord:
         kept.append(record)
         return replace(kept[-2] if len(kept) > 1 else record, epoch=record.epoch)
 
-    return recording(change)(subject)
+    return recording(change)(pipeline)
 
 
-def measured_before_training(subject: Subject) -> Subject:
+def measured_before_training(pipeline: Pipeline) -> Pipeline:
     """Accuracy, zeros and bits are measured before the epoch's first step."""
     kept: dict[int, Any] = {}
 
-    def train_epoch(s: Subject, epoch: int) -> Any:
+    def train_epoch(s: Pipeline, epoch: int) -> Any:
         kept[epoch] = copy.deepcopy(s.model)
         yield from parts_of.run_epoch(s, epoch)
 
-    def measure(s: Subject, means: Any, epoch: int, seconds: float) -> EpochRecord:
+    def measure(s: Pipeline, means: Any, epoch: int, seconds: float) -> EpochRecord:
         return parts_of.run_measure(replace(s, model=kept[epoch]), means, epoch, seconds)
 
-    return replace(subject, train_epoch=train_epoch, measure=measure)
+    return replace(pipeline, train_epoch=train_epoch, measure=measure)
 
 
-def evaluation(change: Callable[[EvalResult], EvalResult]) -> Callable[[Subject], Subject]:
+def evaluation(change: Callable[[EvalResult], EvalResult]) -> Callable[[Pipeline], Pipeline]:
     """The last evaluation, changed."""
 
-    def apply(subject: Subject) -> Subject:
-        def evaluate(s: Subject) -> tuple[EvalResult, float]:
-            result, share = subject.evaluate(s)  # type: ignore[misc]
+    def apply(pipeline: Pipeline) -> Pipeline:
+        def evaluate(s: Pipeline) -> tuple[EvalResult, float]:
+            result, share = pipeline.evaluate(s)  # type: ignore[misc]
             return change(result), share
 
-        return replace(subject, evaluate=evaluate)
+        return replace(pipeline, evaluate=evaluate)
 
     return apply
 
 
-def bops(change: Callable[[LayerStats], float]) -> Callable[[Subject], Subject]:
+def bops(change: Callable[[LayerStats], float]) -> Callable[[Pipeline], Pipeline]:
     """Both counts with other BOPs in every layer, and the ratios that follow."""
 
     def counted(stats: ModelStats) -> ModelStats:
@@ -213,54 +213,54 @@ def ratios_upside_down(result: EvalResult) -> EvalResult:
     )
 
 
-def evaluator(make: Callable[[Subject], Evaluator]) -> Callable[[Subject], Subject]:
-    return lambda subject: replace(subject, evaluate=lambda s: evaluated(s, make(s)))
+def evaluator(make: Callable[[Pipeline], Evaluator]) -> Callable[[Pipeline], Pipeline]:
+    return lambda pipeline: replace(pipeline, evaluate=lambda s: evaluated(s, make(s)))
 
 
-def quantized_baseline(s: Subject) -> Evaluator:
-    config, data = s.promise.config, s.data
+def quantized_baseline(s: Pipeline) -> Evaluator:
+    config, data = s.expected.config, s.data
     assert config is not None
     assert data is not None
     baseline = small_network(config, data)
-    pipeline.attach(config, baseline)
+    attach(config, baseline)
     return Evaluator(baseline)
 
 
-def larger_images(s: Subject) -> Evaluator:
-    config, data = s.promise.config, s.data
+def larger_images(s: Pipeline) -> Evaluator:
+    config, data = s.expected.config, s.data
     assert config is not None
     assert data is not None
     return Evaluator(small_network(config, data), input_size=(3, 64, 64))
 
 
-def saving(change: Callable[[dict[str, Any], int], dict[str, Any]]) -> Callable[[Subject], Subject]:
+def saving(change: Callable[[dict[str, Any], int], dict[str, Any]]) -> Callable[[Pipeline], Pipeline]:
     """Checkpoints whose contents are changed by fn(contents, epochs done)."""
 
-    def save(s: Subject, history: History, folder: Path) -> Path:
+    def save(s: Pipeline, history: History, folder: Path) -> Path:
         path = parts_of.run_save(s, history, folder)
         torch.save(change(torch.load(path, weights_only=True), len(history)), path)
         return path
 
-    return lambda subject: replace(subject, save=save)
+    return lambda pipeline: replace(pipeline, save=save)
 
 
-def of_epoch_before(subject: Subject) -> Subject:
+def of_epoch_before(pipeline: Pipeline) -> Pipeline:
     kept: list[Any] = []
 
     def change(state: dict[str, Any], done: int) -> dict[str, Any]:
         kept.append(state["model"])
         return {**state, "model": kept[max(0, done - 2)]}
 
-    return saving(change)(subject)
+    return saving(change)(pipeline)
 
 
-def never_saved_again(subject: Subject) -> Subject:
+def never_saved_again(pipeline: Pipeline) -> Pipeline:
     """The checkpoint is written once, after the first epoch."""
 
-    def save(s: Subject, history: History, folder: Path) -> Path:
+    def save(s: Pipeline, history: History, folder: Path) -> Path:
         return parts_of.run_save(s, history, folder) if len(history) == 1 else folder / "checkpoint.pt"
 
-    return replace(subject, save=save)
+    return replace(pipeline, save=save)
 
 
 def without_statistics(state: dict[str, Any], done: int) -> dict[str, Any]:
@@ -287,183 +287,183 @@ FAULTS = (
         "sparsity of latent weights",
         "Zeros and dead filters are counted on the float weights, which have none.",
         ("sparsity-on-latent",),
-        subject=layers(zeros_of_latent),
+        pipeline=layers(zeros_of_latent),
     ),
     Fault(
         "sparsity averaged over layers",
         "The network's sparsity is the plain mean over layers, whatever their size.",
         ("sparsity-wrong",),
-        subject=recording(layers_averaged),
+        pipeline=recording(layers_averaged),
     ),
     Fault(
         "dead channels per input",
         "A channel counts as dead where its input slice is zero, instead of its filter.",
         ("dead-per-input",),
-        subject=layers(dead_inputs),
+        pipeline=layers(dead_inputs),
     ),
     Fault(
         "nearly dead counts as dead",
         "A filter counts as dead when most of it is zero.",
         ("dead-wrong",),
-        subject=layers(nearly_dead),
+        pipeline=layers(nearly_dead),
         settings={"init_deadzone_logit": 0.6},
     ),
     Fault(
         "bits reported unrounded",
         "The records hold the bit width before it is rounded.",
         ("bits-misreported",),
-        subject=layers(unrounded_bits),
+        pipeline=layers(unrounded_bits),
     ),
     Fault(
         "bits reported as configured",
         "The records hold the largest bit width instead of the learned one.",
         ("bits-misreported",),
-        subject=layers(lambda layer, record: replace(record, bits=8.0)),
+        pipeline=layers(lambda layer, record: replace(record, bits=8.0)),
         settings={"init_bit_logit": 1.0},
     ),
     Fault(
         "BOPs with 32-bit weights",
         "BOPs are counted as if no weight were quantized.",
         ("bops-wrong-bits",),
-        subject=bops(lambda layer: float(layer.macs) * 32 * 32),
+        pipeline=bops(lambda layer: float(layer.macs) * 32 * 32),
     ),
     Fault(
         "BOPs with the most bits",
         "BOPs are counted with 8 bits in every quantized layer.",
         ("bops-wrong-bits",),
-        subject=bops(lambda layer: float(layer.macs) * (8 if layer.quantized else 32) * 32),
+        pipeline=bops(lambda layer: float(layer.macs) * (8 if layer.quantized else 32) * 32),
         settings={"init_bit_logit": 1.0},
     ),
     Fault(
         "BOPs of the dense network",
         "BOPs are counted with dense multiply-adds although weights are zero.",
         ("bops-dense-density",),
-        subject=bops(dense_bops),
+        pipeline=bops(dense_bops),
     ),
     Fault(
         "BOPs with 8-bit activations",
         "Activations stay in 32 bits and are counted with 8.",
         ("bops-activation-bits",),
-        subject=bops(lambda layer: float(layer.macs) * layer.bitwidth * 8),
+        pipeline=bops(lambda layer: float(layer.macs) * layer.bitwidth * 8),
     ),
     Fault(
         "ratios upside down",
         "Compressed over baseline instead of baseline over compressed.",
         ("ratio-wrong",),
-        subject=evaluation(ratios_upside_down),
+        pipeline=evaluation(ratios_upside_down),
     ),
     Fault(
         "quantized baseline",
         "The network is compared with a quantized one instead of the dense FP32 network.",
         ("baseline-wrong",),
-        subject=evaluator(quantized_baseline),
+        pipeline=evaluator(quantized_baseline),
     ),
     Fault(
         "MACs of larger images",
         "Multiply-adds are counted for images of 64 x 64 pixels.",
         ("macs-wrong",),
-        subject=evaluator(larger_images),
+        pipeline=evaluator(larger_images),
     ),
     Fault(
         "history off by one",
         "Every record holds the figures of the epoch before.",
         ("history-shifted",),
-        subject=record_of_last_epoch,
+        pipeline=record_of_last_epoch,
     ),
     Fault(
         "measured before the epoch",
         "An epoch's record is measured before its first step.",
         ("history-shifted", "history-stale"),
-        subject=measured_before_training,
+        pipeline=measured_before_training,
     ),
     Fault(
         "epochs numbered from 0",
         "The first record is called epoch 0.",
         ("history-shifted",),
-        subject=recording(lambda s, record: replace(record, epoch=record.epoch - 1)),
+        pipeline=recording(lambda s, record: replace(record, epoch=record.epoch - 1)),
     ),
     Fault(
         "best accuracy so far",
         "An epoch reports the best accuracy until then as its own.",
         ("accuracy-wrong", "history-stale", "history-shifted"),
-        subject=best_so_far,
+        pipeline=best_so_far,
     ),
     Fault(
         "coefficient of the next epoch recorded",
         "The record says the coefficient that the next epoch will have.",
         ("coefficient-shifted", "history-shifted"),
-        subject=recording(lambda s, record: replace(record, coefficient=s.coefficient(record.epoch))),
+        pipeline=recording(lambda s, record: replace(record, coefficient=s.coefficient(record.epoch))),
     ),
     Fault(
         "half of the test set",
         "Only the first half of the test images is evaluated.",
         ("partial-test-set",),
-        subject=accuracy(on(half_of_the_test_set)),
+        pipeline=accuracy(on(half_of_the_test_set)),
     ),
     Fault(
         "accuracy on training images",
         "The reported test accuracy is that of the training images.",
         ("accuracy-on-training",),
-        subject=accuracy(on(training_images)),
+        pipeline=accuracy(on(training_images)),
     ),
     Fault(
         "evaluated in training mode",
         "BatchNorm uses the statistics of the test batch.",
         ("evaluation-in-training-mode",),
-        subject=accuracy(in_training_mode),
+        pipeline=accuracy(in_training_mode),
     ),
     Fault(
         "top three accuracy",
         "An image counts as right where its label is among the three largest scores.",
         ("accuracy-wrong",),
-        subject=accuracy(top_three),
+        pipeline=accuracy(top_three),
     ),
     Fault(
         "accuracy in per cent",
         "Accuracy is reported as 97 instead of 0.97.",
         ("accuracy-wrong",),
-        subject=recording(lambda s, record: replace(record, accuracy=100 * record.accuracy)),
+        pipeline=recording(lambda s, record: replace(record, accuracy=100 * record.accuracy)),
     ),
     Fault(
         "test images augmented",
         "Test images are cropped at random, so no two evaluations agree.",
         ("evaluation-not-repeatable",),
-        subject=accuracy(augmented),
+        pipeline=accuracy(augmented),
     ),
     Fault(
         "loss summed over steps",
         "The record's training loss is the sum over the epoch's batches.",
         ("loss-misreported", "report-wrong"),
-        subject=recording(lambda s, record: replace(record, loss=10 * record.loss, task_loss=10 * record.task_loss)),
+        pipeline=recording(lambda s, record: replace(record, loss=10 * record.loss, task_loss=10 * record.task_loss)),
     ),
     Fault(
         "checkpoint of another epoch",
         "The checkpoint holds the network of the epoch before.",
         ("checkpoint-of-other-epoch",),
-        subject=of_epoch_before,
+        pipeline=of_epoch_before,
     ),
     Fault(
         "checkpoint never written again",
         "The checkpoint is written after the first epoch and never again.",
         ("checkpoint-of-other-epoch",),
-        subject=never_saved_again,
+        pipeline=never_saved_again,
     ),
     Fault(
         "checkpoint without BatchNorm's statistics",
         "The running statistics are saved as they were at the start.",
         ("checkpoint-incomplete",),
-        subject=saving(without_statistics),
+        pipeline=saving(without_statistics),
     ),
     Fault(
         "checkpoint without logits",
         "The quantizers' logits are missing in the checkpoint.",
         ("checkpoint-incomplete",),
-        subject=saving(without_logits),
+        pipeline=saving(without_logits),
     ),
     Fault(
         "checkpoint in half precision",
         "The checkpoint holds weights rounded to 16 bits.",
         ("checkpoint-incomplete",),
-        subject=saving(in_half_precision),
+        pipeline=saving(in_half_precision),
     ),
 )

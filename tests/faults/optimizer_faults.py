@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments import pipeline
-from experiments.doctor import Subject
-from experiments.doctor.core.subject import Parts
-from experiments.pipeline import RunConfig
+from experiments.doctor import Pipeline
+from experiments.doctor.core.pipeline import PipelineParts
+from experiments.pipeline import RunConfig, build_optimizer
 from src import training
 from tests.faults.fault import Fault, parameters_of
 
@@ -26,7 +25,7 @@ def groups_of(config: RunConfig, model: nn.Module) -> Groups:
     return {group["name"]: group for group in training.parameter_groups(model, **config.group_kwargs)}
 
 
-def regrouped(change: Callable[[Groups], object]) -> Callable[[Parts], Parts]:
+def regrouped(change: Callable[[Groups], object]) -> Callable[[PipelineParts], PipelineParts]:
     """The pipeline's optimizer after `change` to its groups."""
 
     def optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -37,7 +36,9 @@ def regrouped(change: Callable[[Groups], object]) -> Callable[[Parts], Parts]:
     return lambda parts: replace(parts, optimizer=optimizer)
 
 
-def setting(name: str, key: str, factor: float = 1.0, value: float | None = None) -> Callable[[Parts], Parts]:
+def setting(
+    name: str, key: str, factor: float = 1.0, value: float | None = None
+) -> Callable[[PipelineParts], PipelineParts]:
     """One setting of one group multiplied, or replaced."""
 
     def change(groups: Groups) -> None:
@@ -48,12 +49,12 @@ def setting(name: str, key: str, factor: float = 1.0, value: float | None = None
     return regrouped(change)
 
 
-def kind(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> Callable[[Parts], Parts]:
+def kind(make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> Callable[[PipelineParts], PipelineParts]:
     """Another optimizer over the pipeline's own groups."""
     return lambda parts: replace(parts, optimizer=lambda config, model: make([*groups_of(config, model).values()]))
 
 
-def without(*names: str) -> Callable[[Parts], Parts]:
+def without(*names: str) -> Callable[[PipelineParts], PipelineParts]:
     return regrouped(lambda groups: [groups.pop(name) for name in names])
 
 
@@ -80,17 +81,17 @@ def without_vectors(groups: Groups) -> None:
     groups["weights"]["params"] = [p for p in groups["weights"]["params"] if p.dim() != 1]
 
 
-def built_before_attaching(parts: Parts) -> Parts:
+def built_before_attaching(parts: PipelineParts) -> PipelineParts:
     early: dict[int, torch.optim.Optimizer] = {}
 
     def attach(config: RunConfig, model: nn.Module) -> list[str]:
-        early[id(model)] = pipeline.build_optimizer(config, model)
+        early[id(model)] = build_optimizer(config, model)
         return parts.attach(config, model)
 
     return replace(parts, attach=attach, optimizer=lambda config, model: early[id(model)])
 
 
-def added_later(parts: Parts) -> Parts:
+def added_later(parts: PipelineParts) -> PipelineParts:
     """Built before attaching, then the logits added as one group with the optimizer's default settings."""
     early = built_before_attaching(parts)
 
@@ -103,9 +104,9 @@ def added_later(parts: Parts) -> Parts:
     return replace(early, optimizer=optimizer)
 
 
-def of_another_network(parts: Parts) -> Parts:
+def of_another_network(parts: PipelineParts) -> PipelineParts:
     """The network is copied after its optimizer was built, and the copy is trained."""
-    return replace(parts, optimizer=lambda config, model: pipeline.build_optimizer(config, copy.deepcopy(model)))
+    return replace(parts, optimizer=lambda config, model: build_optimizer(config, copy.deepcopy(model)))
 
 
 class NeverClears(torch.optim.AdamW):
@@ -137,24 +138,24 @@ class EveryFourth(torch.optim.AdamW):
         return super().step(closure) if self.calls % 4 == 0 else None
 
 
-def rates(factor: Callable[[float], float]) -> Callable[[Subject], Subject]:
-    return lambda subject: replace(subject, lr_lambda=factor)
+def rates(factor: Callable[[float], float]) -> Callable[[Pipeline], Pipeline]:
+    return lambda pipeline: replace(pipeline, lr_lambda=factor)
 
 
-def logits_follow_the_schedule(subject: Subject) -> Subject:
+def logits_follow_the_schedule(pipeline: Pipeline) -> Pipeline:
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> training.StepLosses:
         weights, *logits = optimizer.param_groups
         for group in logits:
             group["lr"] = group["base_lr"] * weights["lr"] / weights["base_lr"]
         return training.train_step(model, optimizer, *rest)
 
-    return replace(subject, step=step)
+    return replace(pipeline, step=step)
 
 
-def frozen_logits(subject: Subject) -> Subject:
-    for p in parameters_of(subject.model, "logit_bit"):
+def frozen_logits(pipeline: Pipeline) -> Pipeline:
+    for p in parameters_of(pipeline.model, "logit_bit"):
         p.requires_grad_(False)
-    return subject
+    return pipeline
 
 
 def classifier_apart(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -185,7 +186,7 @@ FAULTS = (
         "bit logits frozen",
         "The bit-width logits do not require a gradient although bits are to be learned.",
         ("parameter-frozen",),
-        subject=frozen_logits,
+        pipeline=frozen_logits,
     ),
     Fault(
         "logits among the weights",
@@ -307,19 +308,19 @@ FAULTS = (
         "learning rate never falls",
         "The schedule of the weights' rate is not applied.",
         ("learning-rate-schedule",),
-        subject=rates(lambda done: 1.0),
+        pipeline=rates(lambda done: 1.0),
     ),
     Fault(
         "learning rate rises instead",
         "The schedule runs backwards: from 0 up to the full rate.",
         ("learning-rate-schedule", "learning-rate-zero"),
-        subject=rates(lambda done: min(1.0, done / 0.3)),
+        pipeline=rates(lambda done: min(1.0, done / 0.3)),
     ),
     Fault(
         "logits follow the weights' schedule",
         "The falling factor of the weights' rate acts on the logits as well.",
         ("learning-rate-schedule", "logits-rate", "wrong-learning-rate"),
-        subject=logits_follow_the_schedule,
+        pipeline=logits_follow_the_schedule,
     ),
     Fault(
         "classifier outside the schedule",

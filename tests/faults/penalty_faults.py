@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Subject
-from experiments.doctor.core.subject import Parts
+from experiments.doctor import Pipeline
+from experiments.doctor.core.pipeline import PipelineParts
 from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity, safe_sqrt
 from src import training
 from src.pruning import ChannelGroups, Member, channel_groups
@@ -23,12 +23,12 @@ Penalty = training.Penalty
 STEP: Callable[..., training.StepLosses] = training.train_step
 
 
-def penalty(change: Callable[[Penalty], Penalty]) -> Callable[[Parts], Parts]:
+def penalty(change: Callable[[Penalty], Penalty]) -> Callable[[PipelineParts], PipelineParts]:
     """The pipeline with `change` applied to its penalty function."""
     return lambda parts: replace(parts, penalty=lambda model: change(coupled_group_lasso(model)))
 
 
-def members(change: Callable[[ChannelGroups], ChannelGroups]) -> Callable[[Parts], Parts]:
+def members(change: Callable[[ChannelGroups], ChannelGroups]) -> Callable[[PipelineParts], PipelineParts]:
     """The pipeline's penalty over other groups."""
     return lambda parts: replace(parts, penalty=lambda model: group_lasso(change(channel_groups(model))))
 
@@ -114,36 +114,36 @@ def kept_from_first(of: Penalty) -> Penalty:
     return first
 
 
-def coefficient(change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Callable[[Subject], Subject]:
-    return lambda subject: replace(subject, coefficient=change(subject.coefficient))
+def coefficient(change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Callable[[Pipeline], Pipeline]:
+    return lambda pipeline: replace(pipeline, coefficient=change(pipeline.coefficient))
 
 
-def applied(change: Callable[[float], float]) -> Callable[[Subject], Subject]:
+def applied(change: Callable[[float], float]) -> Callable[[Pipeline], Pipeline]:
     """The step applies another coefficient than it is given."""
 
-    def apply(subject: Subject) -> Subject:
+    def apply(pipeline: Pipeline) -> Pipeline:
         def step(*rest: Any) -> training.StepLosses:
             *others, given, precision = rest
             return STEP(*others, change(given), precision)
 
-        return replace(subject, step=step)
+        return replace(pipeline, step=step)
 
     return apply
 
 
-def schedule_by_step(subject: Subject) -> Subject:
+def schedule_by_step(pipeline: Pipeline) -> Pipeline:
     """The schedule is asked with the number of the step, and is at its peak within the first epoch."""
-    steps, schedule = count(), subject.coefficient
+    steps, schedule = count(), pipeline.coefficient
 
     def step(*rest: Any) -> training.StepLosses:
         *others, _, precision = rest
         return STEP(*others, schedule(next(steps)), precision)
 
-    return replace(subject, step=step)
+    return replace(pipeline, step=step)
 
 
-def objective(**change: Any) -> Callable[[Subject], Subject]:
-    return lambda subject: replace(subject, objective=replace(subject.objective, **change))
+def objective(**change: Any) -> Callable[[Pipeline], Pipeline]:
+    return lambda pipeline: replace(pipeline, objective=replace(pipeline.objective, **change))
 
 
 FAULTS = (
@@ -237,67 +237,67 @@ FAULTS = (
         "coefficient constant",
         "The coefficient is at its peak from the first epoch on.",
         ("coefficient-constant",),
-        subject=coefficient(lambda of: lambda epoch: of(10**6)),
+        pipeline=coefficient(lambda of: lambda epoch: of(10**6)),
     ),
     Fault(
         "coefficient never ramps",
         "The coefficient stays at 0.",
         ("coefficient-never-ramps",),
-        subject=coefficient(lambda of: lambda epoch: 0.0),
+        pipeline=coefficient(lambda of: lambda epoch: 0.0),
     ),
     Fault(
         "coefficient ramps to 1",
         "The schedule's peak was left at 1, a hundred times what the network bears.",
         ("coefficient-too-large",),
-        subject=coefficient(lambda of: lambda epoch: of(epoch) / of(10**6)),
+        pipeline=coefficient(lambda of: lambda epoch: of(epoch) / of(10**6)),
     ),
     Fault(
         "coefficient one epoch early",
         "Epochs are counted from 1 where the schedule counts from 0.",
         ("coefficient-shifted",),
-        subject=coefficient(lambda of: lambda epoch: of(epoch + 1)),
+        pipeline=coefficient(lambda of: lambda epoch: of(epoch + 1)),
     ),
     Fault(
         "coefficient by step",
         "The schedule is asked with the number of the step instead of the epoch.",
         ("coefficient-not-applied", "coefficient-wrong"),
-        subject=schedule_by_step,
+        pipeline=schedule_by_step,
     ),
     Fault(
         "coefficient ignored",
         "The step adds the penalty with weight 1 whenever the coefficient is not 0.",
         ("coefficient-not-applied",),
-        subject=applied(lambda given: float(given > 0)),
+        pipeline=applied(lambda given: float(given > 0)),
     ),
     Fault(
         "coefficient applied twice",
         "The penalty is multiplied by the square of the coefficient.",
         ("coefficient-not-applied",),
-        subject=applied(lambda given: given * given),
+        pipeline=applied(lambda given: given * given),
     ),
     Fault(
         "penalty left out of the loss",
         "The step is called without the penalty.",
         ("penalty-not-in-loss",),
-        subject=objective(penalty=None),
+        pipeline=objective(penalty=None),
     ),
     Fault(
         "squares of the logits missing",
         "Neither dead zones nor bits are drawn anywhere but by the task.",
         ("logit-squares-missing",),
-        subject=objective(lambda_dz=0.0, lambda_bit=0.0),
+        pipeline=objective(lambda_dz=0.0, lambda_bit=0.0),
     ),
     Fault(
         "squares of one kind of logits missing",
         "The dead-zone logits are regularised, the bit logits are not.",
         ("logit-squares-missing", "lambda-wrong"),
-        subject=objective(lambda_bit=0.0),
+        pipeline=objective(lambda_bit=0.0),
     ),
     Fault(
         "squares ten times too heavy",
         "lambda of the dead-zone logits is 0.1 instead of 0.01.",
         ("lambda-wrong",),
-        subject=objective(lambda_dz=0.1),
+        pipeline=objective(lambda_dz=0.1),
     ),
     Fault(
         "root not guarded at zero",

@@ -113,12 +113,12 @@ VARIANTS: tuple[Mapping[str, Any], ...] = (
 
 
 def examine_case(case: Case) -> Outcome:
-    """Build the subject of `case` and examine it whole."""
+    """Build the pipeline of `case` and examine it whole."""
     from experiments.doctor.examine import examine
 
     config = small_config(**case.settings)
-    subject = broken(FAULTS[case.name], config) if case.kind == "fault" else healthy(config)
-    report = examine(subject)
+    pipeline = broken(FAULTS[case.name], config) if case.kind == "fault" else healthy(config)
+    report = examine(pipeline)
     fired = tuple((f.stage, f.name, tuple(cause.key for cause in f.causes[:2])) for f in report.failed)
     return Outcome(
         kind=case.kind,

@@ -24,10 +24,10 @@ A picture that goes up convinces until somebody attaches nine quantizers instead
 - **first steps**: one step replayed by hand (loss, gradients, update), what a step changes, the penalty's gradient in
   every group, one batch overfitted;
 - **while training**: loss, accuracy, schedule and logits, epoch by epoch; and one step of every epoch taken apart on a
-  copy of the network: its loss, gradient and update are still the promised ones;
+  copy of the network: its loss, gradient and update are still the expected ones;
 - **afterwards**: every reported figure computed a second way from the saved checkpoint.
 
-It reaches a pipeline through replaceable parts alone (`Subject`: model, optimizer, step, loaders, measuring, saving),
+It reaches a pipeline through replaceable parts alone (`Pipeline`: model, optimizer, step, loaders, measuring, saving),
 so it examines anybody's pipeline in the same way, and a part that is absent makes its checks "not applicable". A second
 computation never calls the function it judges.
 
@@ -43,15 +43,14 @@ one block a stage at half the width, so that a run takes seconds.
 OWN_PIPELINE = """## A pipeline of your own
 
 Any model, optimizer, loader and step function. What is not handed over is not examined, and a part that raises is a
-finding. `promise` says what is meant; without it nothing is compared with a promise. `examine` runs all stages,
+finding. `expected` says what is meant; without it nothing is compared with it. `examine` runs all stages,
 `before` and `first_steps` are the two that need no training; the pipeline is afterwards as it was.
 
 ```python
 import torch
 from torch import nn
 
-from experiments.diagnosis.promise import Promise
-from experiments.doctor import Subject, before, first_steps
+from experiments.doctor import Expected, Pipeline, before, first_steps
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers
 
@@ -69,7 +68,7 @@ def step(images, labels):
     return loss.detach()
 
 
-own = Subject.of_parts(model, optimizer, batches, step, promise=Promise(num_classes=3, input_size=(1, 8, 8)))
+own = Pipeline.of_parts(model, optimizer, batches, step, expected=Expected(num_classes=3, input_size=(1, 8, 8)))
 report = before(own) + first_steps(own)
 print(report.text())
 ```
@@ -77,7 +76,7 @@ print(report.text())
 
 LIMITS = """## What it cannot see
 
-- **A promise that is wrong itself.** The doctor compares with the configuration. A peak that is too high for a dataset,
+- **A wrong expectation.** The doctor compares with the configuration. A peak that is too high for a dataset,
   a delay that was mistyped or bits that were never wanted are what was asked for; the verdict of a long run tells.
 - **What changes nothing.** With AdamW a loss or a gradient multiplied by a constant moves weights as before; it is seen
   in the reported loss or in the replayed step only. A quantizer whose |tanh| lost its absolute value is the same

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from experiments.doctor.core.subject import Parts
+from experiments.doctor.core.pipeline import PipelineParts
 from tests.faults import broken_quantizers as broken
 from tests.faults.fault import Fault
 from utils_quantization import attach_weight_quantizers
 
 
-def attaching(quantizer: Callable[..., Any]) -> Callable[[Parts], Parts]:
+def attaching(quantizer: Callable[..., Any]) -> Callable[[PipelineParts], PipelineParts]:
     """The pipeline with another quantizer class, attached as the configuration says."""
 
-    def change(parts: Parts) -> Parts:
+    def change(parts: PipelineParts) -> PipelineParts:
         return replace(
             parts,
             attach=lambda config, model: attach_weight_quantizers(

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
-from experiments.doctor.core.subject import Batch
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.core.pipeline import Batch
 from src.data import ImageData, augment, normalize
 from tests.faults.data_faults import data, drawn, loader
 from tests.faults.fault import Fault
 
 
-def indexed(order: Callable[[int, torch.Generator], Tensor]) -> Callable[[Subject], Subject]:
+def indexed(order: Callable[[int, torch.Generator], Tensor]) -> Callable[[Pipeline], Pipeline]:
     """The pipeline's loader with the images `order(count, generator)`, in batches, cropped at random."""
 
-    def batches(subject: Subject, epoch: int) -> Iterator[Batch]:
-        found, size = subject.data, subject.promise.batch_size
+    def batches(pipeline: Pipeline, epoch: int) -> Iterator[Batch]:
+        found, size = pipeline.data, pipeline.expected.batch_size
         assert found is not None
         assert size is not None
         generator = torch.Generator().manual_seed(epoch)
@@ -41,9 +41,9 @@ def half_twice(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.randperm(count // 2, generator=generator) for _ in range(2)])
 
 
-def on_white(subject: Subject, epoch: int) -> Iterator[Batch]:
+def on_white(pipeline: Pipeline, epoch: int) -> Iterator[Batch]:
     """Crops out of images padded with white."""
-    found, size = subject.data, subject.promise.batch_size
+    found, size = pipeline.data, pipeline.expected.batch_size
     assert found is not None
     assert size is not None
     generator = torch.Generator().manual_seed(epoch)
@@ -56,22 +56,24 @@ def on_white(subject: Subject, epoch: int) -> Iterator[Batch]:
         yield normalize(torch.stack(crops), found.mean, found.std), found.train_labels[part]
 
 
-def always_mirrored(subject: Subject, epoch: int) -> Iterator[Batch]:
-    assert subject.promise.config is not None
-    unflipped = replace(subject, promise=replace(subject.promise, config=replace(subject.promise.config, flip=False)))
+def always_mirrored(pipeline: Pipeline, epoch: int) -> Iterator[Batch]:
+    assert pipeline.expected.config is not None
+    unflipped = replace(
+        pipeline, expected=replace(pipeline.expected, config=replace(pipeline.expected.config, flip=False))
+    )
     for images, labels in parts_of.run_batches(unflipped, epoch):
         yield images.flip(3), labels
 
 
-def two_orders(subject: Subject, epoch: int) -> Iterable[Batch]:
-    return parts_of.run_batches(subject, epoch % 2)
+def two_orders(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
+    return parts_of.run_batches(pipeline, epoch % 2)
 
 
-def wrong_from(epoch_from: int, batch_from: int) -> Callable[[Subject, int], Iterator[Batch]]:
+def wrong_from(epoch_from: int, batch_from: int) -> Callable[[Pipeline, int], Iterator[Batch]]:
     """Labels rolled by one in late batches, or in late epochs."""
 
-    def batches(subject: Subject, epoch: int) -> Iterator[Batch]:
-        for index, (images, labels) in enumerate(parts_of.run_batches(subject, epoch)):
+    def batches(pipeline: Pipeline, epoch: int) -> Iterator[Batch]:
+        for index, (images, labels) in enumerate(parts_of.run_batches(pipeline, epoch)):
             wrong = epoch >= epoch_from and index >= batch_from
             yield images, labels.roll(1) if wrong else labels
 
@@ -93,13 +95,13 @@ FAULTS = (
         "drawn with replacement",
         "Every batch is drawn anew from all images, so an epoch misses a third of them.",
         ("loader-repeats",),
-        subject=indexed(with_replacement),
+        pipeline=indexed(with_replacement),
     ),
     Fault(
         "half of the images twice an epoch",
         "An epoch is as long as it should be, with half of the images, each twice.",
         ("loader-repeats",),
-        subject=indexed(half_twice),
+        pipeline=indexed(half_twice),
     ),
     Fault(
         "training images held twice",
@@ -123,37 +125,37 @@ FAULTS = (
         "two orders take turns",
         "The loader is seeded with the epoch modulo 2.",
         ("loader-same-order",),
-        subject=loader(two_orders),
+        pipeline=loader(two_orders),
     ),
     Fault(
         "crops on white",
         "The images are padded with white instead of black before they are cropped.",
         ("augmentation-wrong",),
-        subject=loader(on_white),
+        pipeline=loader(on_white),
     ),
     Fault(
         "crops too narrow",
         "The images are padded by 1 pixel instead of 4.",
         ("augmentation-wrong",),
-        subject=drawn(crop_padding=1),
+        pipeline=drawn(crop_padding=1),
     ),
     Fault(
         "always mirrored",
         "Every image is mirrored, not every second.",
         ("augmentation-wrong",),
-        subject=loader(always_mirrored),
+        pipeline=loader(always_mirrored),
         settings={"flip": True},
     ),
     Fault(
         "labels wrong in later batches",
         "From the seventh batch of an epoch on the labels are those of the neighbours.",
         ("loader-labels-wrong",),
-        subject=loader(wrong_from(0, 6)),
+        pipeline=loader(wrong_from(0, 6)),
     ),
     Fault(
         "labels wrong in later epochs",
         "From the third epoch on the labels are those of the neighbours.",
         ("loader-labels-wrong",),
-        subject=loader(wrong_from(2, 0)),
+        pipeline=loader(wrong_from(2, 0)),
     ),
 )

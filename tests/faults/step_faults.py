@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.doctor import Subject
-from experiments.doctor.core import subject as parts_of
-from experiments.doctor.core.subject import Parts
+from experiments.doctor import Pipeline
+from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.core.pipeline import PipelineParts
 from experiments.pipeline import RunConfig
 from resnet import BasicBlock, ResNet
 from src import training
@@ -24,12 +24,12 @@ from utils_quantization import latent_weight, quantized_layers, shared_quantized
 Step = Callable[..., training.StepLosses]
 
 
-def stepping(make: Callable[[Step], Step]) -> Callable[[Subject], Subject]:
+def stepping(make: Callable[[Step], Step]) -> Callable[[Pipeline], Pipeline]:
     """The pipeline with `make(its step)` for a step."""
-    return lambda subject: replace(subject, step=make(subject.step))
+    return lambda pipeline: replace(pipeline, step=make(pipeline.step))
 
 
-def before_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Subject], Subject]:
+def before_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Pipeline], Pipeline]:
     def make(of: Step) -> Step:
         def step(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> training.StepLosses:
             change(model, optimizer)
@@ -40,7 +40,7 @@ def before_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Ca
     return stepping(make)
 
 
-def after_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Subject], Subject]:
+def after_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Pipeline], Pipeline]:
     def make(of: Step) -> Step:
         def step(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> training.StepLosses:
             losses = of(model, optimizer, *rest)
@@ -53,14 +53,14 @@ def after_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Cal
     return stepping(make)
 
 
-def with_batch(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Subject], Subject]:
+def with_batch(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Pipeline], Pipeline]:
     def make(of: Step) -> Step:
         return lambda model, optimizer, images, labels, *rest: of(model, optimizer, *change(images, labels), *rest)
 
     return stepping(make)
 
 
-def task_loss(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Subject], Subject]:
+def task_loss(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Pipeline], Pipeline]:
     """The pipeline's step, written out with another task loss."""
 
     def step(
@@ -84,10 +84,10 @@ def task_loss(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Subject]
         correct = (scores.argmax(1) == labels).sum()
         return training.StepLosses(*(part.detach() for part in (total, task, logits, groups, correct)))
 
-    return lambda subject: replace(subject, step=step)
+    return lambda pipeline: replace(pipeline, step=step)
 
 
-def reported(change: Callable[[training.StepLosses], training.StepLosses]) -> Callable[[Subject], Subject]:
+def reported(change: Callable[[training.StepLosses], training.StepLosses]) -> Callable[[Pipeline], Pipeline]:
     return stepping(lambda of: lambda *rest: change(of(*rest)))
 
 
@@ -97,27 +97,27 @@ def keep_quantized(model: nn.Module, _: Any) -> None:
         latent_weight(layer).copy_(layer.weight)
 
 
-def undo_one_layer(subject: Subject) -> Subject:
+def undo_one_layer(pipeline: Pipeline) -> Pipeline:
     """The stem's weight is put back to its start after every step."""
-    start = subject.model.get_parameter("conv1.weight").detach().clone()
-    return after_each(lambda model, _: model.get_parameter("conv1.weight").copy_(start))(subject)
+    start = pipeline.model.get_parameter("conv1.weight").detach().clone()
+    return after_each(lambda model, _: model.get_parameter("conv1.weight").copy_(start))(pipeline)
 
 
-def starts_again_every_epoch(subject: Subject) -> Subject:
+def starts_again_every_epoch(pipeline: Pipeline) -> Pipeline:
     """Every epoch begins with the weights of the first."""
-    start = copy.deepcopy(subject.model.state_dict())
+    start = copy.deepcopy(pipeline.model.state_dict())
 
-    def train_epoch(s: Subject, epoch: int) -> Iterator[training.Step]:
+    def train_epoch(s: Pipeline, epoch: int) -> Iterator[training.Step]:
         s.model.load_state_dict(start)
         yield from parts_of.run_epoch(s, epoch)
 
-    return replace(subject, train_epoch=train_epoch)
+    return replace(pipeline, train_epoch=train_epoch)
 
 
-def stays_in_eval(subject: Subject) -> Subject:
+def stays_in_eval(pipeline: Pipeline) -> Pipeline:
     """Nobody calls model.train() after the first measurement."""
 
-    def train_epoch(s: Subject, epoch: int) -> Iterator[training.Step]:
+    def train_epoch(s: Pipeline, epoch: int) -> Iterator[training.Step]:
         if epoch == 0:
             s.model.train()
         batches = list(s.train_batches(s, epoch))
@@ -125,18 +125,18 @@ def stays_in_eval(subject: Subject) -> Subject:
             losses = s.take_step(images, labels, s.coefficient(epoch))
             yield training.Step(index, len(batches), len(labels), losses)
 
-    def measure(s: Subject, *rest: Any) -> Any:
+    def measure(s: Pipeline, *rest: Any) -> Any:
         record = parts_of.run_measure(s, *rest)
         s.model.eval()
         return record
 
-    return replace(subject, train_epoch=train_epoch, measure=measure)
+    return replace(pipeline, train_epoch=train_epoch, measure=measure)
 
 
-def network(change: Callable[[nn.Module], Any]) -> Callable[[Parts], Parts]:
+def network(change: Callable[[nn.Module], Any]) -> Callable[[PipelineParts], PipelineParts]:
     """The pipeline's network, changed before anything is attached."""
 
-    def apply(parts: Parts) -> Parts:
+    def apply(parts: PipelineParts) -> PipelineParts:
         def make(config: RunConfig, data: ImageData) -> nn.Module:
             built = parts.network(config, data)
             with torch.no_grad():
@@ -147,7 +147,7 @@ def network(change: Callable[[nn.Module], Any]) -> Callable[[Parts], Parts]:
     return apply
 
 
-def another(kind: type[ResNet], **settings: Any) -> Callable[[Parts], Parts]:
+def another(kind: type[ResNet], **settings: Any) -> Callable[[PipelineParts], PipelineParts]:
     def make(config: RunConfig, data: ImageData) -> nn.Module:
         torch.manual_seed(config.seed)
         return kind(BasicBlock, [1, 1, 1], **{"num_classes": data.num_classes, "widths": WIDTHS, **settings})
@@ -226,13 +226,13 @@ FAULTS = (
         "BatchNorm in eval mode",
         "The network is in eval mode in every training step, so BatchNorm never learns its statistics.",
         ("batchnorm-in-eval",),
-        subject=before_each(lambda model, _: model.eval()),
+        pipeline=before_each(lambda model, _: model.eval()),
     ),
     Fault(
         "never back in training mode",
         "The first measurement leaves the network in eval mode, and nobody puts it back.",
         ("batchnorm-in-eval",),
-        subject=stays_in_eval,
+        pipeline=stays_in_eval,
     ),
     Fault(
         "BatchNorm momentum 0",
@@ -286,19 +286,19 @@ FAULTS = (
         "loss divided by the batch",
         "The mean loss is divided by the batch size again, so the penalty weighs 48 times as much.",
         ("loss-wrong",),
-        subject=task_loss(lambda scores, labels: F.cross_entropy(scores, labels) / len(labels)),
+        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels) / len(labels)),
     ),
     Fault(
         "summed loss",
         "The loss is the sum over the batch, beside which the penalty weighs nothing.",
         ("loss-wrong",),
-        subject=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, reduction="sum")),
+        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, reduction="sum")),
     ),
     Fault(
         "loss on half of the batch",
         "The loss leaves out the second half of every batch.",
         ("loss-wrong", "step-images-wrong", "step-gradient-wrong"),
-        subject=task_loss(
+        pipeline=task_loss(
             lambda scores, labels: F.cross_entropy(scores[: len(scores) // 2], labels[: len(labels) // 2])
         ),
     ),
@@ -306,54 +306,54 @@ FAULTS = (
         "heavy label smoothing",
         "The loss smooths labels by 0.5, which nobody asked for.",
         ("loss-wrong",),
-        subject=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, label_smoothing=0.5)),
+        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, label_smoothing=0.5)),
     ),
     Fault(
         "labels mixed in the step",
         "The step permutes the labels of its batch.",
         ("step-labels-wrong",),
-        subject=with_batch(lambda images, labels: (images, labels.roll(1))),
+        pipeline=with_batch(lambda images, labels: (images, labels.roll(1))),
     ),
     Fault(
         "images blackened in the step",
         "The step erases the lower half of its images.",
         ("step-images-wrong",),
-        subject=with_batch(lambda images, labels: (images * (torch.arange(32) < 16)[:, None], labels)),
+        pipeline=with_batch(lambda images, labels: (images * (torch.arange(32) < 16)[:, None], labels)),
     ),
     Fault(
         "quantized weights written back",
         "After every step the latent weights are overwritten by their quantized values.",
         ("changes-too-much", "update-wrong"),
-        subject=after_each(keep_quantized),
+        pipeline=after_each(keep_quantized),
     ),
     Fault(
         "one layer put back",
         "The stem's weight is put back to its start after every step.",
         ("no-update", "changes-too-much", "update-wrong"),
-        subject=undo_one_layer,
+        pipeline=undo_one_layer,
     ),
     Fault(
         "every epoch from the start",
         "The first weights are loaded again at the beginning of every epoch.",
         ("weights-reset", "stuck-at-chance"),
-        subject=starts_again_every_epoch,
+        pipeline=starts_again_every_epoch,
     ),
     Fault(
         "weights decayed by hand",
         "The step shrinks all weights by a hundredth besides what the optimizer does.",
         ("update-wrong", "changes-too-much"),
-        subject=after_each(lambda model, _: [p.mul_(0.99) for p in model.parameters() if p.dim() > 1]),
+        pipeline=after_each(lambda model, _: [p.mul_(0.99) for p in model.parameters() if p.dim() > 1]),
     ),
     Fault(
         "reported loss without penalties",
         "The step reports the task loss as the total.",
         ("loss-misreported",),
-        subject=reported(lambda losses: replace(losses, total=losses.task)),
+        pipeline=reported(lambda losses: replace(losses, total=losses.task)),
     ),
     Fault(
         "no backward pass",
         "The step computes the loss, and updates with the gradients that it never made.",
         ("no-update", "gradient-missing"),
-        subject=stepping(lambda of: lambda model, optimizer, *rest: loss_alone(model, *rest)),
+        pipeline=stepping(lambda of: lambda model, optimizer, *rest: loss_alone(model, *rest)),
     ),
 )

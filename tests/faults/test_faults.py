@@ -103,6 +103,6 @@ def _up_to_the_first_finding(name: str, folder: Path) -> Report:
 
 
 def _reporting(name: str, folder: Path) -> Report:
-    subject = break_it(name, small_config(epochs=EPOCHS))
-    seen, reported = while_training(subject, folder)
-    return seen if seen.faulty else afterwards(subject, reported)
+    pipeline = break_it(name, small_config(epochs=EPOCHS))
+    seen, reported = while_training(pipeline, folder)
+    return seen if seen.faulty else afterwards(pipeline, reported)

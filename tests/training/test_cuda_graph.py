@@ -225,7 +225,7 @@ def test_what_watches_the_network_sees_every_step(monkeypatch: pytest.MonkeyPatc
 @on_cuda
 def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
     run = small_run()
-    watcher = doctor.Watcher(doctor.Subject.of_run(run))
+    watcher = doctor.Watcher(doctor.Pipeline.of_run(run))
     for record in pipeline.train_epochs(run, watcher.step):
         watcher.epoch(record)
     report = watcher.report()

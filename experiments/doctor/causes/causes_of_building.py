@@ -209,7 +209,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "other-optimizer": (
         "the optimizer is of another kind than the configuration says.",
-        "use AdamW, or say in the promise which one is meant",
+        "use AdamW, or name the optimizer that is meant in `Expected`",
     ),
     # data
     "labels-shuffled": (

@@ -111,7 +111,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "look for a change of the batch inside the step",
     ),
     "step-gradient-wrong": (
-        "the step's gradient is not that of the promised objective.",
+        "the step's gradient is not that of the expected objective.",
         "compute the loss by hand for one batch",
     ),
     "loss-misreported": (

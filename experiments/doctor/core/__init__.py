@@ -1,1 +1,1 @@
-"""What every check shares: findings, the pipeline under examination, what was promised of it, the runner of checks."""
+"""What every check shares: findings, the pipeline under examination, what was expected of it, the runner of checks."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from experiments.doctor.core.check_runner import NotApplicable
 from experiments.doctor.core.objective import cross_entropy
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable
+from experiments.doctor.core.pipeline import Pipeline
 from src.training import autocast
 from utils_quantization import eval_mode, shared_quantized_weights
 
@@ -14,17 +14,17 @@ ACCURACY_CLOSE = {torch.float32: 5e-4, torch.bfloat16: 5e-3}  # beside half an i
 
 
 @torch.no_grad()
-def accuracy_by_hand(subject: Subject, precision: torch.dtype) -> tuple[int, int, float]:
+def accuracy_by_hand(pipeline: Pipeline, precision: torch.dtype) -> tuple[int, int, float]:
     """Right answers, images, and mean cross entropy over the whole test set. Raises NotApplicable without one."""
-    if subject.test_batches is None:
+    if pipeline.test_batches is None:
         raise NotApplicable("there is no test set")
     right = count = 0
     loss = 0.0
-    with eval_mode(subject.model), shared_quantized_weights(subject.model):
-        for images, labels in subject.test_batches(subject):
-            images, labels = images.to(subject.device), labels.to(subject.device)
+    with eval_mode(pipeline.model), shared_quantized_weights(pipeline.model):
+        for images, labels in pipeline.test_batches(pipeline):
+            images, labels = images.to(pipeline.device), labels.to(pipeline.device)
             with autocast(images.device, precision):
-                scores = subject.model(images)
+                scores = pipeline.model(images)
             scores = scores.float()
             right += sum(a == b for a, b in zip(scores.argmax(1).tolist(), labels.tolist(), strict=True))
             loss += float(cross_entropy(scores, labels)) * len(labels)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable
+from experiments.doctor.core.check_runner import NotApplicable
+from experiments.doctor.core.pipeline import Pipeline
 from src.pruning import GraphError, Member, Op, groups_of, trace
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, shared_quantized_weights
@@ -50,11 +50,11 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
     return (torch.logsumexp(scores, 1) - right).mean()
 
 
-def task_loss(subject: Subject, images: Tensor, labels: Tensor, *, quantized: bool = True) -> Tensor:
-    """The task loss as the network stands, with its quantizers on or off, in the subject's precision."""
-    model = subject.model
+def task_loss(pipeline: Pipeline, images: Tensor, labels: Tensor, *, quantized: bool = True) -> Tensor:
+    """The task loss as the network stands, with its quantizers on or off, in the pipeline's precision."""
+    model = pipeline.model
     switch = quantization(model, enabled=quantized) if quantized_layers(model) else nullcontext()
-    with switch, shared_quantized_weights(model), autocast(images.device, subject.precision):
+    with switch, shared_quantized_weights(model), autocast(images.device, pipeline.precision):
         return cross_entropy(model(images), labels)
 
 
@@ -121,14 +121,14 @@ class Grouping:
         return sums, index, index >= 0
 
 
-def channel_grouping(subject: Subject) -> Grouping:
+def channel_grouping(pipeline: Pipeline) -> Grouping:
     """The groups of removable channels. Raises NotApplicable where the network cannot be followed."""
-    return _grouping(subject, lambda ops: ops)
+    return _grouping(pipeline, lambda ops: ops)
 
 
-def other_groupings(subject: Subject) -> dict[str, Grouping]:
+def other_groupings(pipeline: Pipeline) -> dict[str, Grouping]:
     """Groupings that are usually taken by mistake, by the key of their cause."""
-    right = channel_grouping(subject)
+    right = channel_grouping(pipeline)
     slices = [m for m in right.members if m.role == "slice"]
     found = {
         "penalty-without-batchnorm": _only(right, ("filter", "slice")),
@@ -143,24 +143,24 @@ def other_groupings(subject: Subject) -> dict[str, Grouping]:
         "penalty-wrong-axis": _rows_for_columns(right, ("filter", "slice")),
         "penalty-wrong-axis 2": _rows_for_columns(right, ("slice",)),
         "penalty-wrong-axis 3": _rows_for_columns(right, ("filter",)),
-        "penalty-wrong-axis 4": _layerwise(subject, 1),
-        "penalty-ignores-shortcut 3": _layerwise(subject, 0),
+        "penalty-wrong-axis 4": _layerwise(pipeline, 1),
+        "penalty-ignores-shortcut 3": _layerwise(pipeline, 0),
         "penalty-wrong 2": Grouping(tuple(slices), right.count),
     }
     for key, side in (("penalty-ignores-shortcut", 0), ("penalty-ignores-shortcut 2", 1)):
-        found[key] = _grouping(subject, _one_branch(side))
-    found["penalty-ignores-shortcut 4"] = _grouping(subject, _cut_adds)
-    found["penalty-groups-shifted 7"] = _grouping(subject, lambda ops: [_unpadded(op) for op in ops])
+        found[key] = _grouping(pipeline, _one_branch(side))
+    found["penalty-ignores-shortcut 4"] = _grouping(pipeline, _cut_adds)
+    found["penalty-groups-shifted 7"] = _grouping(pipeline, lambda ops: [_unpadded(op) for op in ops])
     return found
 
 
-def _grouping(subject: Subject, change: Callable[[list[Op]], list[Op]]) -> Grouping:
-    size = subject.promise.input_size or (3, 32, 32)
+def _grouping(pipeline: Pipeline, change: Callable[[list[Op]], list[Op]]) -> Grouping:
+    size = pipeline.expected.input_size or (3, 32, 32)
     try:
-        ops = trace(subject.model, size)
+        ops = trace(pipeline.model, size)
     except GraphError as error:
         raise NotApplicable(str(error)) from error
-    groups = groups_of(change(ops), dict(subject.model.named_modules()))
+    groups = groups_of(change(ops), dict(pipeline.model.named_modules()))
     if not len(groups):
         raise NotApplicable("the network has no removable channel")
     return Grouping(groups.members, len(groups))
@@ -205,10 +205,10 @@ def _rows_for_columns(groups: Grouping, roles: Sequence[str]) -> Grouping:
     return replace(groups, members=tuple(turned(m) for m in groups.members))
 
 
-def _layerwise(subject: Subject, dim: int) -> Grouping:
+def _layerwise(pipeline: Pipeline, dim: int) -> Grouping:
     """One group per row (dim 0) or column (dim 1) of every convolution, each layer by itself."""
     members, count = [], 0
-    for name, module in subject.model.named_modules():
+    for name, module in pipeline.model.named_modules():
         if isinstance(module, nn.Conv2d):
             size = latent_weight(module).shape[dim]
             members.append(Member(name, "weight", ("filter", "slice")[dim], dim, np.arange(count, count + size)))

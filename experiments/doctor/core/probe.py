@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.doctor.core.check_runner import RAISED, PartFailed
 from experiments.doctor.core.objective import Gradients, plain
-from experiments.doctor.core.subject import Subject, step_losses
-from experiments.doctor.core.ward import RAISED, Broken
+from experiments.doctor.core.pipeline import Pipeline, step_losses
 from src.training import StepLosses
 from utils_quantization import FakeQuantParametrization
 
@@ -23,7 +23,7 @@ Norm = nn.modules.batchnorm._NormBase
 
 
 @dataclass
-class Watched:
+class StepTrace:
     """What one step did. Tensors are float64 on the CPU, by name.
 
     gradients: as the optimizer's update found them (None where there was none); updates: how many it made. means: what
@@ -45,22 +45,22 @@ class Watched:
     images: Tensor | None = None  # that the network read first
 
 
-def watched_step(subject: Subject, images: Tensor, labels: Tensor, coefficient: float) -> Watched:
-    """Take one step and watch it. Raises Broken where the step raises. The caller restores the state."""
-    seen = Watched()
-    seen.before = state_of_parts(subject.model)
-    modes = {module: module.training for module in subject.model.modules()}
-    with watching_step(subject, seen):
+def watched_step(pipeline: Pipeline, images: Tensor, labels: Tensor, coefficient: float) -> StepTrace:
+    """Take one step and watch it. Raises PartFailed where the step raises. The caller restores the state."""
+    seen = StepTrace()
+    seen.before = state_of_parts(pipeline.model)
+    modes = {module: module.training for module in pipeline.model.modules()}
+    with watching_step(pipeline, seen):
         try:
-            seen.returned = subject.take_step(images, labels, coefficient)
+            seen.returned = pipeline.take_step(images, labels, coefficient)
             seen.losses = step_losses(seen.returned)
         except RAISED as error:
-            raise Broken("step-raises", error) from error
+            raise PartFailed("step-raises", error) from error
     if not any(g is not None for g in seen.gradients.values()):
         # No torch optimizer, no update, or one that calls backward itself: what backward left behind.
         seen.inside = seen.updates > 0
-        seen.gradients = gradients_left(subject.model)
-    seen.after = state_of_parts(subject.model)
+        seen.gradients = gradients_left(pipeline.model)
+    seen.after = state_of_parts(pipeline.model)
     seen.modes_changed = any(module.training != training for module, training in modes.items())
     return seen
 
@@ -77,28 +77,28 @@ def gradients_left(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 @contextmanager
-def watching_step(subject: Subject, seen: Watched) -> Iterator[None]:
-    """Inside, what one step of the subject does is written down in `seen`."""
+def watching_step(pipeline: Pipeline, seen: StepTrace) -> Iterator[None]:
+    """Inside, what one step of the pipeline does is written down in `seen`."""
     handles: list[Any] = []
 
     def before_update(*_: Any) -> None:
         # A wrapper's step() calls the wrapped one: what that sees counts, as long as nothing has moved yet.
-        own = dict(subject.model.named_parameters())
+        own = dict(pipeline.model.named_parameters())
         if seen.updates and any(not torch.equal(plain(p), seen.before[n]) for n, p in own.items()):
             seen.updates += 1
             return
         seen.updates = 1
-        seen.gradients = gradients_left(subject.model)
+        seen.gradients = gradients_left(pipeline.model)
 
-    if isinstance(subject.optimizer, torch.optim.Optimizer):
-        handles.append(subject.optimizer.register_step_pre_hook(before_update))
+    if isinstance(pipeline.optimizer, torch.optim.Optimizer):
+        handles.append(pipeline.optimizer.register_step_pre_hook(before_update))
 
     def read(module: nn.Module, inputs: Any) -> None:
         if seen.images is None and inputs and isinstance(inputs[0], Tensor):
             seen.images = inputs[0].detach().clone()
 
-    handles.append(subject.model.register_forward_pre_hook(read))
-    for name, module in subject.model.named_modules():
+    handles.append(pipeline.model.register_forward_pre_hook(read))
+    for name, module in pipeline.model.named_modules():
         if isinstance(module, Norm):
             handles.append(module.register_forward_pre_hook(_norm_hook(seen, name)))
         elif isinstance(module, FakeQuantParametrization):
@@ -110,7 +110,7 @@ def watching_step(subject: Subject, seen: Watched) -> Iterator[None]:
             handle.remove()
 
 
-def _norm_hook(seen: Watched, name: str) -> Any:
+def _norm_hook(seen: StepTrace, name: str) -> Any:
     def look(module: nn.Module, inputs: Any) -> None:
         if not torch.is_grad_enabled():
             return
@@ -123,7 +123,7 @@ def _norm_hook(seen: Watched, name: str) -> Any:
     return look
 
 
-def _quantizer_hook(seen: Watched, name: str) -> Any:
+def _quantizer_hook(seen: StepTrace, name: str) -> Any:
     layer = name.partition(".parametrizations")[0]
 
     def look(module: nn.Module, inputs: Any) -> None:

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.doctor.core.subject import Batch, Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
+from experiments.doctor.core.pipeline import Batch, Pipeline
 from experiments.doctor.data.images import LOOKED_UP, Affine, affine_of, digest
 from experiments.doctor.data.loader_checks import fault_of_batch, good_batches
 
@@ -44,19 +44,21 @@ class Trace:
     black: bool = True
 
 
-def augmentation_checks(ward: Ward, subject: Subject) -> None:
+def augmentation_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about augmentation and about which images an epoch holds."""
     blame = {"blame": "loader-raises"}
-    ward.check("augmentation", "crops and flips of training images, with their labels", _augmentation, subject, **blame)
-    ward.check("every image once", "an epoch draws the images without repetition", _coverage, subject, **blame)
+    runner.check(
+        "augmentation", "crops and flips of training images, with their labels", _augmentation, pipeline, **blame
+    )
+    runner.check("every image once", "an epoch draws the images without repetition", _coverage, pipeline, **blame)
 
 
-def _augmentation(subject: Subject) -> Outcome:
-    tracer = Tracer(subject)
-    traces = tracer.trace(good_batches(subject, 1)[:1], LOOKED_UP) + tracer.first_epoch()[0]
-    for epoch in sorted({1, 2, max((subject.promise.epochs or 2) - 1, 1)}):
-        traces += tracer.trace(subject.first_batches(1, epoch), FEW)
-    count, padding, flip = len(traces), tracer.padding, subject.promise.flip
+def _augmentation(pipeline: Pipeline) -> Outcome:
+    tracer = Tracer(pipeline)
+    traces = tracer.trace(good_batches(pipeline, 1)[:1], LOOKED_UP) + tracer.first_epoch()[0]
+    for epoch in sorted({1, 2, max((pipeline.expected.epochs or 2) - 1, 1)}):
+        traces += tracer.trace(pipeline.first_batches(1, epoch), FEW)
+    count, padding, flip = len(traces), tracer.padding, pipeline.expected.flip
     own = [trace for trace in traces if trace.indices]
     lost, tests = count - len(own), sum(trace.test for trace in traces)
     wrong = sum(trace.label not in tracer.labels(trace) for trace in own)
@@ -80,21 +82,21 @@ def _augmentation(subject: Subject) -> Outcome:
     return Outcome(f"all {count} found among the training images, with their labels", measured, ok, likely)
 
 
-def _coverage(subject: Subject) -> Outcome:
+def _coverage(pipeline: Pipeline) -> Outcome:
     """Images drawn more often than they are there; classes drawn more often than they are there; batches counted."""
-    data, size = subject.data, subject.promise.batch_size
+    data, size = pipeline.data, pipeline.expected.batch_size
     if data is None or not size:
         raise NotApplicable("the raw images or the size of a batch are not known")
     parts, likely = list[str](), list[str | None]()
     meant = max(1, len(data.train_labels) // size)
     try:
-        tracer = Tracer(subject)
+        tracer = Tracer(pipeline)
         traces, drawn, batches = tracer.first_epoch()
         times = Counter(trace.indices for trace in traces if trace.indices)
         repeats = sum(max(0, seen - len(indices)) for indices, seen in times.items())
         parts.append(f"{repeats} of {len(traces)} images drawn before")
     except NotApplicable:
-        repeats, (drawn, batches) = 0, _labels_of_epoch(subject, meant)
+        repeats, (drawn, batches) = 0, _labels_of_epoch(pipeline, meant)
     there = data.train_labels.cpu().bincount(minlength=data.num_classes)
     more = int((drawn.bincount(minlength=data.num_classes) - there).clamp(min=0).sum())
     parts.append(f"{batches} batches for {meant}")
@@ -106,22 +108,22 @@ def _coverage(subject: Subject) -> Outcome:
     return Outcome("all images, each once", ", ".join(parts), ok, [*likely, "loader-incomplete"])
 
 
-def _labels_of_epoch(subject: Subject, meant: int) -> tuple[Tensor, int]:
-    labels = [batch[1].cpu() for batch in islice(subject.train_batches(subject, 0), meant + 2)]
+def _labels_of_epoch(pipeline: Pipeline, meant: int) -> tuple[Tensor, int]:
+    labels = [batch[1].cpu() for batch in islice(pipeline.train_batches(pipeline, 0), meant + 2)]
     return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64), len(labels)
 
 
 class Tracer:
     """Finds the raw images behind augmented ones. Raises NotApplicable where the raw images are not known."""
 
-    def __init__(self, subject: Subject) -> None:
-        data, padding, promise = subject.data, subject.promise.crop_padding, subject.promise
-        if data is None or padding is None or promise.mean is None or promise.std is None:
+    def __init__(self, pipeline: Pipeline) -> None:
+        data, padding, expected = pipeline.data, pipeline.expected.crop_padding, pipeline.expected
+        if data is None or padding is None or expected.mean is None or expected.std is None:
             raise NotApplicable("the raw images are not known")
         if padding > 8:
             raise NotApplicable(f"a crop with padding {padding} leaves too little of an image to find it again")
-        self.subject, self.data, self.padding = subject, data, padding
-        self._near = Affine(np.array(promise.mean), np.array(promise.std))
+        self.pipeline, self.data, self.padding = pipeline, data, padding
+        self._near = Affine(np.array(expected.mean), np.array(expected.std))
         self._raw = data.train_images.cpu().contiguous().numpy()
         self._train, self._test = self._centres(self._raw), self._centres(data.test_images.cpu().contiguous().numpy())
 
@@ -131,10 +133,10 @@ class Tracer:
 
     def first_epoch(self) -> tuple[list[Trace], Tensor, int]:
         """Traces of images from all over the first epoch, all its labels, (N,), and how many batches it has."""
-        meant = max(1, len(self.data.train_labels) // (self.subject.promise.batch_size or 1))
+        meant = max(1, len(self.data.train_labels) // (self.pipeline.expected.batch_size or 1))
         each = max(1, round(TRACED / meant))
         traces, labels = list[Trace](), list[Tensor]()
-        for batch in islice(self.subject.train_batches(self.subject, 0), meant + 2):
+        for batch in islice(self.pipeline.train_batches(self.pipeline, 0), meant + 2):
             traces += self.trace([batch], each)
             labels.append(batch[1].cpu())
         return traces, torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64), len(labels)

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.core.sources import labels_of_source
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward
 from experiments.doctor.data.augmentation_checks import augmentation_checks
 from experiments.doctor.data.images import digest, some
 from experiments.doctor.data.loader_checks import good_batches, loader_checks
@@ -28,24 +28,24 @@ MOST_REPEATED = 0.05  # share of a part's images that may be there already
 LOOKS = ("brightness", "contrast", "red over green", "blue over green")
 
 
-def data_checks(ward: Ward, subject: Subject) -> None:
+def data_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the data."""
-    loader_checks(ward, subject)
-    normalisation_checks(ward, subject)
-    augmentation_checks(ward, subject)
+    loader_checks(runner, pipeline)
+    normalisation_checks(runner, pipeline)
+    augmentation_checks(runner, pipeline)
     blame = {"blame": "loader-raises"}
-    ward.check("training and test part", "no test image is trained on", _disjoint, subject, **blame)
-    ward.check("images differ", "neither part holds its images more than once", _repeated, subject, **blame)
-    ward.check("like parts", "training and test images are of one kind", _alike, subject, **blame)
-    ward.check("labels of the source", "the labels are those the data set came with", _source, subject, **blame)
-    ward.check(
-        "labels fit the images", "a linear probe learns the labels from the pixels", _information, subject, **blame
+    runner.check("training and test part", "no test image is trained on", _disjoint, pipeline, **blame)
+    runner.check("images differ", "neither part holds its images more than once", _repeated, pipeline, **blame)
+    runner.check("like parts", "training and test images are of one kind", _alike, pipeline, **blame)
+    runner.check("labels of the source", "the labels are those the data set came with", _source, pipeline, **blame)
+    runner.check(
+        "labels fit the images", "a linear probe learns the labels from the pixels", _information, pipeline, **blame
     )
 
 
-def _alike(subject: Subject) -> Outcome:
+def _alike(pipeline: Pipeline) -> Outcome:
     """Brightness, contrast and colour of the images of both parts, in standard errors."""
-    data = subject.data
+    data = pipeline.data
     if data is None:
         raise NotApplicable("the raw images are not known")
     train, test = _looks(data.train_images), _looks(data.test_images)
@@ -66,10 +66,10 @@ def _looks(images: Tensor) -> NDArray[np.float64]:
     return torch.stack([flat.mean(1), flat.std(1), red - green, blue - green], 1).double().cpu().numpy()
 
 
-def _source(subject: Subject) -> Outcome:
+def _source(pipeline: Pipeline) -> Outcome:
     """The files or the embedded digits, read again: every image must have the label it came with."""
-    data = subject.data
-    known = None if data is None else labels_of_source(data.name, subject.promise.config)
+    data = pipeline.data
+    known = None if data is None else labels_of_source(data.name, pipeline.expected.config)
     if data is None or known is None:
         raise NotApplicable("only the digits and CIFAR-10 can be read again")
     wrong: dict[str, int] = {}
@@ -85,8 +85,8 @@ def _source(subject: Subject) -> Outcome:
     return Outcome("every label as it came", measured, not any(wrong.values()), likely)
 
 
-def _disjoint(subject: Subject) -> Outcome:
-    data = subject.data
+def _disjoint(pipeline: Pipeline) -> Outcome:
+    data = pipeline.data
     if data is None:
         raise NotApplicable("the raw images are not known")
     train = {digest(image) for image in data.train_images.cpu().contiguous().numpy()}
@@ -99,8 +99,8 @@ def _disjoint(subject: Subject) -> Outcome:
     )
 
 
-def _repeated(subject: Subject) -> Outcome:
-    data = subject.data
+def _repeated(pipeline: Pipeline) -> Outcome:
+    data = pipeline.data
     if data is None:
         raise NotApplicable("the raw images are not known")
     parts, worst = [], 0.0
@@ -112,16 +112,16 @@ def _repeated(subject: Subject) -> Outcome:
     return Outcome(expected, ", ".join(parts), worst <= MOST_REPEATED, ["images-repeated"], worst / MOST_REPEATED)
 
 
-def _information(subject: Subject) -> Outcome:
+def _information(pipeline: Pipeline) -> Outcome:
     """Ridge regression from 8 x 8 pixels to the labels: fitted on half of the images, tried on the rest."""
-    x, y = _training_images(subject)
+    x, y = _training_images(pipeline)
     half = len(x) // 2
-    classes = int(y.max()) + 1 if subject.promise.num_classes is None else subject.promise.num_classes
+    classes = int(y.max()) + 1 if pipeline.expected.num_classes is None else pipeline.expected.num_classes
     if half < 10 * classes or classes < 2:
         raise NotApplicable(f"{len(x)} images are too few for a probe of {classes} classes")
     weights = _ridge(x[:half], y[:half], classes)
     held = _score(weights, x[half:], y[half:], classes)
-    test = _test_images(subject)
+    test = _test_images(pipeline)
     tested = _score(_ridge(x, y, classes), *test, classes) if test is not None else None
     ok_train = held[1] > SURE
     ok_test = tested is None or (tested[1] > SURE and tested[0] > 0.5 * held[0])
@@ -135,19 +135,19 @@ def _information(subject: Subject) -> Outcome:
     return Outcome(expected, measured, ok_train and ok_test, likely)
 
 
-def _training_images(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    if subject.data is not None:
-        return _features(subject.data.train_images, subject.data.train_labels)
-    batches = good_batches(subject, 40)
+def _training_images(pipeline: Pipeline) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    if pipeline.data is not None:
+        return _features(pipeline.data.train_images, pipeline.data.train_labels)
+    batches = good_batches(pipeline, 40)
     return _features(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))
 
 
-def _test_images(subject: Subject) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
-    if isinstance(subject.data, ImageData):
-        return _features(subject.data.test_images, subject.data.test_labels)
-    if subject.test_batches is None:
+def _test_images(pipeline: Pipeline) -> tuple[NDArray[np.float64], NDArray[np.int64]] | None:
+    if isinstance(pipeline.data, ImageData):
+        return _features(pipeline.data.test_images, pipeline.data.test_labels)
+    if pipeline.test_batches is None:
         return None
-    batches = some(subject.test_batches(subject), 40)
+    batches = some(pipeline.test_batches(pipeline), 40)
     if not batches or sum(len(b[1]) for b in batches) < 100:
         return None
     return _features(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
-from experiments.doctor.core.subject import Subject, run_test_batches
-from experiments.doctor.core.ward import Broken, NotApplicable, Outcome, Ward, reseed, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed, preserve_state, reseed
+from experiments.doctor.core.pipeline import Pipeline, run_test_batches
 from experiments.doctor.network.compression_account import compare_compression
 from experiments.doctor.training.checkpoint_checks import checkpoint_checks
 from experiments.doctor.training.record_checks import Look, counted, fault_of_look, few_right, record_fault
@@ -35,39 +35,39 @@ OTHER_SEED = 20_251
 LOSS_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
-def account_checks(ward: Ward, subject: Subject, reported: Reported) -> None:
+def account_checks(runner: CheckRunner, pipeline: Pipeline, reported: Reported) -> None:
     """Add the findings about what was reported. The network is the one that training left."""
-    if subject.evaluate is not None and reported.result is None:
-        _evaluate(subject, reported)
-    checkpoint_checks(ward, subject, reported)
-    ward.check("last record", "sparsity, dead filters and bits, counted again", _record, subject, reported)
-    ward.check("test accuracy", "the share of right answers, counted by hand", _accuracy, subject, reported)
-    ward.check("whole test set", "every test image, in eval mode, quantizers on", _whole, subject, reported)
-    ward.check("evaluation repeats", "twice the same figures, and nothing changed", _repeats, subject, reported)
-    ward.check("reported compression", "MACs and BOPs of the trained network", _compression, subject, reported)
-    ward.check("measuring", "records of a disturbed network are right", _stressed_record, subject)
-    ward.check("compression", "MACs and BOPs of a disturbed network are right", _stressed_compression, subject)
+    if pipeline.evaluate is not None and reported.result is None:
+        _evaluate(pipeline, reported)
+    checkpoint_checks(runner, pipeline, reported)
+    runner.check("last record", "sparsity, dead filters and bits, counted again", _record, pipeline, reported)
+    runner.check("test accuracy", "the share of right answers, counted by hand", _accuracy, pipeline, reported)
+    runner.check("whole test set", "every test image, in eval mode, quantizers on", _whole, pipeline, reported)
+    runner.check("evaluation repeats", "twice the same figures, and nothing changed", _repeats, pipeline, reported)
+    runner.check("reported compression", "MACs and BOPs of the trained network", _compression, pipeline, reported)
+    runner.check("measuring", "records of a disturbed network are right", _stressed_record, pipeline)
+    runner.check("compression", "MACs and BOPs of a disturbed network are right", _stressed_compression, pipeline)
 
 
-def _evaluate(subject: Subject, reported: Reported) -> None:
-    assert subject.evaluate is not None
-    before = state_of(subject.model)
-    with watching(subject.model) as seen:
+def _evaluate(pipeline: Pipeline, reported: Reported) -> None:
+    assert pipeline.evaluate is not None
+    before = state_of(pipeline.model)
+    with watching(pipeline.model) as seen:
         try:
-            reported.result, reported.accuracy = subject.evaluate(subject)
+            reported.result, reported.accuracy = pipeline.evaluate(pipeline)
         except Exception as error:
-            reported.error = Broken("measure-raises", error)
+            reported.error = PartFailed("measure-raises", error)
     reported.seen = seen
-    reported.changed = not same_state(before, state_of(subject.model))
+    reported.changed = not same_state(before, state_of(pipeline.model))
 
 
-def _record(subject: Subject, reported: Reported) -> Outcome:
+def _record(pipeline: Pipeline, reported: Reported) -> Outcome:
     if reported.history is None or not reported.history.records:
         raise NotApplicable("there is no history")
     record = reported.history.records[-1]
-    if not quantized_layers(subject.model):
+    if not quantized_layers(pipeline.model):
         raise NotApplicable("no layer is quantized")
-    fault, likely = record_fault(subject, record)
+    fault, likely = record_fault(pipeline, record)
     measured = fault or (
         f"{100 * record.unstructured_sparsity:.2f}% zeros, {100 * record.structured_sparsity:.2f}% dead, "
         f"{record.mean_bits:.2f} bits"
@@ -75,40 +75,40 @@ def _record(subject: Subject, reported: Reported) -> Outcome:
     return Outcome("as counted from the latent weights", measured, not fault, [*likely, "report-wrong"])
 
 
-def _accuracy(subject: Subject, reported: Reported) -> Outcome:
+def _accuracy(pipeline: Pipeline, reported: Reported) -> Outcome:
     parts: list[str] = []
     likely: list[str | None] = []
     worst = 0.0
-    if reported.history is not None and reported.history.records and subject.measure is not None:
+    if reported.history is not None and reported.history.records and pipeline.measure is not None:
         record = reported.history.records[-1]
-        right, count, loss = accuracy_by_hand(subject, subject.precision)
-        close = ACCURACY_CLOSE[subject.precision] + 0.5 / count
+        right, count, loss = accuracy_by_hand(pipeline, pipeline.precision)
+        close = ACCURACY_CLOSE[pipeline.precision] + 0.5 / count
         off, loss_off = abs(record.accuracy - right / count), abs(record.test_loss - loss) / max(loss, 0.05)
-        worst = max(off / close, loss_off / LOSS_CLOSE[subject.precision])
+        worst = max(off / close, loss_off / LOSS_CLOSE[pipeline.precision])
         parts.append(f"{100 * record.accuracy:.2f}% recorded, {100 * right / count:.2f}% counted")
         if worst > 1:
             parts.append(f"test loss {record.test_loss:.4f} recorded, {loss:.4f} counted")
-            likely += _accuracy_diagnosis(subject, reported, record) + _training_images_key(subject, record.accuracy)
+            likely += _accuracy_diagnosis(pipeline, reported, record) + _training_images_key(pipeline, record.accuracy)
     if reported.accuracy is not None:
-        right, count, _ = accuracy_by_hand(subject, torch.float32)
+        right, count, _ = accuracy_by_hand(pipeline, torch.float32)
         off = abs(reported.accuracy - right / count)
         parts.append(f"{100 * reported.accuracy:.2f}% reported in float32, {100 * right / count:.2f}% counted")
         close = ACCURACY_CLOSE[torch.float32] + 0.5 / count
         worst = max(worst, off / close)
         if off > close:
-            likely += _mode_keys(reported.seen, count) + _training_images_key(subject, reported.accuracy)
+            likely += _mode_keys(reported.seen, count) + _training_images_key(pipeline, reported.accuracy)
     if not parts:
         raise NotApplicable("no accuracy was reported")
     return Outcome("as counted", "; ".join(parts), worst <= 1, [*likely, "partial-test-set", "accuracy-wrong"], worst)
 
 
-def _training_images_key(subject: Subject, told: float) -> list[str]:
+def _training_images_key(pipeline: Pipeline, told: float) -> list[str]:
     """Whether an accuracy that is not the test set's is that of the training images."""
-    if subject.data is None:
+    if pipeline.data is None:
         return []
-    data = subject.data
+    data = pipeline.data
     own = replace(data, test_images=data.train_images, test_labels=data.train_labels)
-    right, count, _ = accuracy_by_hand(replace(subject, data=own), torch.float32)
+    right, count, _ = accuracy_by_hand(replace(pipeline, data=own), torch.float32)
     return ["accuracy-on-training"] if abs(told - right / count) <= ACCURACY_CLOSE[torch.float32] + 0.5 / count else []
 
 
@@ -120,54 +120,54 @@ def _mode_keys(seen: Seen | None, count: int) -> list[str]:
     return keys + (["partial-test-set"] if 0 < seen.images < count else [])
 
 
-def _accuracy_diagnosis(subject: Subject, reported: Reported, record: EpochRecord) -> list[str]:
+def _accuracy_diagnosis(pipeline: Pipeline, reported: Reported, record: EpochRecord) -> list[str]:
     """Records of other epochs that fit better, and what was seen while measuring again."""
     keys: list[str] = []
-    seen = _measured_again(subject)
+    seen = _measured_again(pipeline)
     if seen is not None:
-        keys += _mode_keys(seen[1], _test_count(subject))
+        keys += _mode_keys(seen[1], _test_count(pipeline))
         fresh = seen[0]
         if not keys and abs(fresh.accuracy - record.accuracy) > 1e-9:
-            other = _measured_again(subject, other_random_numbers=True)
+            other = _measured_again(pipeline, other_random_numbers=True)
             repeats = other is not None and other[0].accuracy == fresh.accuracy
             keys += ["history-shifted", "history-stale"] if repeats else ["evaluation-not-repeatable"]
     return keys
 
 
-def _measured_again(subject: Subject, *, other_random_numbers: bool = False) -> tuple[EpochRecord, Seen] | None:
+def _measured_again(pipeline: Pipeline, *, other_random_numbers: bool = False) -> tuple[EpochRecord, Seen] | None:
     """What `measure` says of the network as it is now; every call sees the same random numbers, unless others."""
-    if subject.measure is None:
+    if pipeline.measure is None:
         return None
-    epoch = max((subject.promise.epochs or 1) - 1, 0)
+    epoch = max((pipeline.expected.epochs or 1) - 1, 0)
     try:
-        with undisturbed(subject), watching(subject.model) as seen:
+        with preserve_state(pipeline), watching(pipeline.model) as seen:
             if other_random_numbers:
                 reseed(OTHER_SEED)
-            return subject.measure(subject, _means(subject), epoch, 0.0), seen
+            return pipeline.measure(pipeline, _means(pipeline), epoch, 0.0), seen
     except Exception as error:
-        raise Broken("measure-raises", error) from error
+        raise PartFailed("measure-raises", error) from error
 
 
-def _means(subject: Subject) -> EpochMeans:
+def _means(pipeline: Pipeline) -> EpochMeans:
     """Means of one made-up step, for a `measure` that wants some."""
-    one = torch.ones((), device=subject.device)
+    one = torch.ones((), device=pipeline.device)
     means = EpochMeans()
     means.add(Step(0, 1, 1, StepLosses(total=2 * one, task=one, logits=one, groups=0 * one, correct=one)))
     return means
 
 
-def _test_count(subject: Subject) -> int:
-    if subject.data is not None:
-        return len(subject.data.test_labels)
-    return sum(len(batch[1]) for batch in subject.test_batches(subject)) if subject.test_batches else 0
+def _test_count(pipeline: Pipeline) -> int:
+    if pipeline.data is not None:
+        return len(pipeline.data.test_labels)
+    return sum(len(batch[1]) for batch in pipeline.test_batches(pipeline)) if pipeline.test_batches else 0
 
 
-def _whole(subject: Subject, reported: Reported) -> Outcome:
-    count = _test_count(subject)
+def _whole(pipeline: Pipeline, reported: Reported) -> Outcome:
+    count = _test_count(pipeline)
     if not count:
         raise NotApplicable("there is no test set")
     found: dict[str, Seen] = {}
-    again = _measured_again(subject)
+    again = _measured_again(pipeline)
     if again is not None:
         found["measure"] = again[1]
     if reported.seen is not None and reported.error is None:
@@ -182,24 +182,24 @@ def _whole(subject: Subject, reported: Reported) -> Outcome:
     return Outcome(f"{count:,} images in eval mode, quantizers on", "; ".join(parts), not likely, likely)
 
 
-def _repeats(subject: Subject, reported: Reported) -> Outcome:
+def _repeats(pipeline: Pipeline, reported: Reported) -> Outcome:
     if reported.error is not None:
         raise reported.error
     parts: list[str] = []
     if reported.changed:
         parts.append("evaluating changed the network")
-    first, before = _measured_again(subject), state_of(subject.model)
-    second = _measured_again(subject, other_random_numbers=True)
+    first, before = _measured_again(pipeline), state_of(pipeline.model)
+    second = _measured_again(pipeline, other_random_numbers=True)
     if first is None or second is None:
         raise NotApplicable("nothing measures this pipeline")
-    if not same_state(before, state_of(subject.model)):
+    if not same_state(before, state_of(pipeline.model)):
         parts.append("measuring changed the network")
     a, b = replace(first[0], seconds=0.0), replace(second[0], seconds=0.0)
     if a != b:
         parts.append(f"accuracy {100 * a.accuracy:.2f}%, then {100 * b.accuracy:.2f}%")
-    if subject.evaluate is not None:
-        with undisturbed(subject):
-            accuracies = [subject.evaluate(_small(subject))[1] for _ in range(2)]
+    if pipeline.evaluate is not None:
+        with preserve_state(pipeline):
+            accuracies = [pipeline.evaluate(_small(pipeline))[1] for _ in range(2)]
         if accuracies[0] != accuracies[1]:
             parts.append(f"{100 * accuracies[0]:.2f}% in float32, then {100 * accuracies[1]:.2f}%")
     likely = ["evaluation-changes-model" if reported.changed else None, "evaluation-not-repeatable"]
@@ -207,21 +207,21 @@ def _repeats(subject: Subject, reported: Reported) -> Outcome:
     return Outcome("exactly the same", "; ".join(parts) or "exactly the same", not parts, likely)
 
 
-def _compression(subject: Subject, reported: Reported) -> Outcome:
+def _compression(pipeline: Pipeline, reported: Reported) -> Outcome:
     if reported.error is not None:
         raise reported.error
     if reported.result is None:
         raise NotApplicable("no compression was reported")
-    return compare_compression(subject, reported.result)
+    return compare_compression(pipeline, reported.result)
 
 
 @contextmanager
-def disturbed(subject: Subject) -> Iterator[None]:
+def disturbed(pipeline: Pipeline) -> Iterator[None]:
     """Inside, every layer has another bit width, a wide dead zone, and its own number of dead filters and inputs."""
-    with undisturbed(subject):
+    with preserve_state(pipeline):
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for place, layer in enumerate(quantized_layers(subject.model).values()):
+            for place, layer in enumerate(quantized_layers(pipeline.model).values()):
                 quantizer = cast(Any, layer).parametrizations.weight[0].quantizer
                 latent = latent_weight(layer)
                 for leaf, theta in (("logit_dz", 0.5 + 0.15 * (place % 5)), ("logit_bit", 0.25 + 0.3 * (place % 6))):
@@ -233,24 +233,24 @@ def disturbed(subject: Subject) -> Iterator[None]:
         yield
 
 
-def _small(subject: Subject) -> Subject:
-    """The same subject with few test images: what it measures of them does not matter here."""
-    data = subject.data
+def _small(pipeline: Pipeline) -> Pipeline:
+    """The same pipeline with few test images: what it measures of them does not matter here."""
+    data = pipeline.data
     if data is None:
-        return subject
+        return pipeline
     few = min(STRESS_IMAGES, len(data.test_labels))
-    return replace(subject, data=replace(data, test_images=data.test_images[:few], test_labels=data.test_labels[:few]))
+    return replace(pipeline, data=replace(data, test_images=data.test_images[:few], test_labels=data.test_labels[:few]))
 
 
-def _stressed_record(subject: Subject) -> Outcome:
-    if subject.measure is None or not quantized_layers(subject.model):
+def _stressed_record(pipeline: Pipeline) -> Outcome:
+    if pipeline.measure is None or not quantized_layers(pipeline.model):
         raise NotApplicable("nothing is measured, or no layer is quantized")
-    with disturbed(subject):
-        few = _small(subject)
+    with disturbed(pipeline):
+        few = _small(pipeline)
         again = _measured_again(few)
         assert again is not None
         # A test loader of its own does not know of the few images.
-        right = few_right(few) if subject.test_batches is run_test_batches else None
+        right = few_right(few) if pipeline.test_batches is run_test_batches else None
         fault, likely = fault_of_look(Look(again[0], None, right, *counted(few)), few)
     record = again[0]
     measured = fault or (
@@ -261,13 +261,13 @@ def _stressed_record(subject: Subject) -> Outcome:
     return Outcome("as counted from the latent weights", measured, not fault, [*keys, *likely, "report-wrong"])
 
 
-def _stressed_compression(subject: Subject) -> Outcome:
-    if subject.evaluate is None or not quantized_layers(subject.model):
+def _stressed_compression(pipeline: Pipeline) -> Outcome:
+    if pipeline.evaluate is None or not quantized_layers(pipeline.model):
         raise NotApplicable("no compression is reported, or no layer is quantized")
-    with disturbed(subject):
-        few = _small(subject)
+    with disturbed(pipeline):
+        few = _small(pipeline)
         try:
-            result, _ = subject.evaluate(few)
+            result, _ = pipeline.evaluate(few)
         except Exception as error:
-            raise Broken("measure-raises", error) from error
+            raise PartFailed("measure-raises", error) from error
         return compare_compression(few, result)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.network_checks import batch_of, scores_of
 from utils_quantization import latent_weight, quantized_layers
 
@@ -19,29 +19,29 @@ IMAGES = 32
 CLOSE = 1e-3  # relative; float32 in another memory layout is good to 1e-5
 
 
-def baseline_checks(ward: Ward, subject: Subject) -> None:
+def baseline_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the finding about network and baseline."""
     proves = "with quantizers off it is the baseline with the same weights"
-    ward.check("network and baseline", proves, _same_network, subject, blame="baseline-wrong")
+    runner.check("network and baseline", proves, _same_network, pipeline, blame="baseline-wrong")
 
 
-def _same_network(subject: Subject) -> Outcome:
-    if subject.baseline is None:
+def _same_network(pipeline: Pipeline) -> Outcome:
+    if pipeline.baseline is None:
         raise NotApplicable("there is no baseline")
-    with undisturbed(subject):
-        baseline = subject.baseline().to(subject.device)
-        own = _float_state(subject.model)
+    with preserve_state(pipeline):
+        baseline = pipeline.baseline().to(pipeline.device)
+        own = _float_state(pipeline.model)
         theirs = baseline.state_dict()
         odd = sorted(own.keys() ^ theirs.keys())
         odd += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
         if odd:
-            if subject.promise.config is None:
+            if pipeline.expected.config is None:
                 raise NotApplicable("the baseline is another architecture")
             return Outcome("the baseline's tensors", f"not those: {names(odd)}", False, ["network-differs"])
         baseline.load_state_dict(own)
-        images, _ = batch_of(subject, IMAGES)
-        off = {f"in {mode} mode": _difference(subject, baseline, images, mode) for mode in ("training", "eval")}
-        before, after = _float_state(subject.model), baseline.state_dict()
+        images, _ = batch_of(pipeline, IMAGES)
+        off = {f"in {mode} mode": _difference(pipeline, baseline, images, mode) for mode in ("training", "eval")}
+        before, after = _float_state(pipeline.model), baseline.state_dict()
         moved = [n for n in before if before[n].is_floating_point() and _relative(before[n], after[n]) > CLOSE]
     parts = [f"outputs differ by {100 * miss:.2g}% {mode}" for mode, miss in off.items() if not miss <= CLOSE]
     parts += [f"other statistics in {names(moved)}"] if moved else []
@@ -58,12 +58,12 @@ def _float_state(model: nn.Module) -> dict[str, Tensor]:
     return found | {f"{n}.weight": latent_weight(layer).detach() for n, layer in quantized_layers(model).items()}
 
 
-def _difference(subject: Subject, baseline: nn.Module, images: Tensor, mode: str) -> float:
+def _difference(pipeline: Pipeline, baseline: nn.Module, images: Tensor, mode: str) -> float:
     """||model - baseline|| / ||baseline|| of the outputs; both see the same random numbers."""
-    for network in (subject.model, baseline):
+    for network in (pipeline.model, baseline):
         network.train(mode == "training")
     state = torch.get_rng_state()
-    found = scores_of(subject, images, enabled=False)
+    found = scores_of(pipeline, images, enabled=False)
     torch.set_rng_state(state)
     with torch.no_grad():
         meant = baseline(images).float()

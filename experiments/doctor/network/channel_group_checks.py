@@ -10,44 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.network_checks import batch_of, scores_of
 from experiments.doctor.step.penalty_diagnosis import parameter_name
-from experiments.doctor.training.unsettled import unsettle
+from experiments.doctor.training.perturbation import perturb_
 from utils_quantization import eval_mode
 
 
-def channel_group_checks(ward: Ward, subject: Subject) -> None:
+def channel_group_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the finding about the groups."""
-    ward.check("channel groups", "zeroing a group makes its channel zero for all who read it", _groups, subject)
+    runner.check("channel groups", "zeroing a group makes its channel zero for all who read it", _groups, pipeline)
 
 
-def _groups(subject: Subject) -> Outcome:
+def _groups(pipeline: Pipeline) -> Outcome:
     """Zero everything that makes the channels of random groups; those who read them must see zeros there."""
-    if subject.promise.penalty is None:
-        raise NotApplicable("no penalty on channel groups is promised")
-    grouping = objective.channel_grouping(subject)
-    images, _ = batch_of(subject, 8)
+    if pipeline.expected.penalty is None:
+        raise NotApplicable("no penalty on channel groups is expected")
+    grouping = objective.channel_grouping(pipeline)
+    images, _ = batch_of(pipeline, 8)
     random = np.random.default_rng(0)
     wrong: set[str] = set()
-    with undisturbed(subject):
-        unsettle(subject)
-        subject.model.eval()
+    with preserve_state(pipeline):
+        perturb_(pipeline)
+        pipeline.model.eval()
         for _ in range(4):
             chosen = random.random(grouping.count) < 0.5
-            with undisturbed(subject):
-                wrong |= _intervene(subject, grouping, chosen, images)
-    uncovered = _uncovered(subject, grouping)
+            with preserve_state(pipeline):
+                wrong |= _intervene(pipeline, grouping, chosen, images)
+    uncovered = _uncovered(pipeline, grouping)
     measured = f"{grouping.count} groups hold" if not wrong else f"not zero where {names(sorted(wrong))} read them"
     measured += f"; in no group: channels of {names(uncovered)}" if uncovered else ""
     likely = ["penalty-ignores-shortcut", "penalty-groups-shifted", "penalty-wrong"]
     return Outcome("zero at every reader", measured, not wrong and not uncovered, likely)
 
 
-def _intervene(subject: Subject, grouping: objective.Grouping, chosen: np.ndarray, images: Tensor) -> set[str]:
+def _intervene(pipeline: Pipeline, grouping: objective.Grouping, chosen: np.ndarray, images: Tensor) -> set[str]:
     """Modules that read something else than zero from the channels of the chosen groups."""
-    model = subject.model
+    model = pipeline.model
     with torch.no_grad():
         for member in grouping.members:
             if member.role != "slice":
@@ -61,7 +61,7 @@ def _intervene(subject: Subject, grouping: objective.Grouping, chosen: np.ndarra
             hooks.append(model.get_submodule(member.module).register_forward_pre_hook(_keeper(seen, member.module)))
     try:
         with eval_mode(model):
-            scores_of(subject, images)
+            scores_of(pipeline, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -82,7 +82,7 @@ def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], No
     return keep
 
 
-def _uncovered(subject: Subject, grouping: objective.Grouping) -> list[str]:
+def _uncovered(pipeline: Pipeline, grouping: objective.Grouping) -> list[str]:
     """Convolutions with output channels in no group."""
     whole = {m.module for m in grouping.members if m.role == "filter" and (m.groups >= 0).all()}
-    return [n for n, m in subject.model.named_modules() if isinstance(m, nn.Conv2d) and n not in whole]
+    return [n for n, m in pipeline.model.named_modules() if isinstance(m, nn.Conv2d) and n not in whole]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import Outcome, names
+from experiments.doctor.core.check_runner import Outcome, names
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight, flat, logits
 from experiments.evaluator import EvalResult
@@ -39,18 +39,18 @@ class Cost:
     unsure: int = 0
 
 
-def costs(subject: Subject) -> dict[str, Cost]:
+def costs(pipeline: Pipeline) -> dict[str, Cost]:
     """Every convolution and linear layer of the network, by name: output pixels by hooks, zeros by the equations."""
-    model, settings = subject.model, subject.promise.quantizer
+    model, settings = pipeline.model, pipeline.expected.quantizer
     pixels: dict[str, int] = {}
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             hooks.append(module.register_forward_hook(_pixel_hook(pixels, name)))
-    size = subject.promise.input_size or (3, 32, 32)
+    size = pipeline.expected.input_size or (3, 32, 32)
     try:
         with torch.no_grad(), eval_mode(model):
-            model(torch.zeros(1, *size, device=subject.device))
+            model(torch.zeros(1, *size, device=pipeline.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -90,9 +90,9 @@ def flops_macs(network: nn.Module, size: tuple[int, int, int], device: torch.dev
     return int(counter.get_total_flops()) // 2
 
 
-def compare_compression(subject: Subject, result: EvalResult) -> Outcome:
+def compare_compression(pipeline: Pipeline, result: EvalResult) -> Outcome:
     """A result against the costs counted a second time, for the network as it is now."""
-    meant = costs(subject)
+    meant = costs(pipeline)
     dense = sum(cost.dense for cost in meant.values())
     full = dense * 32.0 * ACTIVATION_BITS
     macs = sum(cost.nonzero for cost in meant.values())
@@ -120,7 +120,7 @@ def compare_compression(subject: Subject, result: EvalResult) -> Outcome:
     if fault:
         wrong.append(fault)
         likely += keys
-    _structured(subject, result, meant, wrong, likely)
+    _structured(pipeline, result, meant, wrong, likely)
     measured = "; ".join(wrong[:2]) or f"{macs:,} MACs, {full / max(bops, 1):.2f} times fewer BOPs"
     return Outcome("as counted from weights, bits and a built network", measured, not wrong, [*likely, "bops-wrong"])
 
@@ -181,14 +181,14 @@ def _ratio_fault(result: EvalResult, dense: int) -> tuple[str, list[str]]:
 
 
 def _structured(
-    subject: Subject, result: EvalResult, meant: dict[str, Cost], wrong: list[str], likely: list[str]
+    pipeline: Pipeline, result: EvalResult, meant: dict[str, Cost], wrong: list[str], likely: list[str]
 ) -> None:
     """The network that exact removal leaves, built and counted."""
-    size = subject.promise.input_size or (3, 32, 32)
+    size = pipeline.expected.input_size or (3, 32, 32)
     found = result.structured_stats
-    with eval_mode(subject.model):
+    with eval_mode(pipeline.model):
         try:
-            built = flops_macs(compact(subject.model, size), size, subject.device)
+            built = flops_macs(compact(pipeline.model, size), size, pipeline.device)
         except ValueError:  # a network that removal does not know or leaves nothing of
             return
     if abs(found.total_macs - built) > 0.5:
@@ -202,7 +202,7 @@ def _structured(
     if odd:
         wrong.append(f"the channels left in {names(odd)} do not give its MACs")
         likely += ["report-wrong", "macs-wrong"]
-    _dead(subject, found, wrong, likely)
+    _dead(pipeline, found, wrong, likely)
 
 
 def _channels_fit(stats: LayerStats, cost: Cost) -> bool:
@@ -215,9 +215,9 @@ def _channels_fit(stats: LayerStats, cost: Cost) -> bool:
     return any(abs(stats.macs - macs) < 0.5 for macs in left)
 
 
-def _dead(subject: Subject, found: ModelStats, wrong: list[str], likely: list[str]) -> None:
-    settings = subject.promise.quantizer
-    layers = quantized_layers(subject.model)
+def _dead(pipeline: Pipeline, found: ModelStats, wrong: list[str], likely: list[str]) -> None:
+    settings = pipeline.expected.quantizer
+    layers = quantized_layers(pipeline.model)
     for stats in found.layers:
         if stats.name not in layers or settings is None:
             continue

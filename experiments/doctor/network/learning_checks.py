@@ -6,20 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.training.record_checks import Look
 
 FEWEST_STEPS = 60  # updates below which accuracy is not judged
 
 
-def learning_checks(ward: Ward, subject: Subject, looks: Sequence[Look], steps: int, first_epoch: int) -> None:
+def learning_checks(
+    runner: CheckRunner, pipeline: Pipeline, looks: Sequence[Look], steps: int, first_epoch: int
+) -> None:
     """Add the findings about loss, accuracy and layers. steps: updates that were seen; first_epoch: from 0."""
-    classes = subject.promise.num_classes
-    ward.check("the loss falls", "the network learns its training set", _falls, looks, steps, first_epoch, classes)
-    ward.check("above chance", "the test accuracy leaves chance", _chance, looks, steps, classes)
-    ward.check("no collapse", "accuracy does not break down", _collapse, looks, classes)
-    ward.check("no layer dies", "every layer keeps a live filter", _alive, looks)
+    classes = pipeline.expected.num_classes
+    runner.check("the loss falls", "the network learns its training set", _falls, looks, steps, first_epoch, classes)
+    runner.check("above chance", "the test accuracy leaves chance", _chance, looks, steps, classes)
+    runner.check("no collapse", "accuracy does not break down", _collapse, looks, classes)
+    runner.check("no layer dies", "every layer keeps a live filter", _alive, looks)
 
 
 def _enough(looks: Sequence[Look], count: int) -> None:

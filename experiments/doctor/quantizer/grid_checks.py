@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experiments.doctor.core.promise import QuantizerPromise
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
+from experiments.doctor.core.expected import ExpectedQuantizer
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_cases import TOLERANCE, Answer, Case, answer_to, cases_of, stands_still
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, promised_quantizer
@@ -25,17 +25,17 @@ DIFFERENCES = 0.01  # central differences of step 1e-5 in float64 are good to 1e
 MUCH_NEARER = 0.2  # a mistake explains what was found where its misfit is below this share of the equations'
 
 
-def grid_checks(ward: Ward, subject: Subject) -> None:
+def grid_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the quantizers' values and gradients."""
-    ward.check("quantized values", "the quantizer computes CoDeQ's grid, zeros and levels", _values, subject)
-    ward.check("straight-through gradient", "a pruned or saturated weight still moves", _weight_gradient, subject)
-    ward.check("gradient of the logits", "dead zone and bit width learn from the loss", _logit_gradient, subject)
+    runner.check("quantized values", "the quantizer computes CoDeQ's grid, zeros and levels", _values, pipeline)
+    runner.check("straight-through gradient", "a pruned or saturated weight still moves", _weight_gradient, pipeline)
+    runner.check("gradient of the logits", "dead zone and bit width learn from the loss", _logit_gradient, pipeline)
 
 
-def _values(subject: Subject) -> Outcome:
-    settings = promised_quantizer(subject)
+def _values(pipeline: Pipeline) -> Outcome:
+    settings = promised_quantizer(pipeline)
     worst, where, tolerated, votes = 0.0, "", TOLERANCE, Counter[str]()
-    for case in cases_of(subject):
+    for case in cases_of(pipeline):
         g = equations.grid(case.weights, case.theta_dz, bits_in_use(settings, case.theta_bit))
         answer, again = answer_to(case), answer_to(case)
         if not np.array_equal(answer.values, again.values):
@@ -65,7 +65,7 @@ def _largest(found: equations.Values, expected: equations.Values, sure: NDArray[
     return float(np.abs(found - expected)[sure].max(initial=0.0))
 
 
-def _values_diagnosis(case: Case, settings: QuantizerPromise, found: equations.Values) -> list[str]:
+def _values_diagnosis(case: Case, settings: ExpectedQuantizer, found: equations.Values) -> list[str]:
     """Which mistake gives the values that were found, and otherwise which part of the grid is not as it should be."""
     w, bits = case.weights, bits_in_use(settings, case.theta_bit)
     g = equations.grid(w, case.theta_dz, bits)
@@ -152,12 +152,12 @@ class Miss:
     answer: Answer
 
 
-def _worst(subject: Subject, parts: tuple[int, ...]) -> Miss:
+def _worst(pipeline: Pipeline, parts: tuple[int, ...]) -> Miss:
     """parts: 0 the weights, 1 and 2 the logits. Raises NotApplicable where none of them is learned."""
-    settings = promised_quantizer(subject)
+    settings = promised_quantizer(pipeline)
     random = np.random.default_rng(0)
     worst: Miss | None = None
-    for case in cases_of(subject):
+    for case in cases_of(pipeline):
         upstream = random.standard_normal(len(case.weights))
         answer = answer_to(case, upstream)
         if 0 not in parts and not _on_the_grid(case, settings, answer):
@@ -171,7 +171,7 @@ def _worst(subject: Subject, parts: tuple[int, ...]) -> Miss:
     return worst
 
 
-def _on_the_grid(case: Case, settings: QuantizerPromise, answer: Answer) -> bool:
+def _on_the_grid(case: Case, settings: ExpectedQuantizer, answer: Answer) -> bool:
     """Whether the values are right; the gradients of the logits mean nothing otherwise."""
     g = equations.grid(case.weights, case.theta_dz, bits_in_use(settings, case.theta_bit))
     sure = ~equations.near_a_threshold(case.weights, g, answer.tolerance)
@@ -180,7 +180,7 @@ def _on_the_grid(case: Case, settings: QuantizerPromise, answer: Answer) -> bool
 
 
 def _expected(
-    case: Case, settings: QuantizerPromise, upstream: equations.Values, wrong: str = ""
+    case: Case, settings: ExpectedQuantizer, upstream: equations.Values, wrong: str = ""
 ) -> list[equations.Values]:
     g = equations.grid(case.weights, case.theta_dz, bits_in_use(settings, case.theta_bit))
     out = equations.gradient(
@@ -197,23 +197,23 @@ def _error(found: equations.Values | None, right: equations.Values) -> float | N
     return float(np.linalg.norm(found - right)) / size
 
 
-def _weight_gradient(subject: Subject) -> Outcome:
-    return _outcome(subject, (0,), "weight-gradient-wrong", "the identity on all weights but 0")
+def _weight_gradient(pipeline: Pipeline) -> Outcome:
+    return _outcome(pipeline, (0,), "weight-gradient-wrong", "the identity on all weights but 0")
 
 
-def _logit_gradient(subject: Subject) -> Outcome:
-    settings = promised_quantizer(subject)
+def _logit_gradient(pipeline: Pipeline) -> Outcome:
+    settings = promised_quantizer(pipeline)
     if not settings.learns_bits and not settings.learns_dead_zone:
         raise NotApplicable("neither bits nor dead zones are learned")
-    return _outcome(subject, (1, 2), "logit-gradient-wrong", "the derivative of d, s and delta")
+    return _outcome(pipeline, (1, 2), "logit-gradient-wrong", "the derivative of d, s and delta")
 
 
-def finite_differences(subject: Subject) -> Outcome:
+def finite_differences(pipeline: Pipeline) -> Outcome:
     """The quantizers' gradients of their logits beside central differences of the smooth surrogate."""
-    settings = promised_quantizer(subject)
+    settings = promised_quantizer(pipeline)
     random, step = np.random.default_rng(2), 1e-5
     worst, where, signs = 0.0, "", 0
-    for case in cases_of(subject):
+    for case in cases_of(pipeline):
         upstream = random.standard_normal(len(case.weights))
         answer = answer_to(case, upstream)
         if not _on_the_grid(case, settings, answer):
@@ -238,23 +238,23 @@ def finite_differences(subject: Subject) -> Outcome:
         raise NotApplicable("no logit is learned, or the values are not CoDeQ's: see quantized values")
     ok = worst < DIFFERENCES
     measured = f"relative error {worst:.1g}" + ("" if ok else f", {signs} of other sign ({where})")
-    likely = [] if ok else list(_outcome(subject, (1, 2), "logit-gradient-wrong", "").likely)
+    likely = [] if ok else list(_outcome(pipeline, (1, 2), "logit-gradient-wrong", "").likely)
     return Outcome(
         f"the surrogate's slope, within {100 * DIFFERENCES:g}%", measured, ok, [*likely, "logit-gradient-wrong"]
     )
 
 
-def _outcome(subject: Subject, parts: tuple[int, ...], other: str, expected: str) -> Outcome:
-    worst = _worst(subject, parts)
+def _outcome(pipeline: Pipeline, parts: tuple[int, ...], other: str, expected: str) -> Outcome:
+    worst = _worst(pipeline, parts)
     ok = worst.error <= worst.tolerated
     measured = f"relative error {worst.error:.1g}" + ("" if ok else f" ({worst.case.text})")
-    likely = [] if ok else _rank(subject, worst, other)
+    likely = [] if ok else _rank(pipeline, worst, other)
     return Outcome(expected, measured, ok, likely, worst.error / worst.tolerated)
 
 
-def _rank(subject: Subject, miss: Miss, other: str) -> list[str]:
+def _rank(pipeline: Pipeline, miss: Miss, other: str) -> list[str]:
     """Mistakes whose gradient is much nearer to the one found than the right one is, nearest first."""
-    settings = promised_quantizer(subject)
+    settings = promised_quantizer(pipeline)
 
     def off(wrong: str) -> float:
         meant = _expected(miss.case, settings, miss.upstream, wrong)

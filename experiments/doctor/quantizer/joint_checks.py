@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer.quantizer_checks import SINGLE
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of, shared_quantized_weights
 
@@ -22,15 +22,15 @@ LOGITS = ("logit_dz", "logit_bit")
 Learnables = dict[str, list[Tensor]]
 
 
-def joint_checks(ward: Ward, subject: Subject) -> None:
+def joint_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about quantized weights, one at a time and all together."""
-    ward.check("weights follow", "a latent weight that moves moves the quantized one", _follow, subject)
-    ward.check("all layers at once", "together, layers get what each gets alone", _together, subject)
+    runner.check("weights follow", "a latent weight that moves moves the quantized one", _follow, pipeline)
+    runner.check("all layers at once", "together, layers get what each gets alone", _together, pipeline)
 
 
 @torch.no_grad()
 def _scatter(layers: dict[str, nn.Module]) -> None:
-    """Other latent weights and other logits in every layer. Only inside `undisturbed`."""
+    """Other latent weights and other logits in every layer. Only inside `preserve_state`."""
     generator = torch.Generator().manual_seed(11)
     for place, layer in enumerate(layers.values()):
         latent, quantizer = latent_weight(layer), quantizer_of(layer)
@@ -40,17 +40,17 @@ def _scatter(layers: dict[str, nn.Module]) -> None:
                 getattr(quantizer, leaf).fill_(theta)
 
 
-def _layers(subject: Subject) -> dict[str, nn.Module]:
-    layers = quantized_layers(subject.model)
+def _layers(pipeline: Pipeline) -> dict[str, nn.Module]:
+    layers = quantized_layers(pipeline.model)
     if not layers:
         raise NotApplicable("the network has no quantizer")
     return layers
 
 
 @torch.no_grad()
-def _follow(subject: Subject) -> Outcome:
-    layers = _layers(subject)
-    with undisturbed(subject), quantization(subject.model, enabled=True):
+def _follow(pipeline: Pipeline) -> Outcome:
+    layers = _layers(pipeline)
+    with preserve_state(pipeline), quantization(pipeline.model, enabled=True):
         before = {name: cast(Tensor, layer.weight).clone() for name, layer in layers.items()}
         _scatter(layers)
         still = [name for name, layer in layers.items() if torch.equal(before[name], cast(Tensor, layer.weight))]
@@ -58,18 +58,19 @@ def _follow(subject: Subject) -> Outcome:
     return Outcome("other latent weights, other quantized weights", measured, not still, ["weights-stale"])
 
 
-def _together(subject: Subject) -> Outcome:
+def _together(pipeline: Pipeline) -> Outcome:
     """Values, and gradients of sum(c v) for the latent weights and logits, one layer at a time and all at once."""
-    layers = _layers(subject)
+    layers = _layers(pipeline)
     generator = torch.Generator().manual_seed(12)
-    with undisturbed(subject), quantization(subject.model, enabled=True):
+    with preserve_state(pipeline), quantization(pipeline.model, enabled=True):
         _scatter(layers)
         upstream = [
-            torch.randn(latent_weight(layer).shape, generator=generator).to(subject.device) for layer in layers.values()
+            torch.randn(latent_weight(layer).shape, generator=generator).to(pipeline.device)
+            for layer in layers.values()
         ]
         alone = [cast(Tensor, layer.weight) for layer in layers.values()]
         slopes = _slopes(layers, alone, upstream)
-        with shared_quantized_weights(subject.model):
+        with shared_quantized_weights(pipeline.model):
             together = [cast(Tensor, layer.weight) for layer in layers.values()]
         joint = _slopes(layers, together, upstream)
         tops = [float(latent_weight(layer).detach().abs().max()) for layer in layers.values()]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_checks import SINGLE, flat, logits
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
@@ -52,9 +52,9 @@ class Answer:
     tolerance: float
 
 
-def cases_of(subject: Subject) -> Iterator[Case]:
+def cases_of(pipeline: Pipeline) -> Iterator[Case]:
     """Every layer at its own logits; some layers, and one of every kind of quantizer, at other logits too."""
-    layers = list(quantized_layers(subject.model).items())
+    layers = list(quantized_layers(pipeline.model).items())
     spread = {round(place) for place in np.linspace(0, len(layers) - 1, 3)}
     kinds: set[type] = set()
     for place, (name, layer) in enumerate(layers):

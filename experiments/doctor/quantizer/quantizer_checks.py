@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.promise import QuantizerPromise
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.expected import ExpectedQuantizer
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
 
@@ -21,32 +21,34 @@ SWEEP = tuple(float(theta) for theta in np.linspace(-3.2, 3.2, 23))
 SINGLE = 2e-3  # of the range, where float32 is compared with float64
 
 
-def quantizer_checks(ward: Ward, subject: Subject) -> None:
+def quantizer_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about where the quantizers are and how they are set."""
-    ward.check("layers quantized", "every layer that should be quantized is, and no other", _attached, subject)
-    ward.check("quantizers on", "the network trains with the quantizers switched on", _switched_on, subject)
-    ward.check("starting points", "the logits start where the configuration says", _starting_points, subject)
-    ward.check("bits follow the logit", "b = round(|tanh theta_bit| (b_max - 2) + 2), from 2 to b_max", _bits, subject)
-    ward.check("toggling", "off is the latent network, on again is the quantized one", _toggling, subject)
+    runner.check("layers quantized", "every layer that should be quantized is, and no other", _attached, pipeline)
+    runner.check("quantizers on", "the network trains with the quantizers switched on", _switched_on, pipeline)
+    runner.check("starting points", "the logits start where the configuration says", _starting_points, pipeline)
+    runner.check(
+        "bits follow the logit", "b = round(|tanh theta_bit| (b_max - 2) + 2), from 2 to b_max", _bits, pipeline
+    )
+    runner.check("toggling", "off is the latent network, on again is the quantized one", _toggling, pipeline)
 
 
-def promised_quantizer(subject: Subject) -> QuantizerPromise:
-    """The quantizer's promise. Raises NotApplicable where there is none."""
-    if subject.promise.quantizer is None:
-        raise NotApplicable("no quantizer settings are promised")
-    if not quantized_layers(subject.model):
+def promised_quantizer(pipeline: Pipeline) -> ExpectedQuantizer:
+    """The quantizer's expected. Raises NotApplicable where there is none."""
+    if pipeline.expected.quantizer is None:
+        raise NotApplicable("no quantizer settings are expected")
+    if not quantized_layers(pipeline.model):
         raise NotApplicable("the network has no quantizer")
-    return subject.promise.quantizer
+    return pipeline.expected.quantizer
 
 
-def bits_in_use(settings: QuantizerPromise, theta_bit: float) -> float:
+def bits_in_use(settings: ExpectedQuantizer, theta_bit: float) -> float:
     """The bit width that the equation gives."""
     if not settings.learns_bits:
         return float(settings.fixed_bits)
     return equations.bit_width(theta_bit, settings.max_bits, settings.min_bits)
 
 
-def expected_weight(settings: QuantizerPromise, layer: nn.Module) -> tuple[equations.Values, equations.Grid]:
+def expected_weight(settings: ExpectedQuantizer, layer: nn.Module) -> tuple[equations.Values, equations.Grid]:
     """The quantized weights of a layer, (T,), by the equations, and its grid."""
     w, (theta_dz, theta_bit) = flat(latent_weight(layer)), logits(layer)
     g = equations.grid(w, theta_dz, bits_in_use(settings, theta_bit))
@@ -67,16 +69,16 @@ def flat(tensor: Tensor) -> equations.Values:
     return tensor.detach().double().flatten().cpu().numpy()
 
 
-def _attached(subject: Subject) -> Outcome:
-    layers = quantized_layers(subject.model)
-    found, meant = list(layers), subject.promise.quantized
+def _attached(pipeline: Pipeline) -> Outcome:
+    layers = quantized_layers(pipeline.model)
+    found, meant = list(layers), pipeline.expected.quantized
     if meant is None:
         kinds = (nn.Conv2d, nn.Linear)
-        plain = [n for n, m in subject.model.named_modules() if isinstance(m, kinds) and n not in found]
+        plain = [n for n, m in pipeline.model.named_modules() if isinstance(m, kinds) and n not in found]
         left = f"; not quantized: {names(plain)}" if plain else ""
         return Outcome("at least one quantizer", f"{len(found)} quantizers{left}", bool(found), ["no-quantizers"])
     missing, extra = [n for n in meant if n not in found], [n for n in found if n not in meant]
-    double = [n for n in found if len(cast(Any, subject.model.get_submodule(n)).parametrizations.weight) > 1]
+    double = [n for n in found if len(cast(Any, pipeline.model.get_submodule(n)).parametrizations.weight) > 1]
     distinct = len({id(quantizer_of(layer)) for layer in layers.values()})
     latents = len({id(latent_weight(layer)) for layer in layers.values()})
     shared = min(distinct, latents) < len(found)
@@ -92,15 +94,15 @@ def _attached(subject: Subject) -> Outcome:
 
 
 @torch.no_grad()
-def _switched_on(subject: Subject) -> Outcome:
-    layers = quantized_layers(subject.model)
+def _switched_on(pipeline: Pipeline) -> Outcome:
+    layers = quantized_layers(pipeline.model)
     if not layers:
         raise NotApplicable("the network has no quantizer")
     off = [name for name, layer in layers.items() if not cast(Any, layer).parametrizations.weight[0].enabled]
     same: dict[bool, list[str]] = {}
-    with undisturbed(subject):
+    with preserve_state(pipeline):
         for training in (True, False):
-            subject.model.train(training)
+            pipeline.model.train(training)
             same[training] = [
                 name
                 for name, layer in layers.items()
@@ -119,12 +121,12 @@ def _switched_on(subject: Subject) -> Outcome:
     return Outcome("all on, in training and in eval mode", measured, ok, [*likely, "not-quantized", "quantizers-off"])
 
 
-def _starting_points(subject: Subject) -> Outcome:
-    settings = promised_quantizer(subject)
-    if getattr(subject.optimizer, "state", None):
+def _starting_points(pipeline: Pipeline) -> Outcome:
+    settings = promised_quantizer(pipeline)
+    if getattr(pipeline.optimizer, "state", None):
         raise NotApplicable("the network has been trained already")
     wrong = []
-    for name, layer in quantized_layers(subject.model).items():
+    for name, layer in quantized_layers(pipeline.model).items():
         theta_dz, theta_bit = logits(layer)
         if abs(theta_dz - settings.init_dz_logit) > 1e-5 or abs(theta_bit - settings.init_bit_logit) > 1e-5:
             wrong.append(f"{name} starts at theta_dz {theta_dz:g}, theta_bit {theta_bit:g}")
@@ -133,9 +135,9 @@ def _starting_points(subject: Subject) -> Outcome:
 
 
 @torch.no_grad()
-def _bits(subject: Subject) -> Outcome:
-    settings = promised_quantizer(subject)
-    quantizers = {name: cast(Any, quantizer_of(layer)) for name, layer in quantized_layers(subject.model).items()}
+def _bits(pipeline: Pipeline) -> Outcome:
+    settings = promised_quantizer(pipeline)
+    quantizers = {name: cast(Any, quantizer_of(layer)) for name, layer in quantized_layers(pipeline.model).items()}
     if not all(hasattr(quantizer, "get_bitwidth") for quantizer in quantizers.values()):
         raise NotApplicable("the quantizers have no get_bitwidth()")
     wrong: list[str] = []
@@ -162,7 +164,7 @@ def _bits_at(quantizer: nn.Module, theta: float) -> float:
     return float(twin.get_bitwidth())
 
 
-def _bits_diagnosis(settings: QuantizerPromise, swept: Sequence[tuple[float, float]]) -> list[str]:
+def _bits_diagnosis(settings: ExpectedQuantizer, swept: Sequence[tuple[float, float]]) -> list[str]:
     """Which rule gives the measured bits."""
     found = np.array([b for _, b in swept])
     if np.ptp(found) == 0:
@@ -185,17 +187,17 @@ def _bits_diagnosis(settings: QuantizerPromise, swept: Sequence[tuple[float, flo
 
 
 @torch.no_grad()
-def _toggling(subject: Subject) -> Outcome:
-    layers = quantized_layers(subject.model)
+def _toggling(pipeline: Pipeline) -> Outcome:
+    layers = quantized_layers(pipeline.model)
     if not layers:
         raise NotApplicable("the network has no quantizer")
 
     def weights() -> list[Tensor]:
         return [cast(Tensor, layer.weight).clone() for layer in layers.values()]
 
-    with undisturbed(subject):
+    with preserve_state(pipeline):
         first, before = weights(), weights()
-        with quantization(subject.model, enabled=False):
+        with quantization(pipeline.model, enabled=False):
             off = weights()
         after = weights()
     latent = [latent_weight(layer).detach() for layer in layers.values()]

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.doctor.core.promise import LOGITS, GroupPromise
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
+from experiments.doctor.core.expected import LOGITS, ExpectedGroup
+from experiments.doctor.core.pipeline import Pipeline
 
 ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False}
 CLOSE = 1e-6
 
 
-def optimizer_checks(ward: Ward, subject: Subject) -> None:
+def optimizer_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the optimizer."""
-    ward.check("kind of optimizer", "the update rule is the promised one", _kind, subject)
-    ward.check("every parameter once", "all that should learn is in the optimizer, exactly once", _members, subject)
-    ward.check("rates and decays", "each group has the learning rate and the decay meant for it", _settings, subject)
-    ward.check("learning-rate schedule", "the weights' learning rate follows the promised shape", _schedule, subject)
+    runner.check("kind of optimizer", "the update rule is the expected one", _kind, pipeline)
+    runner.check("every parameter once", "all that should learn is in the optimizer, exactly once", _members, pipeline)
+    runner.check("rates and decays", "each group has the learning rate and the decay meant for it", _settings, pipeline)
+    runner.check("learning-rate schedule", "the weights' learning rate follows the expected shape", _schedule, pipeline)
 
 
 def kind_of(name: str) -> str:
@@ -42,34 +42,34 @@ def groups_by_parameter(optimizer: Any) -> dict[int, list[dict[str, Any]]]:
     return found
 
 
-def _kind(subject: Subject) -> Outcome:
-    optimizer, promised = subject.optimizer, subject.promise.optimizer
+def _kind(pipeline: Pipeline) -> Outcome:
+    optimizer, expected = pipeline.optimizer, pipeline.expected.optimizer
     kind = type(optimizer).__name__
-    if promised is None:
+    if expected is None:
         if isinstance(optimizer, torch.optim.Optimizer):
-            return Outcome("any; none is promised", kind, True)
-        raise NotApplicable(f"{kind} is not torch's and none is promised: what it does is judged by its steps")
-    if not isinstance(optimizer, getattr(torch.optim, promised)):
-        return Outcome(promised, kind, False, ["other-optimizer"])
+            return Outcome("any; none is expected", kind, True)
+        raise NotApplicable(f"{kind} is not torch's and none is expected: what it does is judged by its steps")
+    if not isinstance(optimizer, getattr(torch.optim, expected)):
+        return Outcome(expected, kind, False, ["other-optimizer"])
     odd = [
         f"{name}={group.get(name)!r}"
         for group in optimizer.param_groups
         for name, default in ADAM_DEFAULTS.items()
-        if promised.startswith("Adam") and group.get(name, default) != default
+        if expected.startswith("Adam") and group.get(name, default) != default
     ]
     likely = ["ascent" if any("maximize" in o for o in odd) else None, "other-optimizer"]
-    return Outcome(f"{promised} with torch's defaults", "; ".join([kind, *dict.fromkeys(odd)]), not odd, likely)
+    return Outcome(f"{expected} with torch's defaults", "; ".join([kind, *dict.fromkeys(odd)]), not odd, likely)
 
 
-def _members(subject: Subject) -> Outcome:
-    holding = groups_by_parameter(subject.optimizer)
-    own = dict(subject.model.named_parameters())
+def _members(pipeline: Pipeline) -> Outcome:
+    holding = groups_by_parameter(pipeline.optimizer)
+    own = dict(pipeline.model.named_parameters())
     trainable = {name: p for name, p in own.items() if p.requires_grad}
     missing = [name for name, p in trainable.items() if id(p) not in holding]
     twice = [name for name, p in own.items() if len(holding.get(id(p), [])) > 1]
     known = {id(p) for p in own.values()}
     foreign = sum(key not in known for key in holding)
-    frozen = _frozen(subject)
+    frozen = _frozen(pipeline)
     parts = [f"{len(trainable) - len(missing)} of {len(trainable)} trainable parameters"]
     parts += [f"missing: {names(missing)}"] if missing else []
     parts += [f"more than once: {names(twice)}"] if twice else []
@@ -92,46 +92,46 @@ def _members(subject: Subject) -> Outcome:
     return Outcome(f"all {len(trainable)}, each once", "; ".join(parts), ok, likely)
 
 
-def _frozen(subject: Subject) -> list[str]:
+def _frozen(pipeline: Pipeline) -> list[str]:
     """Parameters that should be trained and do not require a gradient."""
-    if subject.promise.groups is None:
+    if pipeline.expected.groups is None:
         return []
-    settings = subject.promise.quantizer
+    settings = pipeline.expected.quantizer
     learns = {
         "weights": True,
         "logit_dz": settings is None or settings.learns_dead_zone,
         "logit_bit": settings is None or settings.learns_bits,
     }
-    return [n for n, p in subject.model.named_parameters() if not p.requires_grad and learns[kind_of(n)]]
+    return [n for n, p in pipeline.model.named_parameters() if not p.requires_grad and learns[kind_of(n)]]
 
 
-def _settings(subject: Subject) -> Outcome:
-    promised = subject.promise.groups
-    holding = groups_by_parameter(subject.optimizer)
-    trainable = [(n, p) for n, p in subject.model.named_parameters() if p.requires_grad and id(p) in holding]
-    if promised is None:
-        return _sensible(subject, trainable, holding)
+def _settings(pipeline: Pipeline) -> Outcome:
+    expected = pipeline.expected.groups
+    holding = groups_by_parameter(pipeline.optimizer)
+    trainable = [(n, p) for n, p in pipeline.model.named_parameters() if p.requires_grad and id(p) in holding]
+    if expected is None:
+        return _sensible(pipeline, trainable, holding)
     wrong: dict[str, str] = {}
     likely: Counter[str] = Counter()
-    started = bool(subject.optimizer.state)
+    started = bool(pipeline.optimizer.state)
     for name, p in trainable:
         kind = kind_of(name)
-        group, want = holding[id(p)][0], promised[kind]
+        group, want = holding[id(p)][0], expected[kind]
         rate = group.get("base_lr", group["lr"]) if started else group["lr"]
         decay = float(group.get("weight_decay", 0.0))
-        odd = _compare(kind, group, rate, decay, want, promised)
+        odd = _compare(kind, group, rate, decay, want, expected)
         likely.update(odd)
         if odd:
             label = group.get("name", "a group without a name")
             wrong.setdefault(kind, f"{kind} ({name}) in {label}: rate {rate:g}, decay {decay:g}")
-    expected = ", ".join(
-        f"{kind}: {promised[kind].learning_rate:g} / {promised[kind].decay:g}"
+    wanted = ", ".join(
+        f"{kind}: {expected[kind].learning_rate:g} / {expected[kind].decay:g}"
         for kind in dict.fromkeys(kind_of(name) for name, _ in trainable)
     )
     ranked = [key for key, _ in likely.most_common()]
     ranked.sort(key=lambda key: key not in ("wrong-group", "added-later"))  # they explain the wrong numbers
-    measured = "; ".join(wrong.values()) or "as promised"
-    return Outcome(f"learning rate / decay of {expected}", measured, not wrong, ranked)
+    measured = "; ".join(wrong.values()) or "as expected"
+    return Outcome(f"learning rate / decay of {wanted}", measured, not wrong, ranked)
 
 
 def _compare(
@@ -139,49 +139,49 @@ def _compare(
     group: dict[str, Any],
     rate: float,
     decay: float,
-    want: GroupPromise,
-    promised: Any,
+    want: ExpectedGroup,
+    expected: Any,
 ) -> list[str]:
     """Keys of what is wrong with one parameter's group."""
     odd: list[str] = []
     off_rate = not _same(rate, want.learning_rate)
     off_decay = not _same(decay, want.decay)
     label = group.get("name")
-    if label in promised and label != kind:
+    if label in expected and label != kind:
         odd.append("wrong-group")
-    elif label not in promised and kind != "weights" and (off_rate or off_decay):
+    elif label not in expected and kind != "weights" and (off_rate or off_decay):
         odd.append("added-later")
     if off_rate:
         odd.append("wrong-learning-rate" if rate else "learning-rate-zero")
         if want.learning_rate and rate / want.learning_rate > 9:
             odd.insert(0, "learning-rate-too-large")
     if off_decay:
-        meant = {p.decay for k, p in promised.items() if k != kind and p.decay}
+        meant = {p.decay for k, p in expected.items() if k != kind and p.decay}
         misplaced = kind == "weights" or decay in meant
         odd += ["decay-on-wrong-group", "wrong-decay"] if misplaced else ["wrong-decay", "decay-on-wrong-group"]
     return odd
 
 
-def _sensible(subject: Subject, trainable: list[tuple[str, nn.Parameter]], holding: Any) -> Outcome:
-    """Without a promise: rates above 0."""
+def _sensible(pipeline: Pipeline, trainable: list[tuple[str, nn.Parameter]], holding: Any) -> Outcome:
+    """Without a expected: rates above 0."""
     rates = {float(holding[id(p)][0].get("lr", float("nan"))) for _, p in trainable}
     if not rates:
         raise NotApplicable("no trainable parameter is in the optimizer")
     shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
-    return Outcome("learning rates above 0; none is promised", shown, 0.0 not in rates, ["learning-rate-zero"])
+    return Outcome("learning rates above 0; none is expected", shown, 0.0 not in rates, ["learning-rate-zero"])
 
 
-def _schedule(subject: Subject) -> Outcome:
-    promised, epochs = subject.promise.lr_factors, subject.promise.epochs
-    if promised is None or not epochs:
-        raise NotApplicable("no learning-rate schedule is promised")
-    found = [float(subject.lr_lambda(epoch / epochs)) for epoch in range(epochs)]
-    odd = [e for e, (a, b) in enumerate(zip(found, promised, strict=True)) if abs(a - b) > CLOSE]
-    measured = "as promised in every epoch"
+def _schedule(pipeline: Pipeline) -> Outcome:
+    expected, epochs = pipeline.expected.lr_lambdas, pipeline.expected.epochs
+    if expected is None or not epochs:
+        raise NotApplicable("no learning-rate schedule is expected")
+    found = [float(pipeline.lr_lambda(epoch / epochs)) for epoch in range(epochs)]
+    odd = [e for e, (a, b) in enumerate(zip(found, expected, strict=True)) if abs(a - b) > CLOSE]
+    measured = "as expected in every epoch"
     if odd:
-        measured = f"epoch {odd[0] + 1}: {found[odd[0]]:g} instead of {promised[odd[0]]:g} ({len(odd)} epochs differ)"
+        measured = f"epoch {odd[0] + 1}: {found[odd[0]]:g} instead of {expected[odd[0]]:g} ({len(odd)} epochs differ)"
     zero = "learning-rate-zero" if not any(found) else None
-    large = "learning-rate-too-large" if max(found, default=0.0) > 9 * max(promised, default=1.0) else None
+    large = "learning-rate-too-large" if max(found, default=0.0) > 9 * max(expected, default=1.0) else None
     return Outcome("the configuration's factor", measured, not odd, [zero, large, "learning-rate-schedule"])
 
 

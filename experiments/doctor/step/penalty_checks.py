@@ -12,101 +12,101 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import Broken, NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.channel_group_checks import channel_group_checks
 from experiments.doctor.step.coefficient_checks import coefficient_checks
 from experiments.doctor.step.penalty_diagnosis import as_parameters, misfit, penalty_diagnosis
-from experiments.doctor.training.unsettled import at_leaves, quantized_leaves, silence, unsettle
+from experiments.doctor.training.perturbation import at_leaves, perturb_, quantized_leaves, zero_groups_
 from utils_quantization import quantization, quantized_layers
 
 OUTWEIGHS = 40.0  # times the task loss at chance; the presets' peaks stay below 5
 CLOSE = 1e-3
 
 
-def penalty_checks(ward: Ward, subject: Subject) -> None:
+def penalty_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the penalty and its schedule."""
-    coefficient_checks(ward, subject)
-    ward.check(
+    coefficient_checks(runner, pipeline)
+    runner.check(
         "coefficient's size",
         "the penalty at its peak does not drown the task",
         _peak,
-        subject,
+        pipeline,
         blame="coefficient-wrong",
     )
-    ward.check("penalty", "the coupled group lasso of the quantized weights, and its gradient", _penalty, subject)
-    ward.check("dead groups", "the penalty stays finite where groups are dead", _dead_groups, subject)
-    channel_group_checks(ward, subject)
+    runner.check("penalty", "the coupled group lasso of the quantized weights, and its gradient", _penalty, pipeline)
+    runner.check("dead groups", "the penalty stays finite where groups are dead", _dead_groups, pipeline)
+    channel_group_checks(runner, pipeline)
 
 
-def _peak(subject: Subject) -> Outcome:
-    if subject.objective.penalty is None:
+def _peak(pipeline: Pipeline) -> Outcome:
+    if pipeline.objective.penalty is None:
         raise NotApplicable("there is no penalty")
-    epochs = subject.promise.epochs or 1
-    largest = max(float(subject.coefficient(epoch)) for epoch in range(epochs))
-    with undisturbed(subject), torch.no_grad():
-        value = float(_called(subject))
-    weighted, chance = largest * value, math.log(subject.promise.num_classes or 10)
+    epochs = pipeline.expected.epochs or 1
+    largest = max(float(pipeline.coefficient(epoch)) for epoch in range(epochs))
+    with preserve_state(pipeline), torch.no_grad():
+        value = float(_called(pipeline))
+    weighted, chance = largest * value, math.log(pipeline.expected.num_classes or 10)
     measured = f"{largest:g} x {value:.3g} = {weighted:.3g}"
     ok = weighted < OUTWEIGHS * chance and value >= 0
     likely = ["coefficient-too-large", "penalty-dominates"]
     return Outcome(f"below {OUTWEIGHS:g} ln(classes) = {OUTWEIGHS * chance:.3g}", measured, ok, likely)
 
 
-def _called(subject: Subject) -> Tensor:
-    if subject.objective.penalty is None:
+def _called(pipeline: Pipeline) -> Tensor:
+    if pipeline.objective.penalty is None:
         raise NotApplicable("there is no penalty")
     try:
-        value = subject.objective.penalty(subject.model)
+        value = pipeline.objective.penalty(pipeline.model)
     except Exception as error:
-        raise Broken("penalty-wrong", error) from error
+        raise PartFailed("penalty-wrong", error) from error
     if not isinstance(value, Tensor):
-        raise Broken("penalty-detached", TypeError(f"the penalty is {type(value).__name__}, not a tensor"))
+        raise PartFailed("penalty-detached", TypeError(f"the penalty is {type(value).__name__}, not a tensor"))
     return value
 
 
-def _penalty(subject: Subject) -> Outcome:
-    if subject.objective.penalty is None:
-        if subject.promise.penalty:
-            return Outcome(subject.promise.penalty, "no penalty at all", False, ["penalty-not-in-loss"])
+def _penalty(pipeline: Pipeline) -> Outcome:
+    if pipeline.objective.penalty is None:
+        if pipeline.expected.penalty:
+            return Outcome(pipeline.expected.penalty, "no penalty at all", False, ["penalty-not-in-loss"])
         raise NotApplicable("there is no penalty")
-    with undisturbed(subject):
-        if subject.promise.penalty is None:
-            value = _called(subject)
-            slopes = objective.gradients(value, subject.model)
+    with preserve_state(pipeline):
+        if pipeline.expected.penalty is None:
+            value = _called(pipeline)
+            slopes = objective.gradients(value, pipeline.model)
             size = math.sqrt(sum(float(g.square().sum()) for g in slopes.values()))
             ok = math.isfinite(float(value)) and size > 0 and math.isfinite(size)
             measured = f"value {float(value):.4g}, norm of its gradient {size:.4g}"
             return Outcome("a finite value with a gradient", measured, ok, ["penalty-detached"])
-        grouping = objective.channel_grouping(subject)
-        unsettle(subject)
-        found = _value_and_gradient(subject)
-        if not quantized_layers(subject.model):
-            return _compare_penalty(subject, grouping, *found)
-        with quantization(subject.model, enabled=True):
-            return _compare_penalty(subject, grouping, *found)
+        grouping = objective.channel_grouping(pipeline)
+        perturb_(pipeline)
+        found = _value_and_gradient(pipeline)
+        if not quantized_layers(pipeline.model):
+            return _compare_penalty(pipeline, grouping, *found)
+        with quantization(pipeline.model, enabled=True):
+            return _compare_penalty(pipeline, grouping, *found)
 
 
-def _value_and_gradient(subject: Subject) -> tuple[float, objective.Gradients]:
+def _value_and_gradient(pipeline: Pipeline) -> tuple[float, objective.Gradients]:
     """The penalty of the network as it stands; its gradient is that for the quantized weights."""
-    if not quantized_layers(subject.model):
-        value = _called(subject)
-        return float(value.detach()), objective.gradients(value, subject.model)
-    with quantization(subject.model, enabled=True), quantized_leaves(subject.model) as leaves:
-        value = _called(subject)
-        found = objective.gradients(value, subject.model)
-        return float(value.detach()), at_leaves(subject.model, value, leaves, found)
+    if not quantized_layers(pipeline.model):
+        value = _called(pipeline)
+        return float(value.detach()), objective.gradients(value, pipeline.model)
+    with quantization(pipeline.model, enabled=True), quantized_leaves(pipeline.model) as leaves:
+        value = _called(pipeline)
+        found = objective.gradients(value, pipeline.model)
+        return float(value.detach()), at_leaves(pipeline.model, value, leaves, found)
 
 
-def _dead_groups(subject: Subject) -> Outcome:
+def _dead_groups(pipeline: Pipeline) -> Outcome:
     """At a group that is all zero the 2-norm has a corner: value and gradient must be 0 there, not 0 / 0."""
-    if subject.objective.penalty is None or subject.promise.penalty is None:
-        raise NotApplicable("no penalty is promised")
-    with undisturbed(subject):
-        grouping = objective.channel_grouping(subject)
-        unsettle(subject)
-        dead = silence(subject, grouping)
-        value, found = _value_and_gradient(subject)
+    if pipeline.objective.penalty is None or pipeline.expected.penalty is None:
+        raise NotApplicable("no penalty is expected")
+    with preserve_state(pipeline):
+        grouping = objective.channel_grouping(pipeline)
+        perturb_(pipeline)
+        dead = zero_groups_(pipeline, grouping)
+        value, found = _value_and_gradient(pipeline)
     right = math.isfinite(value)
     broken = [name for name, g in found.items() if not torch.isfinite(g).all()]
     measured = f"value {value:.5g}; gradient " + (f"not finite for {names(broken)}" if broken else "finite")
@@ -115,11 +115,11 @@ def _dead_groups(subject: Subject) -> Outcome:
 
 
 def _compare_penalty(
-    subject: Subject, grouping: objective.Grouping, value: float, found: objective.Gradients
+    pipeline: Pipeline, grouping: objective.Grouping, value: float, found: objective.Gradients
 ) -> Outcome:
-    weights = grouping.weights(subject.model)
+    weights = grouping.weights(pipeline.model)
     right, slopes = grouping.lasso(weights)
-    target, gradient = as_parameters(subject.model, slopes), _shared(found)
+    target, gradient = as_parameters(pipeline.model, slopes), _shared(found)
     miss = max(abs(value - right) / max(right, 1e-12), misfit(gradient, target))
     none = not any(float(g.abs().max()) > 0 for g in found.values())
     broken = [name for name, g in found.items() if not torch.isfinite(g).all()]
@@ -130,7 +130,7 @@ def _compare_penalty(
     likely: list[str] = []
     if not ok:
         likely = ["penalty-not-differentiable"] if broken else ["penalty-detached"] if none else []
-        likely += penalty_diagnosis(subject, grouping, value, gradient)
+        likely += penalty_diagnosis(pipeline, grouping, value, gradient)
     expected = f"sum of the 2-norms of {grouping.count} groups"
     return Outcome(expected, measured, ok, likely, miss / CLOSE)
 

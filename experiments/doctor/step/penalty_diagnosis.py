@@ -8,33 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 from utils_quantization import latent_weight
 
 
 def penalty_diagnosis(
-    subject: Subject, grouping: objective.Grouping, value: float, found: objective.Gradients
+    pipeline: Pipeline, grouping: objective.Grouping, value: float, found: objective.Gradients
 ) -> list[str]:
     """Which other grouping gives the value and the gradient best, or whether it is another function altogether."""
     silent = all(float(g.abs().max()) == 0 for g in found.values())
-    right_slopes = grouping.lasso(grouping.weights(subject.model))[1]
-    factor = factor_of(found, as_parameters(subject.model, right_slopes))
+    right_slopes = grouping.lasso(grouping.weights(pipeline.model))[1]
+    factor = factor_of(found, as_parameters(pipeline.model, right_slopes))
     if factor is not None and not silent:
         return ["penalty-sign" if factor < 0 else "penalty-scaled", "penalty-wrong"]
-    if not silent and _scaled_by_tensor(found, as_parameters(subject.model, right_slopes)):
+    if not silent and _scaled_by_tensor(found, as_parameters(pipeline.model, right_slopes)):
         return ["gradients-scaled", "penalty-wrong"]
     off: dict[str, float] = {}
 
     def rate(key: str, guess: objective.Grouping, latent: bool) -> None:
-        total, slopes = guess.lasso(guess.weights(subject.model, latent))
-        target = as_parameters(subject.model, slopes)
+        total, slopes = guess.lasso(guess.weights(pipeline.model, latent))
+        target = as_parameters(pipeline.model, slopes)
         miss = abs(value - total) / max(total, 1e-12) + (0.0 if silent else misfit(found, target))
         plain_key = key.partition(" ")[0]
         off[plain_key] = min(miss, off.get(plain_key, math.inf))
 
     rate("right", grouping, False)
     rate("penalty-on-latent", grouping, True)
-    for key, guess in objective.other_groupings(subject).items():
+    for key, guess in objective.other_groupings(pipeline).items():
         rate(key, guess, False)
         rate(key, guess, True)
     right = off.pop("right")
@@ -42,9 +42,9 @@ def penalty_diagnosis(
     if silent:
         return ["penalty-detached", *(key for key in ranked if off[key] < 0.01)]
     exact = [key for key in ranked if off[key] < 0.02]
-    if not exact and _not_a_lasso(subject, found):
+    if not exact and _not_a_lasso(pipeline, found):
         return ["penalty-not-lasso", "penalty-wrong"]
-    return [*exact[:2], *_shape_of_gradient(subject, grouping, found), *ranked[:2], "penalty-wrong"]
+    return [*exact[:2], *_shape_of_gradient(pipeline, grouping, found), *ranked[:2], "penalty-wrong"]
 
 
 def factor_of(found: objective.Gradients, meant: objective.Gradients) -> float | None:
@@ -62,14 +62,14 @@ def _scaled_by_tensor(found: objective.Gradients, meant: objective.Gradients) ->
     return len(factors) > 1 and all(k is not None for k in factors)
 
 
-def _not_a_lasso(subject: Subject, found: objective.Gradients) -> bool:
+def _not_a_lasso(pipeline: Pipeline, found: objective.Gradients) -> bool:
     """Whether the gradient is a constant times w, or times its sign, in every layer: no group's norm in it."""
     constant = []
     with torch.no_grad():
-        for name, module in subject.model.named_modules():
+        for name, module in pipeline.model.named_modules():
             if not isinstance(module, nn.Conv2d):
                 continue
-            slope = found.get(parameter_name(subject.model, name, "weight"))
+            slope = found.get(parameter_name(pipeline.model, name, "weight"))
             w = objective.plain(module.weight)
             live = w != 0
             if slope is None or not live.any() or not slope.abs().max() > 0:
@@ -79,11 +79,11 @@ def _not_a_lasso(subject: Subject, found: objective.Gradients) -> bool:
     return bool(constant) and all(constant)
 
 
-def _shape_of_gradient(subject: Subject, grouping: objective.Grouping, found: objective.Gradients) -> list[str]:
+def _shape_of_gradient(pipeline: Pipeline, grouping: objective.Grouping, found: objective.Gradients) -> list[str]:
     """What the gradient itself says, where no grouping explains it: which parts of the groups it leaves out."""
     reached: dict[str, list[bool]] = {}
     for member in grouping.members:
-        name = parameter_name(subject.model, member.module, member.parameter)
+        name = parameter_name(pipeline.model, member.module, member.parameter)
         if name in found:
             reached.setdefault(member.role, []).append(bool(found[name].abs().max() > 0))
     norms = not any(reached.get("scale", [True])) and not any(reached.get("shift", [True]))

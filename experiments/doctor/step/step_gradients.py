@@ -1,4 +1,4 @@
-"""A step's gradients against the promised objective's, part by part: task, squared logits, penalty."""
+"""A step's gradients against the expected objective's, part by part: task, squared logits, penalty."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.promise import LOGITS
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, names, undisturbed
+from experiments.doctor.core.check_runner import NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.expected import LOGITS
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.step.optimizer_checks import kind_of
 from experiments.doctor.step.penalty_diagnosis import as_parameters, factor_of, misfit
 from experiments.doctor.training.steps_taken import (
@@ -28,7 +28,7 @@ from utils_quantization import quantized_layers, shared_quantized_weights
 GRADIENT_CLOSE = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 
-def every_gradient(steps: Steps, subject: Subject) -> Outcome:
+def every_gradient(steps: Steps, pipeline: Pipeline) -> Outcome:
     seen = done(steps.plain)
     missing = [n for n, g in seen.gradients.items() if g is None or not float(g.abs().max()) > 0]
     broken = [n for n, g in seen.gradients.items() if g is not None and not torch.isfinite(g).all()]
@@ -48,17 +48,17 @@ def every_gradient(steps: Steps, subject: Subject) -> Outcome:
     return Outcome(f"all {count}", measured, not missing and not broken, likely)
 
 
-def task_gradient_fits(steps: Steps, subject: Subject) -> Outcome:
+def task_gradient_fits(steps: Steps, pipeline: Pipeline) -> Outcome:
     """The weights' gradient: nothing but the task loss reaches them while the coefficient is 0."""
     seen = done(steps.plain)
-    if steps.task_gradient is None or subject.promise.lambda_dz is None:
-        raise NotApplicable("the task loss is not promised")
-    close = GRADIENT_CLOSE[subject.precision]
+    if steps.task_gradient is None or pipeline.expected.lambda_dz is None:
+        raise NotApplicable("the task loss is not expected")
+    close = GRADIENT_CLOSE[pipeline.precision]
     found, meant = of_weights(gradients_of(seen)), of_weights(steps.task_gradient)
     miss = misfit(found, meant)
     likely: list[str | None] = []
     if miss > close:
-        likely = _task_gradient_diagnosis(subject, steps, found, meant, miss)
+        likely = _task_gradient_diagnosis(pipeline, steps, found, meant, miss)
     measured = f"differs by {100 * miss:.2g}%"
     return Outcome(
         f"the gradient of the batch's cross entropy, within {100 * close:g}%",
@@ -70,16 +70,16 @@ def task_gradient_fits(steps: Steps, subject: Subject) -> Outcome:
 
 
 def _task_gradient_diagnosis(
-    subject: Subject, steps: Steps, found: objective.Gradients, meant: objective.Gradients, miss: float
+    pipeline: Pipeline, steps: Steps, found: objective.Gradients, meant: objective.Gradients, miss: float
 ) -> list[str | None]:
     seen = done(steps.plain)
     off: dict[str, float] = {}
-    with undisturbed(subject):
-        subject.model.train()
-        if quantized_layers(subject.model):
-            off["quantizers-off-in-training"] = misfit(found, of_weights(own_task(subject, steps, quantized=False)[1]))
-        subject.model.eval()
-        off["batchnorm-in-eval"] = misfit(found, of_weights(own_task(subject, steps)[1]))
+    with preserve_state(pipeline):
+        pipeline.model.train()
+        if quantized_layers(pipeline.model):
+            off["quantizers-off-in-training"] = misfit(found, of_weights(own_task(pipeline, steps, quantized=False)[1]))
+        pipeline.model.eval()
+        off["batchnorm-in-eval"] = misfit(found, of_weights(own_task(pipeline, steps)[1]))
     dot = sum(float((found[n] * meant[n]).sum()) for n in found)
     size = sum(float(g.square().sum()) for g in meant.values())
     scale = dot / size if size else 0.0
@@ -87,12 +87,12 @@ def _task_gradient_diagnosis(
     if scale < 0 and off["gradients-scaled"] < 0.1:
         off["ascent"] = off.pop("gradients-scaled")
     near = sorted((key for key in off if off[key] < 0.5 * miss), key=lambda key: off[key])
-    reported = float(seen.losses.total) - promised_squares(subject) if seen.losses is not None else math.nan
+    reported = float(seen.losses.total) - promised_squares(pipeline) if seen.losses is not None else math.nan
     if near[:1] == ["gradients-scaled"] and abs(reported - scale * steps.task) < 0.05 * abs(reported):
         near = ["loss-wrong", "gradients-scaled"]
     if seen.images is not None and other_images(seen.images, steps.images):
         near = ["step-images-wrong"]
-    if not near and not labels_are_mixed(subject, steps):
+    if not near and not labels_are_mixed(pipeline, steps):
         near = ["loss-wrong"]
     if not any(float(g.abs().max()) > 0 for g in found.values()):
         near = ["gradient-missing"]
@@ -103,19 +103,19 @@ def _task_gradient_diagnosis(
     return [*near, "step-labels-wrong", "step-gradient-wrong"]
 
 
-def squared_logits(steps: Steps, subject: Subject) -> Outcome:
+def squared_logits(steps: Steps, pipeline: Pipeline) -> Outcome:
     """What the step adds to the task's gradient of the logits is 2 lambda theta."""
-    lambdas = {"logit_dz": subject.promise.lambda_dz, "logit_bit": subject.promise.lambda_bit}
+    lambdas = {"logit_dz": pipeline.expected.lambda_dz, "logit_bit": pipeline.expected.lambda_bit}
     if steps.task_gradient is None or lambdas["logit_dz"] is None:
-        raise NotApplicable("no weights of the squared logits are promised")
+        raise NotApplicable("no weights of the squared logits are expected")
     parts, likely, worst = list[str](), list[str](), 0.0
-    for leaf, fitted in fitted_lambdas(subject, steps).items():
+    for leaf, fitted in fitted_lambdas(pipeline, steps).items():
         weight = lambdas[leaf] or 0.0
-        slope = _slopes(subject, leaf)
+        slope = _slopes(pipeline, leaf)
         size = sum(float(g.square().sum()) for g in slope.values())
         # bf16 makes the task's own gradient of a logit, a sum over a whole layer, uncertain
         spread = sum(float(steps.task_gradient[n].square().sum()) for n in slope) / size
-        close = 2e-2 * weight + (0.1 if subject.precision != torch.float32 else 0.02) * math.sqrt(spread) + 1e-5
+        close = 2e-2 * weight + (0.1 if pipeline.precision != torch.float32 else 0.02) * math.sqrt(spread) + 1e-5
         parts.append(f"{leaf} {fitted:.3g} for {weight:g}")
         worst = max(worst, abs(fitted - weight) / close)
         if abs(fitted - weight) > close:
@@ -128,17 +128,17 @@ def squared_logits(steps: Steps, subject: Subject) -> Outcome:
     return Outcome(f"lambda of {expected}", "; ".join(parts), worst <= 1, likely, worst)
 
 
-def _slopes(subject: Subject, leaf: str) -> objective.Gradients:
+def _slopes(pipeline: Pipeline, leaf: str) -> objective.Gradients:
     """2 theta of every trainable logit called `leaf`."""
-    found = objective.squares(subject.model, leaf)[1]
+    found = objective.squares(pipeline.model, leaf)[1]
     return {n: g for n, g in found.items() if n.rpartition(".")[2] == leaf}
 
 
-def fitted_lambdas(subject: Subject, steps: Steps) -> dict[str, float]:
+def fitted_lambdas(pipeline: Pipeline, steps: Steps) -> dict[str, float]:
     """lambda where the step's gradient is the task's + lambda 2 theta, by least squares, for each kind of logit."""
     found, fitted = gradients_of(done(steps.plain)), {}
     for leaf in LOGITS:
-        slope = _slopes(subject, leaf)
+        slope = _slopes(pipeline, leaf)
         size = sum(float(g.square().sum()) for g in slope.values())
         if size and steps.task_gradient is not None:
             rest = {n: found[n] - steps.task_gradient[n] for n in slope}
@@ -146,22 +146,22 @@ def fitted_lambdas(subject: Subject, steps: Steps) -> dict[str, float]:
     return fitted
 
 
-def penalty_gradient_fits(steps: Steps, subject: Subject) -> Outcome:
+def penalty_gradient_fits(steps: Steps, pipeline: Pipeline) -> Outcome:
     """(gradient of C - gradient of A) / coefficient is the penalty's gradient, and is not zero for any live group."""
     if steps.penalised is None or not steps.coefficient:
         raise NotApplicable("there is no penalty")
     plain, penalised = of_weights(gradients_of(done(steps.plain))), of_weights(gradients_of(steps.penalised))
     extra = {n: (penalised[n] - plain[n]) / steps.coefficient for n in plain}
     size = math.sqrt(sum(float(g.square().sum()) for g in extra.values()))
-    if not subject.promise.penalty:
+    if not pipeline.expected.penalty:
         return Outcome("a gradient", f"norm {size:.3g}", size > 0, ["penalty-detached", "penalty-not-in-loss"])
-    grouping = objective.channel_grouping(subject)
-    weights = grouping.weights(subject.model)
-    slopes = of_weights(through_quantizers(subject, grouping.lasso(weights)[1]))
+    grouping = objective.channel_grouping(pipeline)
+    weights = grouping.weights(pipeline.model)
+    slopes = of_weights(through_quantizers(pipeline, grouping.lasso(weights)[1]))
     total = sum(float(g.square().sum()) for g in slopes.values())
     fitted = sum(float((extra[n] * slopes[n]).sum()) for n in slopes if n in extra) / max(total, 1e-30)
     miss = misfit(extra, slopes)
-    reached = _reached(subject, grouping, extra)
+    reached = _reached(pipeline, grouping, extra)
     # the difference of two gradients carries the rounding of both
     noise = math.sqrt(sum(float(g.square().sum()) for g in plain.values()) / max(total, 1e-30)) / steps.coefficient
     close = 0.02 + 1e-4 * noise
@@ -176,42 +176,42 @@ def penalty_gradient_fits(steps: Steps, subject: Subject) -> Outcome:
         likely += ["penalty-sign"] if fitted < 0 else ["coefficient-too-large"] if fitted > 5 else []
         likely += ["coefficient-not-applied", "penalty-scaled", "coefficient-wrong"]
     elif not ok:
-        likely += _shape(subject, grouping, extra)
+        likely += _shape(pipeline, grouping, extra)
     return Outcome(f"once the penalty's, reaching all {grouping.count} groups", measured, ok, likely, miss / close)
 
 
-def _shape(subject: Subject, grouping: objective.Grouping, extra: objective.Gradients) -> list[str]:
+def _shape(pipeline: Pipeline, grouping: objective.Grouping, extra: objective.Gradients) -> list[str]:
     """The other grouping whose gradient is nearest."""
     off: dict[str, float] = {}
-    for key, guess in {"penalty-on-latent": grouping, **objective.other_groupings(subject)}.items():
+    for key, guess in {"penalty-on-latent": grouping, **objective.other_groupings(pipeline)}.items():
         latent = key == "penalty-on-latent"
-        slopes = guess.lasso(guess.weights(subject.model, latent))[1]
-        slopes = as_parameters(subject.model, slopes) if latent else through_quantizers(subject, slopes)
+        slopes = guess.lasso(guess.weights(pipeline.model, latent))[1]
+        slopes = as_parameters(pipeline.model, slopes) if latent else through_quantizers(pipeline, slopes)
         plain_key = key.partition(" ")[0]
         off[plain_key] = min(off.get(plain_key, math.inf), misfit(extra, of_weights(slopes)))
     return [*sorted(off, key=lambda key: off[key])[:2], "penalty-wrong"]
 
 
-def through_quantizers(subject: Subject, slopes: dict[str, Tensor]) -> objective.Gradients:
+def through_quantizers(pipeline: Pipeline, slopes: dict[str, Tensor]) -> objective.Gradients:
     """Gradients of the weights that the network reads as gradients of the parameters behind them, by the quantizers'
     own backward: another check says whether that is right."""
-    total: Tensor = next(subject.model.parameters()).new_zeros(())
-    with shared_quantized_weights(subject.model):
+    total: Tensor = next(pipeline.model.parameters()).new_zeros(())
+    with shared_quantized_weights(pipeline.model):
         for key, slope in slopes.items():
             module, _, parameter = key.rpartition(".")
-            weight = getattr(subject.model.get_submodule(module), parameter)
+            weight = getattr(pipeline.model.get_submodule(module), parameter)
             total = total + (weight * slope.to(weight)).sum()
-        return objective.gradients(total, subject.model)
+        return objective.gradients(total, pipeline.model)
 
 
-def _reached(subject: Subject, grouping: objective.Grouping, extra: objective.Gradients) -> int:
+def _reached(pipeline: Pipeline, grouping: objective.Grouping, extra: objective.Gradients) -> int:
     """Groups of which some member gets a gradient, or that are all zero already."""
     by_tensor = {}
     for member in grouping.members:
-        name = next(iter(as_parameters(subject.model, {f"{member.module}.{member.parameter}": torch.zeros(1)})))
+        name = next(iter(as_parameters(pipeline.model, {f"{member.module}.{member.parameter}": torch.zeros(1)})))
         by_tensor[f"{member.module}.{member.parameter}"] = extra.get(name, torch.zeros(1))
-    zero = grouping.norms_squared(grouping.weights(subject.model)) == 0
-    weights = grouping.weights(subject.model)
+    zero = grouping.norms_squared(grouping.weights(pipeline.model)) == 0
+    weights = grouping.weights(pipeline.model)
     shaped = {k: g if g.shape == weights[k].shape else torch.zeros_like(weights[k]) for k, g in by_tensor.items()}
     return int(((grouping.norms_squared(shaped) > 0) | zero).sum())
 

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.probe import Watched
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable
+from experiments.doctor.core.check_runner import NotApplicable
+from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.core.probe import StepTrace
 from experiments.doctor.step.optimizer_checks import groups_by_parameter, kind_of
 
 
-def expected_update(subject: Subject, name: str, p: nn.Parameter, seen: Watched) -> Tensor | None:
+def expected_update(pipeline: Pipeline, name: str, p: nn.Parameter, seen: StepTrace) -> Tensor | None:
     """By how much `p` should move in the watched step; None where the rule is not known here.
 
-    The optimizer is as it was before the step. With a promise its rates and decays count, otherwise the optimizer's.
+    The optimizer is as it was before the step. With a expected its rates and decays count, otherwise the optimizer's.
     """
-    optimizer = subject.optimizer
+    optimizer = pipeline.optimizer
     if not isinstance(optimizer, (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)) or name not in seen.gradients:
         return None
     try:
@@ -32,9 +32,9 @@ def expected_update(subject: Subject, name: str, p: nn.Parameter, seen: Watched)
     except NotApplicable:
         return None
     fresh = not optimizer.state
-    if subject.promise.groups is not None and fresh:
-        promised = subject.promise.groups[kind_of(name)]
-        group |= {"lr": promised.learning_rate, "weight_decay": promised.decay}
+    if pipeline.expected.groups is not None and fresh:
+        expected = pipeline.expected.groups[kind_of(name)]
+        group |= {"lr": expected.learning_rate, "weight_decay": expected.decay}
     if "lr" not in group or group.get("amsgrad") or group.get("nesterov") or group.get("dampening"):
         return None
     gradient = seen.gradients[name]

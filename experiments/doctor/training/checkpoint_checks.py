@@ -10,26 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names, undisturbed
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.training.reported import Reported, equal_tensors
 from src.runs import load_checkpoint
 from utils_quantization import eval_mode
 
 
-def checkpoint_checks(ward: Ward, subject: Subject, reported: Reported) -> None:
+def checkpoint_checks(runner: CheckRunner, pipeline: Pipeline, reported: Reported) -> None:
     """Add the findings about the checkpoint."""
     blame = {"blame": "checkpoint-incomplete"}
     proves = "it gives back the network of the history's last epoch"
-    ward.check("checkpoint", proves, _checkpoint, subject, reported, **blame)
-    ward.check("going on", "it holds all that a run needs to go on", _going_on, subject, reported, **blame)
+    runner.check("checkpoint", proves, _checkpoint, pipeline, reported, **blame)
+    runner.check("going on", "it holds all that a run needs to go on", _going_on, pipeline, reported, **blame)
 
 
-def _checkpoint(subject: Subject, reported: Reported) -> Outcome:
+def _checkpoint(pipeline: Pipeline, reported: Reported) -> Outcome:
     if reported.checkpoint is None:
         raise NotApplicable("there is no checkpoint")
     state = load_checkpoint(reported.checkpoint)
-    saved, own = cast(dict[str, Tensor], state["model"]), subject.model.state_dict()
+    saved, own = cast(dict[str, Tensor], state["model"]), pipeline.model.state_dict()
     parts: list[str] = []
     likely: list[str | None] = []
     missing = sorted(own.keys() ^ saved.keys())
@@ -51,8 +51,8 @@ def _checkpoint(subject: Subject, reported: Reported) -> Outcome:
         elif kept and kept[-1] != last:
             parts.append(f"its history ends with epoch {kept[-1]}, not {last}")
             likely.append("history-shifted")
-    if not parts and subject.fresh is not None:
-        parts += _restored(subject, saved)
+    if not parts and pipeline.fresh is not None:
+        parts += _restored(pipeline, saved)
         likely.append("checkpoint-incomplete")
     measured = "; ".join(parts) or f"all {len(own)} tensors, and the same outputs"
     return Outcome("every tensor as it is", measured, not parts, [*likely, "checkpoint-of-other-epoch"])
@@ -65,40 +65,40 @@ def _nearly(left: Tensor, right: Tensor) -> bool:
     return bool(((left.cpu() - right.cpu()).abs() <= 8e-3 * left.cpu().abs() + 1e-6).all())
 
 
-def _restored(subject: Subject, saved: dict[str, Tensor]) -> list[str]:
+def _restored(pipeline: Pipeline, saved: dict[str, Tensor]) -> list[str]:
     """Whether a fresh network with the checkpoint's tensors gives the same outputs."""
-    assert subject.fresh is not None
-    with undisturbed(subject):
-        again = subject.fresh()
+    assert pipeline.fresh is not None
+    with preserve_state(pipeline):
+        again = pipeline.fresh()
     again.load_state_dict(saved)
-    images = _first_test_images(subject, 32)
+    images = _first_test_images(pipeline, 32)
     if images is None:
         return []
-    with torch.no_grad(), eval_mode(subject.model):
+    with torch.no_grad(), eval_mode(pipeline.model):
         again = again.to(images.device).eval()
-        difference = float((again(images) - subject.model(images)).abs().max())
+        difference = float((again(images) - pipeline.model(images)).abs().max())
     return [] if difference < 1e-4 else [f"a fresh network with it gives other outputs, by {difference:.2g}"]
 
 
-def _first_test_images(subject: Subject, count: int) -> Tensor | None:
-    if subject.test_batches is None:
+def _first_test_images(pipeline: Pipeline, count: int) -> Tensor | None:
+    if pipeline.test_batches is None:
         return None
-    for images, _ in subject.test_batches(subject):
-        return images[:count].to(subject.device)
+    for images, _ in pipeline.test_batches(pipeline):
+        return images[:count].to(pipeline.device)
     return None
 
 
-def _going_on(subject: Subject, reported: Reported) -> Outcome:
+def _going_on(pipeline: Pipeline, reported: Reported) -> Outcome:
     """Optimizer, records and configuration of the checkpoint beside those of the run that has just ended."""
     if reported.checkpoint is None:
         raise NotApplicable("there is no checkpoint")
     state = load_checkpoint(reported.checkpoint)
     parts: list[str] = []
-    own = getattr(subject.optimizer, "state", None)
-    if own and "optimizer" in state and not _alike(subject.optimizer.state_dict(), state["optimizer"]):
+    own = getattr(pipeline.optimizer, "state", None)
+    if own and "optimizer" in state and not _alike(pipeline.optimizer.state_dict(), state["optimizer"]):
         parts.append("the optimizer's state is another one")
-    if own and subject.promise.config is not None and "config" in state:
-        meant, saved = asdict(subject.promise.config), state["config"]
+    if own and pipeline.expected.config is not None and "config" in state:
+        meant, saved = asdict(pipeline.expected.config), state["config"]
         odd = [key for key in meant if json.dumps(meant[key]) != json.dumps(saved.get(key, "absent"))]
         parts += [f"the configuration differs in {names(odd)}"] if odd else []
     if reported.history is not None and "records" in state.get("history", {}):

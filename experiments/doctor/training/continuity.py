@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.step.optimizer_checks import kind_of
 from src.training import Step
 
@@ -23,10 +23,10 @@ State = dict[str, Tensor]
 
 
 class Continuity:
-    """Tell it `step(step)` after each update and `epoch_done()` before the next epoch starts; `add(ward)` judges."""
+    """Tell it `step(step)` after each update and `epoch_done()` before the next epoch starts; `add(runner)` judges."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject, self._model = subject, subject.model
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._model = pipeline, pipeline.model
         self.jumps: list[tuple[float, float]] = []  # length of the first and of the second step of epochs 2, 3, ...
         self.changed: list[list[str]] = []  # what changed between two epochs
         self.still: list[list[str]] = []  # what should learn and did not move in an epoch
@@ -49,10 +49,10 @@ class Continuity:
         """After an update."""
         if step.index == 0:
             self._hook()
-            count = _updates(self._subject.optimizer)
+            count = _updates(self._pipeline.optimizer)
             if min(self._count, count) >= 0:
                 self.counts.append((count, self._count + 1))
-            self._rate = _rate(self._subject.optimizer)
+            self._rate = _rate(self._pipeline.optimizer)
             self._fastest = max(self._fastest, self._rate)
         if self._held is not None and step.index <= 1:
             now = _state(self._model)
@@ -69,7 +69,7 @@ class Continuity:
         now = _state(self._model)
         if self._start is not None and self._rate > SLOW * self._fastest:
             self.still.append([n for n in self._learnable if n in now and torch.equal(self._start[n], now[n])])
-        self._last, self._count = now, _updates(self._subject.optimizer)
+        self._last, self._count = now, _updates(self._pipeline.optimizer)
         self._start = None
         self._hook = self._at_next_pass()
 
@@ -93,17 +93,17 @@ class Continuity:
         handle = self._model.register_forward_pre_hook(look)
         return handle.remove
 
-    def add(self, ward: Ward) -> None:
+    def add(self, runner: CheckRunner) -> None:
         """Add the findings."""
         self._hook()
-        ward.check("epochs go on", "an epoch starts where the one before it ended", self._goes_on)
-        ward.check("all keep moving", "whatever should learn moves in every epoch", self._moves)
-        ward.check(
+        runner.check("epochs go on", "an epoch starts where the one before it ended", self._goes_on)
+        runner.check("all keep moving", "whatever should learn moves in every epoch", self._moves)
+        runner.check(
             "optimizer goes on", "its moments and its count of updates are kept from epoch to epoch", self._counts
         )
 
     def _goes_on(self) -> Outcome:
-        exact = self._subject.promise.config is not None
+        exact = self._pipeline.expected.config is not None
         if exact and self.changed:
             for place, odd in enumerate(self.changed, 2):
                 if odd:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight
 from src.training import EpochRecord, LayerRecord
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
@@ -53,12 +53,12 @@ class Look:
     rate: float = math.nan  # of the optimizer's first group in the last step that was seen
 
 
-def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int, ...]]:
+def counted(pipeline: Pipeline) -> tuple[tuple[LayerRecord, ...], float, tuple[int, ...]]:
     """The quantized layers by the equations: records, share of latent weights that are zero, dead inputs a layer."""
-    settings = subject.promise.quantizer
+    settings = pipeline.expected.quantizer
     layers, latent, total, inputs = [], 0, 0, []
     with torch.no_grad():
-        for name, layer in quantized_layers(subject.model).items():
+        for name, layer in quantized_layers(pipeline.model).items():
             raw = latent_weight(layer)
             quantizer = cast(Any, quantizer_of(layer))
             theta = [float(getattr(quantizer, leaf, torch.tensor(math.nan))) for leaf in ("logit_dz", "logit_bit")]
@@ -78,13 +78,13 @@ def counted(subject: Subject) -> tuple[tuple[LayerRecord, ...], float, tuple[int
     return tuple(layers), latent / max(total, 1), tuple(inputs)
 
 
-def few_right(subject: Subject) -> tuple[int, int, float] | None:
+def few_right(pipeline: Pipeline) -> tuple[int, int, float] | None:
     """Right answers, images and loss by hand, where the test set is small enough to be read after every epoch."""
-    data = subject.data
-    if data is None or subject.test_batches is None or len(data.test_labels) > FEW_TEST_IMAGES:
+    data = pipeline.data
+    if data is None or pipeline.test_batches is None or len(data.test_labels) > FEW_TEST_IMAGES:
         return None
     try:
-        return accuracy_by_hand(subject, subject.precision)
+        return accuracy_by_hand(pipeline, pipeline.precision)
     except Exception:  # the pipeline's own evaluation will say so
         return None
 
@@ -98,28 +98,28 @@ def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) 
     )
 
 
-def accuracy_is_off(look: Look, subject: Subject) -> bool:
+def accuracy_is_off(look: Look, pipeline: Pipeline) -> bool:
     if look.right is None:
         return False
     right, count, _ = look.right
-    return abs(look.record.accuracy - right / count) > ACCURACY_CLOSE[subject.precision] + 0.5 / count
+    return abs(look.record.accuracy - right / count) > ACCURACY_CLOSE[pipeline.precision] + 0.5 / count
 
 
-def record_fault(subject: Subject, record: EpochRecord) -> tuple[str, list[str]]:
+def record_fault(pipeline: Pipeline, record: EpochRecord) -> tuple[str, list[str]]:
     """What of a record is not what the network shows now, and the likely causes; "" where all is."""
-    return fault_of_look(Look(record, None, None, *counted(subject)), subject)
+    return fault_of_look(Look(record, None, None, *counted(pipeline)), pipeline)
 
 
-def fault_of_look(look: Look, subject: Subject) -> tuple[str, list[str]]:
+def fault_of_look(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
     record, layers = look.record, look.layers
-    if look.right is not None and accuracy_is_off(look, subject):
+    if look.right is not None and accuracy_is_off(look, pipeline):
         counted_share = look.right[0] / look.right[1]
         text = f"accuracy {100 * record.accuracy:.2f}% recorded, {100 * counted_share:.2f}% counted"
         return text, ["accuracy-wrong", "quantizers-off-in-evaluation"]
-    text, keys = _fault_of_means(look, subject)
+    text, keys = _fault_of_means(look, pipeline)
     if text or not layers:
         return text, keys
-    sizes = {n: latent_weight(layer).numel() for n, layer in quantized_layers(subject.model).items()}
+    sizes = {n: latent_weight(layer).numel() for n, layer in quantized_layers(pipeline.model).items()}
     total = sum(sizes.values())
     filters = sum(layer.channels for layer in layers)
     zeros = sum(layer.sparsity * sizes[layer.name] for layer in layers) / total
@@ -141,7 +141,7 @@ def fault_of_look(look: Look, subject: Subject) -> tuple[str, list[str]]:
     return _layer_fault(look)
 
 
-def _fault_of_means(look: Look, subject: Subject) -> tuple[str, list[str]]:
+def _fault_of_means(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
     """Whether losses, training accuracy and test loss are what the steps and the test set say."""
     record = look.record
     for name, mean in asdict(look.means).items() if look.means is not None else ():
@@ -150,22 +150,22 @@ def _fault_of_means(look: Look, subject: Subject) -> tuple[str, list[str]]:
         if given and not abs(told - mean) <= 0.01 * abs(mean) + 1e-4:
             text = f"{name.replace('_', ' ')} {told:.4f} recorded, {mean:.4f} is the steps' mean"
             return text, ["loss-misreported" if "accuracy" not in name else "accuracy-wrong", "report-wrong"]
-    if look.right is not None and not abs(record.test_loss - look.right[2]) <= _loss_close(subject) * look.right[2]:
+    if look.right is not None and not abs(record.test_loss - look.right[2]) <= _loss_close(pipeline) * look.right[2]:
         text = f"test loss {record.test_loss:.4f} recorded, {look.right[2]:.4f} counted"
         return text, ["test-loss-wrong", "report-wrong"]
     if math.isfinite(look.rate) and not abs(record.learning_rate - look.rate) <= 1e-6 * look.rate + 1e-12:
         text = f"learning rate {record.learning_rate:.4g} recorded, {look.rate:.4g} in the last step"
         return text, ["rate-misreported", "report-wrong"]
     rest = record.loss - record.task_loss - record.logit_penalty - record.coefficient * record.group_penalty
-    if subject.promise.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
+    if pipeline.expected.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
         text = f"loss {record.loss:.4f} is not task + logits + coefficient x groups, by {rest:.4f}"
         # Where its parts are the steps' own, what does not fit is the coefficient.
         return text, ["loss-misreported" if look.means is None else "coefficient-wrong", "report-wrong"]
     return "", []
 
 
-def _loss_close(subject: Subject) -> float:
-    return 2e-3 if subject.precision == torch.float32 else 3e-2
+def _loss_close(pipeline: Pipeline) -> float:
+    return 2e-3 if pipeline.precision == torch.float32 else 3e-2
 
 
 def _layer_fault(look: Look) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""One step of every epoch taken apart, while the run goes on: is it still the step that was promised?
+"""One step of every epoch taken apart, while the run goes on: is it still the step that was expected?
 
 The first steps of a run say nothing of its hundredth. So before one step of each epoch the network and its optimizer
 are copied; the step is watched; then the copy says which loss, gradient and update that step should have had. The batch
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, preserve_state
 from experiments.doctor.core.objective import channel_grouping
-from experiments.doctor.core.probe import Watched, gradients_left, state_of_parts, watching_step
-from experiments.doctor.core.subject import Batch, Subject, step_losses
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, undisturbed
+from experiments.doctor.core.pipeline import Batch, Pipeline, step_losses
+from experiments.doctor.core.probe import StepTrace, gradients_left, state_of_parts, watching_step
 from experiments.doctor.step.step_gradients import squared_logits, task_gradient_fits, through_quantizers
 from experiments.doctor.step.step_loss import modes_of_network, step_loss
 from experiments.doctor.step.step_updates import update_by_rule
@@ -28,14 +28,14 @@ from src.training import Step, StepLosses
 SPREAD = 8  # the step that is taken apart is among the first so many of its epoch, another one in every epoch
 CHECKS = {
     "mode in mid-run": "BatchNorm and quantizers stay on while training",
-    "loss in mid-run": "a step of every epoch has the promised loss",
+    "loss in mid-run": "a step of every epoch has the expected loss",
     "gradient in mid-run": "a step of every epoch has the gradient of the cross entropy",
     "squared logits in mid-run": "lambda theta^2 of every logit stays in the loss",
     "update in mid-run": "parameters keep moving as the optimizer's rule says",
 }
 
 
-Check = Callable[[Steps, Subject], Outcome]
+Check = Callable[[Steps, Pipeline], Outcome]
 _WITHOUT_BATCH: Mapping[str, Check] = {"mode in mid-run": modes_of_network, "update in mid-run": update_by_rule}
 _WITH_BATCH: Mapping[str, Check] = {
     "loss in mid-run": step_loss,
@@ -51,16 +51,16 @@ class _Armed:
 
     epoch: int
     index: int
-    twin: Subject
-    seen: Watched
+    twin: Pipeline
+    seen: StepTrace
     hooks: ExitStack
 
 
 class Replay:
-    """Tell it `step(epoch, step)` after every update; `add(ward)` gives the findings."""
+    """Tell it `step(epoch, step)` after every update; `add(runner)` gives the findings."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
         self.found: dict[str, list[tuple[int, Outcome]]] = {name: [] for name in CHECKS}
         self._armed: _Armed | None = None
         self._reason = "no step was taken apart"
@@ -76,12 +76,12 @@ class Replay:
         if step.index + 1 == chosen < step.steps:
             self._arm(epoch, chosen)
 
-    def add(self, ward: Ward) -> None:
+    def add(self, runner: CheckRunner) -> None:
         """Add one finding a check: of the first epoch that shows a fault, or of all."""
         if self._armed is not None:
             self._armed.hooks.close()
         for name, proves in CHECKS.items():
-            ward.check(name, proves, self._outcome, name)
+            runner.check(name, proves, self._outcome, name)
 
     def _outcome(self, name: str) -> Outcome:
         found = self.found[name]
@@ -95,25 +95,25 @@ class Replay:
 
     def _arm(self, epoch: int, index: int) -> None:
         try:
-            model, optimizer = copy.deepcopy((self.subject.model, self.subject.optimizer))
+            model, optimizer = copy.deepcopy((self.pipeline.model, self.pipeline.optimizer))
         except Exception as error:  # a network or an optimizer of one's own that cannot be copied
             self._reason = f"network and optimizer cannot be copied: {type(error).__name__}"
             return
-        seen, hooks = Watched(), ExitStack()
-        seen.before = state_of_parts(self.subject.model)
-        hooks.enter_context(watching_step(self.subject, seen))
-        twin = replace(self.subject, model=model, optimizer=optimizer)
+        seen, hooks = StepTrace(), ExitStack()
+        seen.before = state_of_parts(self.pipeline.model)
+        hooks.enter_context(watching_step(self.pipeline, seen))
+        twin = replace(self.pipeline, model=model, optimizer=optimizer)
         self._armed = _Armed(epoch, index, twin, seen, hooks)
 
     def _take_apart(self, armed: _Armed, step: Step) -> None:
         seen, twin = armed.seen, armed.twin
-        seen.after = state_of_parts(self.subject.model)
+        seen.after = state_of_parts(self.pipeline.model)
         seen.returned, seen.losses = step.losses, step_losses(step.losses)
-        _same_rates(twin.optimizer, self.subject.optimizer)
+        _same_rates(twin.optimizer, self.pipeline.optimizer)
         if not any(g is not None for g in seen.gradients.values()):  # as in `watched_step`
-            seen.gradients = gradients_left(self.subject.model)
+            seen.gradients = gradients_left(self.pipeline.model)
         try:
-            with undisturbed(self.subject), undisturbed(twin):
+            with preserve_state(self.pipeline), preserve_state(twin):
                 self._judge(armed.epoch, Steps(_NOTHING, _NOTHING, plain=seen), twin, _WITHOUT_BATCH)
                 batch = self._drawn_again(armed)
                 if batch is not None:
@@ -125,28 +125,28 @@ class Replay:
 
     def _drawn_again(self, armed: _Armed) -> Batch | None:
         """The step's batch, where the loader gives the same one whenever it is asked."""
-        draws = [self.subject.first_batches(armed.index + 1, armed.epoch) for _ in range(2)]
+        draws = [self.pipeline.first_batches(armed.index + 1, armed.epoch) for _ in range(2)]
         if min(map(len, draws)) <= armed.index:
             return None
         (images, labels), (again, _) = (draw[armed.index] for draw in draws)
         if other_images(images, again):
             return None
-        device = self.subject.device
+        device = self.pipeline.device
         return images.to(device), labels.to(device)
 
-    def _judge(self, epoch: int, steps: Steps, twin: Subject, checks: Mapping[str, Check]) -> None:
+    def _judge(self, epoch: int, steps: Steps, twin: Pipeline, checks: Mapping[str, Check]) -> None:
         for name, check in checks.items():
             try:
-                with undisturbed(twin):
+                with preserve_state(twin):
                     self.found[name].append((epoch, check(steps, twin)))
             except NotApplicable as reason:
                 self._reason = str(reason)
 
 
-def _applied(losses: StepLosses, promised: float) -> float:
-    """The coefficient that the step's own losses hold; whether it is the promised one is checked elsewhere."""
+def _applied(losses: StepLosses, expected: float) -> float:
+    """The coefficient that the step's own losses hold; whether it is the expected one is checked elsewhere."""
     total, task, logits, groups = (float(part) for part in (losses.total, losses.task, losses.logits, losses.groups))
-    return (total - task - logits) / groups if groups > 0 else promised
+    return (total - task - logits) / groups if groups > 0 else expected
 
 
 def _same_rates(twin: Any, optimizer: Any) -> None:
@@ -156,24 +156,24 @@ def _same_rates(twin: Any, optimizer: Any) -> None:
         copied["lr"] = group.get("lr")
 
 
-def _without_penalty(twin: Subject, seen: Watched, batch: Batch, epoch: int) -> Steps:
-    """The watched step less what the promised penalty adds to its loss and gradient: the task and the squares are left.
+def _without_penalty(twin: Pipeline, seen: StepTrace, batch: Batch, epoch: int) -> Steps:
+    """The watched step less what the expected penalty adds to its loss and gradient: the task and the squares are left.
 
-    Raises NotApplicable where the objective is not promised.
+    Raises NotApplicable where the objective is not expected.
     """
-    promised = twin.promise.coefficients
-    if twin.promise.lambda_dz is None or promised is None or epoch >= len(promised) or seen.losses is None:
-        raise NotApplicable("the objective is not promised")
+    expected = twin.expected.coefficients
+    if twin.expected.lambda_dz is None or expected is None or epoch >= len(expected) or seen.losses is None:
+        raise NotApplicable("the objective is not expected")
     twin.model.train()
-    if twin.promise.penalty and promised[epoch]:
+    if twin.expected.penalty and expected[epoch]:
         grouping = channel_grouping(twin)
         value, slopes = grouping.lasso(grouping.weights(twin.model))
         extra = through_quantizers(twin, slopes)
-        weight = _applied(seen.losses, promised[epoch])
+        weight = _applied(seen.losses, expected[epoch])
         less = {n: g if g is None else g - weight * extra[n] for n, g in seen.gradients.items() if n in extra}
         total = seen.losses.total - weight * value
         seen = replace(seen, gradients=less, losses=replace(seen.losses, total=total))
     steps = Steps(*batch, plain=seen)
-    with undisturbed(twin):
+    with preserve_state(twin):
         steps.task, steps.task_gradient = own_task(twin, steps)
     return steps

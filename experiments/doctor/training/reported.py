@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from experiments.doctor.core.check_runner import PartFailed
 from experiments.doctor.core.probe import Norm
-from experiments.doctor.core.ward import Broken
 from experiments.evaluator import EvalResult
 from src.training import History
 from utils_quantization import FakeQuantParametrization
@@ -38,7 +38,7 @@ class Reported:
     accuracy: float | None = None
     seen: Seen | None = None
     changed: bool = False
-    error: Broken | None = None
+    error: PartFailed | None = None
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.probe import Watched, watched_step
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import Broken, NotApplicable, undisturbed
+from experiments.doctor.core.check_runner import NotApplicable, PartFailed, preserve_state
+from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.core.probe import StepTrace, watched_step
 from experiments.doctor.network.network_checks import batch_of
 from experiments.doctor.step.optimizer_checks import kind_of
 
@@ -25,75 +25,75 @@ class Steps:
 
     images: Tensor
     labels: Tensor
-    plain: Watched | None = None
-    again: Watched | None = None
-    penalised: Watched | None = None
-    error: Broken | None = None
+    plain: StepTrace | None = None
+    again: StepTrace | None = None
+    penalised: StepTrace | None = None
+    error: PartFailed | None = None
     coefficient: float = 0.0
     task: float = 0.0
     task_gradient: objective.Gradients | None = None
 
 
-def take_steps(subject: Subject) -> Steps:
+def take_steps(pipeline: Pipeline) -> Steps:
     """Steps A, B and C. Raises NotApplicable without a usable batch."""
-    images, labels = batch_of(subject, IMAGES)
+    images, labels = batch_of(pipeline, IMAGES)
     steps = Steps(images, labels)
-    penalised = subject.objective.penalty is not None
-    steps.coefficient = (subject.promise.peak or 0.01) if penalised else 0.0
-    with undisturbed(subject):
-        subject.model.train()
+    penalised = pipeline.objective.penalty is not None
+    steps.coefficient = (pipeline.expected.peak or 0.01) if penalised else 0.0
+    with preserve_state(pipeline):
+        pipeline.model.train()
         try:
-            with undisturbed(subject):
-                steps.task, steps.task_gradient = own_task(subject, steps)
+            with preserve_state(pipeline):
+                steps.task, steps.task_gradient = own_task(pipeline, steps)
         except Exception:  # the step itself will say what is wrong
             steps.task_gradient = None
         try:
-            with undisturbed(subject):
-                for p in subject.model.parameters():
+            with preserve_state(pipeline):
+                for p in pipeline.model.parameters():
                     p.grad = None
-                steps.plain = watched_step(subject, images, labels, 0.0)
-                left = {name: p.grad for name, p in subject.model.named_parameters()}
-            with undisturbed(subject):
-                for name, p in subject.model.named_parameters():
+                steps.plain = watched_step(pipeline, images, labels, 0.0)
+                left = {name: p.grad for name, p in pipeline.model.named_parameters()}
+            with preserve_state(pipeline):
+                for name, p in pipeline.model.named_parameters():
                     kept = left.get(name)
                     p.grad = None if kept is None else kept.clone()
-                steps.again = watched_step(subject, images, labels, 0.0)
+                steps.again = watched_step(pipeline, images, labels, 0.0)
             if penalised:
-                with undisturbed(subject):
-                    for p in subject.model.parameters():
+                with preserve_state(pipeline):
+                    for p in pipeline.model.parameters():
                         p.grad = None
-                    steps.penalised = watched_step(subject, images, labels, steps.coefficient)
-        except Broken as error:
+                    steps.penalised = watched_step(pipeline, images, labels, steps.coefficient)
+        except PartFailed as error:
             steps.error = error
     return steps
 
 
-def own_task(subject: Subject, steps: Steps, *, quantized: bool = True) -> tuple[float, objective.Gradients]:
-    bare = without_hooks(subject)
+def own_task(pipeline: Pipeline, steps: Steps, *, quantized: bool = True) -> tuple[float, objective.Gradients]:
+    bare = without_hooks(pipeline)
     loss = objective.task_loss(bare, steps.images, steps.labels, quantized=quantized)
     return float(loss.detach()), objective.gradients(loss, bare.model)
 
 
-def without_hooks(subject: Subject) -> Subject:
-    """The subject with a copy of its network, whose parameters have no hooks that change their gradients."""
+def without_hooks(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with a copy of its network, whose parameters have no hooks that change their gradients."""
     try:
-        return replace(subject, model=copy.deepcopy(subject.model))
+        return replace(pipeline, model=copy.deepcopy(pipeline.model))
     except Exception:  # a network of one's own that cannot be copied
-        return subject
+        return pipeline
 
 
-def done(seen: Watched | None) -> Watched:
+def done(seen: StepTrace | None) -> StepTrace:
     if seen is None:
         raise NotApplicable("the step did not run")
     return seen
 
 
-def loss_value(subject: Subject, steps: Steps, *, quantized: bool) -> float:
+def loss_value(pipeline: Pipeline, steps: Steps, *, quantized: bool) -> float:
     with torch.no_grad():
-        return float(objective.task_loss(subject, steps.images, steps.labels, quantized=quantized))
+        return float(objective.task_loss(pipeline, steps.images, steps.labels, quantized=quantized))
 
 
-def gradients_of(seen: Watched) -> objective.Gradients:
+def gradients_of(seen: StepTrace) -> objective.Gradients:
     return {n: torch.zeros_like(seen.before[n]) if g is None else g for n, g in seen.gradients.items()}
 
 
@@ -105,30 +105,30 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
 
 
-def promised_squares(subject: Subject) -> float:
-    weights = {"logit_dz": subject.promise.lambda_dz or 0.0, "logit_bit": subject.promise.lambda_bit or 0.0}
-    return sum(weight * objective.squares(subject.model, leaf)[0] for leaf, weight in weights.items())
+def promised_squares(pipeline: Pipeline) -> float:
+    weights = {"logit_dz": pipeline.expected.lambda_dz or 0.0, "logit_bit": pipeline.expected.lambda_bit or 0.0}
+    return sum(weight * objective.squares(pipeline.model, leaf)[0] for leaf, weight in weights.items())
 
 
-def objective_penalty(subject: Subject) -> float:
-    """The promised penalty, by its definition."""
-    grouping = objective.channel_grouping(subject)
-    return grouping.lasso(grouping.weights(subject.model))[0]
+def objective_penalty(pipeline: Pipeline) -> float:
+    """The expected penalty, by its definition."""
+    grouping = objective.channel_grouping(pipeline)
+    return grouping.lasso(grouping.weights(pipeline.model))[0]
 
 
 def other_images(seen: Tensor, given: Tensor) -> bool:
     return seen.shape != given.shape or not torch.equal(seen.float().cpu(), given.float().cpu())
 
 
-def labels_are_mixed(subject: Subject, steps: Steps) -> bool:
+def labels_are_mixed(pipeline: Pipeline, steps: Steps) -> bool:
     """With one label for all images a permutation changes nothing: is the loss then right?"""
     same = torch.full_like(steps.labels, int(steps.labels[0]))
     one = replace(steps, labels=same)
-    squares = promised_squares(subject)
-    with undisturbed(subject):
-        subject.model.train()
-        with undisturbed(subject):
-            meant = loss_value(subject, one, quantized=True)
-        seen = watched_step(subject, steps.images, same, 0.0)
+    squares = promised_squares(pipeline)
+    with preserve_state(pipeline):
+        pipeline.model.train()
+        with preserve_state(pipeline):
+            meant = loss_value(pipeline, one, quantized=True)
+        seen = watched_step(pipeline, steps.images, same, 0.0)
     assert seen.losses is not None
-    return abs(float(seen.losses.total) - squares - meant) < LOSS_CLOSE[subject.precision] * max(meant, 1.0)
+    return abs(float(seen.losses.total) - squares - meant) < LOSS_CLOSE[pipeline.precision] * max(meant, 1.0)

@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
+from experiments.doctor.core.expected import LOGITS, factor_of
 from experiments.doctor.core.findings import TRAINING, Report
-from experiments.doctor.core.promise import LOGITS, factor_of
-from experiments.doctor.core.subject import Subject
-from experiments.doctor.core.ward import NotApplicable, Outcome, Ward, names
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.learning_checks import learning_checks
 from experiments.doctor.step.coefficient_checks import coefficient_outcome
 from experiments.doctor.step.optimizer_checks import kind_of
@@ -41,14 +41,14 @@ class Watcher:
     over all steps of an epoch, the updates of BatchNorm's statistics, the way of the logits) is not judged.
     """
 
-    def __init__(self, subject: Subject, coefficients: bool = True) -> None:
-        self.subject = subject
+    def __init__(self, pipeline: Pipeline, coefficients: bool = True) -> None:
+        self.pipeline = pipeline
         self.looks: list[Look] = []
         self.losses: list[float] = []
         self.rates: list[tuple[int, float, float]] = []  # epoch, share of the run done, rate of the weights
         self.logit_rates: dict[str, set[float]] = {}  # every rate that a group of logits had
         self.applied: dict[int, list[float]] = {}
-        self.logits: list[dict[str, float]] = [_logits(subject)]
+        self.logits: list[dict[str, float]] = [_logits(pipeline)]
         self.steps = 0
         self.first_epoch = 0
         self.missed = False  # whether there were steps that nobody told of
@@ -58,12 +58,12 @@ class Watcher:
         self._epoch_images = 0
         self._epoch_whole = False
         self.raised: tuple[str, str] | None = None
-        self._learned = {name for name, p in subject.model.named_parameters() if p.requires_grad}
-        self._kinds = {id(p): kind_of(name) for name, p in subject.model.named_parameters()}
-        self._continuity = Continuity(subject)
-        self._replay = Replay(subject)
+        self._learned = {name for name, p in pipeline.model.named_parameters() if p.requires_grad}
+        self._kinds = {id(p): kind_of(name) for name, p in pipeline.model.named_parameters()}
+        self._continuity = Continuity(pipeline)
+        self._replay = Replay(pipeline)
         self._last_rate = math.nan
-        self._norms = [m for m in subject.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self._norms = [m for m in pipeline.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         self._tracked = [int(m.num_batches_tracked) for m in self._norms if m.num_batches_tracked is not None]
 
     def step(self, epoch: int, step: Step) -> None:
@@ -80,15 +80,15 @@ class Watcher:
         told = [parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)]
         losses = torch.stack(told).detach().float()
         self._unread.append((epoch, losses))
-        epochs = self.subject.promise.epochs or 1
+        epochs = self.pipeline.expected.epochs or 1
         done = (epoch + step.index / max(step.steps, 1)) / epochs
         for kind, rate in self._rates_now():
             if kind in LOGITS:
                 self.logit_rates.setdefault(kind, set()).add(rate)
             else:
                 self.rates.append((epoch, done, rate))
-        if self.subject.promise.config is not None:
-            groups = getattr(self.subject.optimizer, "param_groups", None)
+        if self.pipeline.expected.config is not None:
+            groups = getattr(self.pipeline.optimizer, "param_groups", None)
             self._last_rate = float(groups[0]["lr"]) if groups else math.nan
         self._epoch_images += step.images
         self._epoch_whole = step.index + 1 == step.steps == len(self._epoch_losses) + len(self._unread)
@@ -97,7 +97,7 @@ class Watcher:
 
     def _rates_now(self) -> set[tuple[str, float]]:
         """The kinds of parameters that the optimizer holds, each with the learning rates it has."""
-        groups = getattr(self.subject.optimizer, "param_groups", [])
+        groups = getattr(self.pipeline.optimizer, "param_groups", [])
         if not groups or "lr" not in groups[0]:
             return set()
         return {(self._kinds.get(id(p), "weights"), float(g["lr"])) for g in groups for p in g["params"]}
@@ -106,10 +106,10 @@ class Watcher:
         """After an epoch was measured and before the next one starts."""
         self._read()
         means = StepMeans.of(self._epoch_losses, self._epoch_images) if self._epoch_whole else None
-        self.looks.append(Look(record, means, few_right(self.subject), *counted(self.subject), self._last_rate))
+        self.looks.append(Look(record, means, few_right(self.pipeline), *counted(self.pipeline), self._last_rate))
         self._forget_epoch()
         self._continuity.epoch_done()
-        self.logits.append(_logits(self.subject))
+        self.logits.append(_logits(self.pipeline))
 
     def _read(self) -> None:
         """Losses as numbers. Waits for the device, hence not at every step."""
@@ -132,19 +132,21 @@ class Watcher:
     def report(self) -> Report:
         """What was seen so far."""
         self._read()
-        ward = Ward(TRAINING)
-        ward.check("training runs", "no error, and every loss is finite", self._finite)
-        ward.check("records follow the epochs", "each record describes the network as its epoch left it", self._records)
-        self._continuity.add(ward)
-        self._replay.add(ward)
-        ward.check("coefficient applied", "the penalty's weight follows its schedule", self._coefficient)
-        ward.check("learning rate applied", "the weights' learning rate follows its schedule", self._rate)
-        ward.check("BatchNorm learns", "its statistics are updated in every step", self._norm_statistics)
-        ward.check(
+        runner = CheckRunner(TRAINING)
+        runner.check("training runs", "no error, and every loss is finite", self._finite)
+        runner.check(
+            "records follow the epochs", "each record describes the network as its epoch left it", self._records
+        )
+        self._continuity.add(runner)
+        self._replay.add(runner)
+        runner.check("coefficient applied", "the penalty's weight follows its schedule", self._coefficient)
+        runner.check("learning rate applied", "the weights' learning rate follows its schedule", self._rate)
+        runner.check("BatchNorm learns", "its statistics are updated in every step", self._norm_statistics)
+        runner.check(
             "logits move", "dead zones open and bits fall, no faster than the optimizer can", self._logit_movement
         )
-        learning_checks(ward, self.subject, self.looks, self.steps, self.first_epoch)
-        return ward.report()
+        learning_checks(runner, self.pipeline, self.looks, self.steps, self.first_epoch)
+        return runner.report()
 
     def _finite(self) -> Outcome:
         if self.raised is not None:
@@ -164,7 +166,7 @@ class Watcher:
 
     def _records(self) -> Outcome:
         looks = self._seen()
-        if accuracy_is_off(looks[-1], self.subject):  # the last stage sees how it was measured, and names why
+        if accuracy_is_off(looks[-1], self.pipeline):  # the last stage sees how it was measured, and names why
             looks = [replace(look, right=None) for look in looks]
         likely: list[str | None] = []
         wrong: list[str] = []
@@ -175,7 +177,7 @@ class Watcher:
                 wrong.append(f"record {number} is of epoch {record.epoch}")
                 likely.append("history-shifted")
                 continue
-            fault, keys = fault_of_look(look, self.subject)
+            fault, keys = fault_of_look(look, self.pipeline)
             if fault:
                 wrong.append(f"epoch {number}: {fault}")
                 before = looks[place - 1].layers if place else None
@@ -188,17 +190,17 @@ class Watcher:
         return Outcome("epochs 1, 2, ..., each as the network then was", measured, not wrong, [*likely, "report-wrong"])
 
     def _coefficient(self) -> Outcome:
-        promised = self.subject.promise.coefficients
-        if promised is None:
-            raise NotApplicable("no schedule is promised")
+        expected = self.pipeline.expected.coefficients
+        if expected is None:
+            raise NotApplicable("no schedule is expected")
         looks = self._seen()
         trained = range(self.first_epoch, self.first_epoch + len(looks))
-        wanted = list(promised[trained.start : trained.stop])
+        wanted = list(expected[trained.start : trained.stop])
         recorded = [look.record.coefficient for look in looks]
         told = coefficient_outcome(recorded, wanted, "the records say")
-        if not told.ok or self.subject.objective.penalty is None or not self.applied:
+        if not told.ok or self.pipeline.objective.penalty is None or not self.applied:
             missing = (
-                self.subject.objective.penalty is not None and not self.applied and any(wanted) and bool(self.losses)
+                self.pipeline.objective.penalty is not None and not self.applied and any(wanted) and bool(self.losses)
             )
             if told.ok and missing:
                 text = "no step's loss holds a penalty"
@@ -212,16 +214,16 @@ class Watcher:
         return coefficient_outcome(rounded, wanted, "the steps' losses hold")
 
     def _rate(self) -> Outcome:
-        config, promised = self.subject.promise.config, self.subject.promise.groups
-        if config is None or promised is None or not self.rates:
-            raise NotApplicable("no learning rate is promised or none was seen")
-        factor, base = factor_of(config), promised["weights"].learning_rate
+        config, expected = self.pipeline.expected.config, self.pipeline.expected.groups
+        if config is None or expected is None or not self.rates:
+            raise NotApplicable("no learning rate is expected or none was seen")
+        factor, base = factor_of(config), expected["weights"].learning_rate
         off = [
             (e, rate, base * factor(done))
             for e, done, rate in self.rates
             if abs(rate - base * factor(done)) > 1e-3 * base
         ]
-        measured = f"as promised in {len(self.rates) - len(off)} of {len(self.rates)} steps"
+        measured = f"as expected in {len(self.rates) - len(off)} of {len(self.rates)} steps"
         likely: list[str | None] = []
         if off:
             epoch, rate, meant = off[0]
@@ -233,8 +235,8 @@ class Watcher:
         changing = [leaf for leaf, seen in self.logit_rates.items() if len(seen) > 1]
         if changing:
             measured += f"; the rate of {names(changing)} changes, and should not"
-        expected = "base rate x the configured factor, for the weights alone"
-        return Outcome(expected, measured, not off and not changing, [*likely, "learning-rate-schedule"])
+        wanted = "base rate x the configured factor, for the weights alone"
+        return Outcome(wanted, measured, not off and not changing, [*likely, "learning-rate-schedule"])
 
     def _norm_statistics(self) -> Outcome:
         if not self._tracked or not self.steps:
@@ -253,21 +255,21 @@ class Watcher:
 
     def _logit_movement(self) -> Outcome:
         """Adam moves a parameter by at most a few learning rates a step; squares in the loss draw it to 0 steadily."""
-        promised = self.subject.promise
+        expected = self.pipeline.expected
         if (
-            promised.groups is None
-            or promised.optimizer != "AdamW"
+            expected.groups is None
+            or expected.optimizer != "AdamW"
             or not self.logits[0]
             or min(self.steps / 20, len(self.logits) - 1) < 1
         ):
-            raise NotApplicable("no logits are promised to move, or too few steps were seen")
+            raise NotApplicable("no logits are expected to move, or too few steps were seen")
         if self.missed:
             raise NotApplicable("some steps were not seen")
         parts, ok = list[str](), True
         likely: list[str | None] = []
-        for leaf, weight in (("logit_dz", promised.lambda_dz), ("logit_bit", promised.lambda_bit)):
+        for leaf, weight in (("logit_dz", expected.lambda_dz), ("logit_bit", expected.lambda_bit)):
             members = [n for n in self.logits[0] if n.endswith(leaf) and n in self._learned]
-            rate, decay = promised.groups[leaf].learning_rate, promised.groups[leaf].decay
+            rate, decay = expected.groups[leaf].learning_rate, expected.groups[leaf].decay
             if not members or not rate:
                 continue
             starts, ends = ([abs(logits[n]) for n in members] for logits in (self.logits[0], self.logits[-1]))
@@ -284,12 +286,12 @@ class Watcher:
         return Outcome("towards 0, at most 1.3 learning rates a step", "; ".join(parts), ok, likely)
 
 
-def _logits(subject: Subject) -> dict[str, float]:
+def _logits(pipeline: Pipeline) -> dict[str, float]:
     """All logits by name, learned or not."""
     with torch.no_grad():
         return {
             name: float(p)
-            for name, p in subject.model.named_parameters()
+            for name, p in pipeline.model.named_parameters()
             if name.rpartition(".")[2] in LOGITS and p.numel() == 1
         }
 

@@ -1,8 +1,9 @@
-"""A training pipeline as the doctor sees it: parts that can each be replaced, and what they promise to do.
+"""A training pipeline as the doctor sees it: parts that can each be replaced, and what is expected of them.
 
-`Subject.of_run(run)` is the project's own pipeline. `Subject.of_parts(...)` is anybody's: any model, optimizer, loader
-and step function. The doctor reaches a pipeline through these fields alone, so `dataclasses.replace(subject, step=...)`
-examines the same pipeline with another step. A part that is None is absent: what needs it is "not applicable".
+`Pipeline.of_run(run)` is the project's own pipeline. `Pipeline.of_parts(...)` is anybody's: any model, optimizer,
+loader and step function. The doctor reaches a pipeline through these fields alone, so
+`dataclasses.replace(pipeline, step=...)` examines the same pipeline with another step. A part that is None is absent:
+what needs it is "not applicable".
 Axis letters: N batch.
 """
 
@@ -18,10 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import pipeline
-from experiments.doctor.core.promise import Promise
+from experiments.doctor.core.expected import Expected
 from experiments.evaluator import EvalResult, Evaluator
-from experiments.pipeline import RunConfig
+from experiments.pipeline import (
+    Run,
+    RunConfig,
+    attach,
+    build_network,
+    build_optimizer,
+    epoch_settings,
+)
 from experiments.sparsity import coupled_group_lasso
 from resnet import NETWORKS
 from src import training
@@ -35,42 +42,42 @@ StepFunction = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, train
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """A pipeline. Functions that depend on other parts get the subject, so that a replaced part is used everywhere.
+class Pipeline:
+    """A pipeline. Functions that depend on other parts get the pipeline, so that a replaced part is used everywhere.
 
     step: one update on one batch; returns the loss: a number, or an object with `total` (and `task`, `logits`,
         `groups`), such as StepLosses.
-    train_batches(subject, epoch), test_batches(subject): normalised images (N, C, H, W) and labels (N,).
+    train_batches(pipeline, epoch), test_batches(pipeline): normalised images (N, C, H, W) and labels (N,).
     coefficient(epoch), lr_lambda(share of the run done): what the training loop applies; epochs from 0.
-    train_epoch(subject, epoch) -> Steps: the loop around `step`, which also puts the model into training mode and sets
+    train_epoch(pipeline, epoch) -> Steps: the loop around `step`, which also puts the model into training mode and sets
         the learning rate.
-    measure(subject, means, epoch, seconds) -> EpochRecord; evaluate(subject) -> (EvalResult, accuracy in float32).
-    save(subject, history, folder) -> path of the checkpoint, called after every epoch.
+    measure(pipeline, means, epoch, seconds) -> EpochRecord; evaluate(pipeline) -> (EvalResult, accuracy in float32).
+    save(pipeline, history, folder) -> path of the checkpoint, called after every epoch.
     baseline(): the full-precision network that the compression is compared with.
     fresh(): a network like `model`, quantizers attached, into which a checkpoint is loaded.
-    promise: what the parts should do, from the configuration; where it knows nothing, nothing is compared.
+    expected: what the parts should do, from the configuration; where it knows nothing, nothing is compared.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: StepFunction
-    train_batches: Callable[[Subject, int], Iterable[Batch]]
-    promise: Promise = field(default_factory=Promise)
+    train_batches: Callable[[Pipeline, int], Iterable[Batch]]
+    expected: Expected = field(default_factory=Expected)
     objective: training.Objective = field(default_factory=training.Objective)
     coefficient: Callable[[int], float] = lambda epoch: 0.0
     lr_lambda: Callable[[float], float] = lambda done: 1.0
     precision: torch.dtype = torch.float32
     data: ImageData | None = None
-    test_batches: Callable[[Subject], Iterable[Batch]] | None = None
-    train_epoch: Callable[[Subject, int], Iterator[training.Step]] | None = None
-    measure: Callable[[Subject, training.EpochMeans, int, float], EpochRecord] | None = None
-    evaluate: Callable[[Subject], tuple[EvalResult, float]] | None = None
-    save: Callable[[Subject, History, Path], Path] | None = None
+    test_batches: Callable[[Pipeline], Iterable[Batch]] | None = None
+    train_epoch: Callable[[Pipeline, int], Iterator[training.Step]] | None = None
+    measure: Callable[[Pipeline, training.EpochMeans, int, float], EpochRecord] | None = None
+    evaluate: Callable[[Pipeline], tuple[EvalResult, float]] | None = None
+    save: Callable[[Pipeline, History, Path], Path] | None = None
     baseline: Callable[[], nn.Module] | None = None
     fresh: Callable[[], nn.Module] | None = None
 
     @classmethod
-    def of_run(cls, run: pipeline.Run) -> Subject:
+    def of_run(cls, run: Run) -> Pipeline:
         """The project's own pipeline, as `debug_run` and the notebook use it, promising what `run.config` says."""
         config = run.config
         return cls(
@@ -78,7 +85,7 @@ class Subject:
             optimizer=run.optimizer,
             step=training.train_step,
             train_batches=run_batches,
-            promise=Promise.of_config(config, run.model, run.data),
+            expected=Expected.of_config(config, run.model, run.data),
             objective=run.objective,
             coefficient=lambda epoch: config.schedule()(epoch, config.epochs),
             lr_lambda=config.lr_lambda(),
@@ -102,13 +109,13 @@ class Subject:
         step: Callable[..., Any],
         *,
         tests: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = None,
-        promise: Promise | None = None,
+        expected: Expected | None = None,
         **parts: Any,
-    ) -> Subject:
+    ) -> Pipeline:
         """A pipeline of one's own. batches: an iterable that can be walked more than once, or fn(epoch) -> iterable.
 
         step: fn(images, labels), or fn(images, labels, coefficient), which makes one update and returns the loss; it
-        may hold model and optimizer itself. parts: any other field of Subject.
+        may hold model and optimizer itself. parts: any other field of Pipeline.
         """
         try:
             takes = len(inspect.signature(step).parameters)
@@ -120,10 +127,10 @@ class Subject:
         ) -> Any:
             return step(images, labels, coefficient) if takes > 2 else step(images, labels)
 
-        def training_batches(subject: Subject, epoch: int) -> Iterable[Batch]:
+        def training_batches(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
             return batches(epoch) if callable(batches) else batches
 
-        def testing_batches(subject: Subject) -> Iterable[Batch]:
+        def testing_batches(pipeline: Pipeline) -> Iterable[Batch]:
             return tests() if callable(tests) else tests if tests is not None else ()
 
         return cls(
@@ -131,7 +138,7 @@ class Subject:
             optimizer=optimizer,
             step=stepping,
             train_batches=training_batches,
-            promise=promise or Promise(),
+            expected=expected or Expected(),
             test_batches=testing_batches if tests is not None else None,
             **parts,
         )
@@ -155,26 +162,26 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PipelineParts:
     """How the project's pipeline is put together: one function a part, so that one alone can be exchanged.
 
-    The promise of `build_subject` is the configuration's, whatever these functions do.
+    What is expected of `build_pipeline`'s result is the configuration's, whatever these functions do.
     """
 
-    network: Callable[[RunConfig, ImageData], nn.Module] = lambda config, data: pipeline.build_network(
+    network: Callable[[RunConfig, ImageData], nn.Module] = lambda config, data: build_network(
         config, data, data.train_images.device
     )
-    attach: Callable[[RunConfig, nn.Module], list[str]] = pipeline.attach
-    optimizer: Callable[[RunConfig, nn.Module], torch.optim.Optimizer] = pipeline.build_optimizer
+    attach: Callable[[RunConfig, nn.Module], list[str]] = attach
+    optimizer: Callable[[RunConfig, nn.Module], torch.optim.Optimizer] = build_optimizer
     penalty: Callable[[nn.Module], training.Penalty] = coupled_group_lasso
 
 
-def build_subject(config: RunConfig, data: ImageData, parts: Parts | None = None) -> Subject:
+def build_pipeline(config: RunConfig, data: ImageData, parts: PipelineParts | None = None) -> Pipeline:
     """`pipeline.build_run` with any of its parts exchanged. config, data: from `pipeline.prepare_data`."""
-    parts = parts or Parts()
+    parts = parts or PipelineParts()
     model = parts.network(config, data)
     attached = parts.attach(config, model)
-    run = pipeline.Run(
+    run = Run(
         config=config,
         data=data,
         device=data.train_images.device,
@@ -191,44 +198,44 @@ def build_subject(config: RunConfig, data: ImageData, parts: Parts | None = None
         parts.attach(config, again)
         return again
 
-    return replace(Subject.of_run(run), baseline=lambda: parts.network(config, data), fresh=fresh)
+    return replace(Pipeline.of_run(run), baseline=lambda: parts.network(config, data), fresh=fresh)
 
 
-def run_batches(subject: Subject, epoch: int) -> Iterable[Batch]:
+def run_batches(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
     """The batches that `src.training.train_epoch` draws."""
-    config, data = _run_config(subject), _image_data(subject)
+    config, data = _run_config(pipeline), _image_data(pipeline)
     generator = torch.Generator().manual_seed(training.epoch_seed(config.seed, epoch))
     return epoch_batches(data, config.batch_size, generator, crop_padding=config.crop_padding, flip=config.flip)
 
 
-def run_test_batches(subject: Subject) -> Iterable[Batch]:
+def run_test_batches(pipeline: Pipeline) -> Iterable[Batch]:
     """The whole test set, as `src.evaluation.evaluate` reads it."""
-    return test_batches(_image_data(subject), 250)
+    return test_batches(_image_data(pipeline), 250)
 
 
-def run_epoch(subject: Subject, epoch: int) -> Iterator[training.Step]:
-    """One epoch of `src.training.train_epoch` with the subject's step; with a loader of its own, `loop_epoch`."""
-    if subject.train_batches is not run_batches:
-        yield from loop_epoch(subject, epoch)
+def run_epoch(pipeline: Pipeline, epoch: int) -> Iterator[training.Step]:
+    """One epoch of `src.training.train_epoch` with the pipeline's step; with a loader of its own, `loop_epoch`."""
+    if pipeline.train_batches is not run_batches:
+        yield from loop_epoch(pipeline, epoch)
         return
-    settings = pipeline.epoch_settings(_run_config(subject), epoch, subject.precision)
-    settings |= {"coefficient": subject.coefficient(epoch), "lr_lambda": subject.lr_lambda}
+    settings = epoch_settings(_run_config(pipeline), epoch, pipeline.precision)
+    settings |= {"coefficient": pipeline.coefficient(epoch), "lr_lambda": pipeline.lr_lambda}
     yield from training.train_epoch(
-        subject.model, subject.optimizer, _image_data(subject), subject.objective, step=subject.step, **settings
+        pipeline.model, pipeline.optimizer, _image_data(pipeline), pipeline.objective, step=pipeline.step, **settings
     )
 
 
-def loop_epoch(subject: Subject, epoch: int) -> Iterator[training.Step]:
+def loop_epoch(pipeline: Pipeline, epoch: int) -> Iterator[training.Step]:
     """The plainest loop around `step`, for any loader: training mode, learning rate, step."""
-    subject.model.train()
-    batches = list(subject.train_batches(subject, epoch))
-    epochs = subject.promise.epochs or 1
+    pipeline.model.train()
+    batches = list(pipeline.train_batches(pipeline, epoch))
+    epochs = pipeline.expected.epochs or 1
     for index, (images, labels) in enumerate(batches):
-        factor = subject.lr_lambda((epoch + index / len(batches)) / epochs)
-        for group in subject.optimizer.param_groups:
+        factor = pipeline.lr_lambda((epoch + index / len(batches)) / epochs)
+        for group in pipeline.optimizer.param_groups:
             if group.get("name") == "weights" and "base_lr" in group:
                 group["lr"] = group["base_lr"] * factor
-        losses = subject.take_step(images, labels, subject.coefficient(epoch))
+        losses = pipeline.take_step(images, labels, pipeline.coefficient(epoch))
         yield training.Step(index, len(batches), len(labels), step_losses(losses))
 
 
@@ -243,70 +250,70 @@ def step_losses(returned: Any) -> training.StepLosses:
     return training.StepLosses(total=total, task=total, logits=zero, groups=zero, correct=zero)
 
 
-def run_measure(subject: Subject, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
+def run_measure(pipeline: Pipeline, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
     """The record of an epoch, as `pipeline.measure` makes it."""
     return training.measure_epoch(
-        subject.model,
-        subject.optimizer,
-        _image_data(subject),
+        pipeline.model,
+        pipeline.optimizer,
+        _image_data(pipeline),
         means,
         epoch=epoch,
-        coefficient=subject.coefficient(epoch),
+        coefficient=pipeline.coefficient(epoch),
         seconds=seconds,
-        precision=subject.precision,
+        precision=pipeline.precision,
     )
 
 
-def run_evaluate(subject: Subject) -> tuple[EvalResult, float]:
+def run_evaluate(pipeline: Pipeline) -> tuple[EvalResult, float]:
     """Compression and float32 accuracy, as `pipeline.evaluate_run` computes them."""
-    if subject.baseline is None:
+    if pipeline.baseline is None:
         raise ValueError("compression needs `baseline`, a function that builds the full-precision network")
-    result = Evaluator(subject.baseline()).evaluate(subject.model)
-    return result, training.evaluate(subject.model, _image_data(subject))[1]
+    result = Evaluator(pipeline.baseline()).evaluate(pipeline.model)
+    return result, training.evaluate(pipeline.model, _image_data(pipeline))[1]
 
 
-def run_save(subject: Subject, history: History, folder: Path) -> Path:
+def run_save(pipeline: Pipeline, history: History, folder: Path) -> Path:
     """The checkpoint that `debug_run` writes after an epoch; returns its path."""
-    config, data = _run_config(subject), _image_data(subject)
-    RunFolder(folder).save_progress(subject.model, subject.optimizer, history, asdict(config), data.digest)
+    config, data = _run_config(pipeline), _image_data(pipeline)
+    RunFolder(folder).save_progress(pipeline.model, pipeline.optimizer, history, asdict(config), data.digest)
     return folder / CHECKPOINT
 
 
 def train(
-    subject: Subject, folder: Path | None = None, on_step: Callable[[int, training.Step], None] | None = None
+    pipeline: Pipeline, folder: Path | None = None, on_step: Callable[[int, training.Step], None] | None = None
 ) -> Iterator[tuple[EpochRecord, Path | None]]:
-    """Train the promised epochs in the pipeline's order (steps, measure, append, save); yields record and checkpoint.
+    """Train the expected epochs in the pipeline's order (steps, measure, append, save); yields record and checkpoint.
 
-    Raises ValueError where the subject has no `measure`: there is then nothing to record.
+    Raises ValueError where the pipeline has no `measure`: there is then nothing to record.
     """
-    if subject.measure is None:
+    if pipeline.measure is None:
         raise ValueError("this pipeline has no `measure`: give one that returns an EpochRecord, or examine its parts")
-    history = History(subject.promise.epochs or 1)
+    history = History(pipeline.expected.epochs or 1)
     for epoch in range(history.epochs):
         means, started = training.EpochMeans(), time.perf_counter()
-        for step in (subject.train_epoch or loop_epoch)(subject, epoch):
+        for step in (pipeline.train_epoch or loop_epoch)(pipeline, epoch):
             means.add(step)
             if on_step:
                 on_step(epoch, step)
-        record = subject.measure(subject, means, epoch, time.perf_counter() - started)
+        record = pipeline.measure(pipeline, means, epoch, time.perf_counter() - started)
         history.records.append(record)  # not `append`, which refuses what the doctor wants to report
-        path = subject.save(subject, history, folder) if subject.save and folder else None
+        path = pipeline.save(pipeline, history, folder) if pipeline.save and folder else None
         yield record, path
 
 
 def _fresh(config: RunConfig, data: ImageData) -> nn.Module:
-    network = pipeline.build_network(config, data, data.train_images.device)
-    pipeline.attach(config, network)
+    network = build_network(config, data, data.train_images.device)
+    attach(config, network)
     return network
 
 
-def _run_config(subject: Subject) -> RunConfig:
-    if subject.promise.config is None:
-        raise ValueError("this part belongs to the project's own pipeline and needs promise.config; give your own")
-    return subject.promise.config
+def _run_config(pipeline: Pipeline) -> RunConfig:
+    if pipeline.expected.config is None:
+        raise ValueError("this part belongs to the project's own pipeline and needs expected.config; give your own")
+    return pipeline.expected.config
 
 
-def _image_data(subject: Subject) -> ImageData:
-    if subject.data is None:
+def _image_data(pipeline: Pipeline) -> ImageData:
+    if pipeline.data is None:
         raise ValueError("this part belongs to the project's own pipeline and needs `data`; give your own")
-    return subject.data
+    return pipeline.data

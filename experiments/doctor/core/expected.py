@@ -1,7 +1,7 @@
-"""What a configuration promises, written down without the code that is meant to keep it.
+"""What is expected of a pipeline, written down without the code that is meant to keep it.
 
 The schedules and rates are computed here a second time, from the settings alone, so that a fault in the pipeline's own
-functions shows as a difference. What is None is not promised, and nothing is compared with it.
+functions shows as a difference. What is None is not expected, and nothing is compared with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOGITS = ("logit_dz", "logit_bit")
 
 
 @dataclass(frozen=True)
-class GroupPromise:
+class ExpectedGroup:
     """Learning rate and decoupled decay that a kind of parameter should have at the start of a run."""
 
     learning_rate: float
@@ -27,7 +27,7 @@ class GroupPromise:
 
 
 @dataclass(frozen=True)
-class QuantizerPromise:
+class ExpectedQuantizer:
     """The settings of the CoDeQ quantizer: b = round(|tanh theta_bit| (max - min) + min), or `fixed_bits`."""
 
     max_bits: int
@@ -40,7 +40,7 @@ class QuantizerPromise:
 
 
 @dataclass(frozen=True)
-class Promise:
+class Expected:
     """What the parts of a pipeline should do. All of it is optional.
 
     quantized: names of the layers that should have a quantizer. groups: by kind of parameter, "weights", "logit_dz",
@@ -49,8 +49,8 @@ class Promise:
     """
 
     quantized: tuple[str, ...] | None = None
-    quantizer: QuantizerPromise | None = None
-    groups: Mapping[str, GroupPromise] | None = None
+    quantizer: ExpectedQuantizer | None = None
+    groups: Mapping[str, ExpectedGroup] | None = None
     optimizer: str | None = None
     lambda_dz: float | None = None
     lambda_bit: float | None = None
@@ -68,13 +68,13 @@ class Promise:
     config: RunConfig | None = None
 
     @classmethod
-    def of_config(cls, config: RunConfig, model: nn.Module, data: ImageData) -> Promise:
-        """What `config` promises for a network and data from `pipeline`."""
+    def of_config(cls, config: RunConfig, model: nn.Module, data: ImageData) -> Expected:
+        """What `config` asks of a network and data from `pipeline`."""
         decoupled = config.regularization == "decoupled"
         factor = factor_of(config)
         return cls(
             quantized=_meant(config, model),
-            quantizer=QuantizerPromise(
+            quantizer=ExpectedQuantizer(
                 max_bits=config.max_bits,
                 fixed_bits=config.fixed_bits,
                 learns_bits=config.learnable_bit,
@@ -83,9 +83,9 @@ class Promise:
                 init_dz_logit=config.init_deadzone_logit,
             ),
             groups={
-                "weights": GroupPromise(config.learning_rate, 0.0),
-                "logit_dz": GroupPromise(config.dz_learning_rate, config.logit_decay_dz if decoupled else 0.0),
-                "logit_bit": GroupPromise(config.bit_learning_rate, config.logit_decay_bit if decoupled else 0.0),
+                "weights": ExpectedGroup(config.learning_rate, 0.0),
+                "logit_dz": ExpectedGroup(config.dz_learning_rate, config.logit_decay_dz if decoupled else 0.0),
+                "logit_bit": ExpectedGroup(config.bit_learning_rate, config.logit_decay_bit if decoupled else 0.0),
             },
             optimizer="AdamW",
             lambda_dz=0.0 if decoupled else config.logit_decay_dz,
@@ -106,7 +106,7 @@ class Promise:
 
     @property
     def peak(self) -> float:
-        """The largest promised coefficient, 0 where none is."""
+        """The largest expected coefficient, 0 where none is."""
         return max(self.coefficients or (0.0,))
 
 

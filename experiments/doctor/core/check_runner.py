@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.doctor.causes.causes import CAUSES, causes
 from experiments.doctor.core.findings import FAILED, NOT_APPLICABLE, PASSED, Finding, Report
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 
 RAISED = (Exception, SystemExit)
 """What a part of somebody's pipeline may raise; an interruption by the user goes on up."""
@@ -24,7 +24,7 @@ class NotApplicable(Exception):
     """A check needs something that this pipeline does not have; the message says what."""
 
 
-class Broken(Exception):
+class PartFailed(Exception):
     """A part of the pipeline raised an error; `cause` is the key of the cause."""
 
     def __init__(self, cause: str, error: BaseException) -> None:
@@ -43,7 +43,7 @@ class Outcome:
     error: float = 0.0
 
 
-class Ward:
+class CheckRunner:
     """The findings of one stage."""
 
     def __init__(self, stage: str) -> None:
@@ -59,7 +59,7 @@ class Ward:
         except NotApplicable as reason:
             self.findings.append(Finding(name, proves, self.stage, "", str(reason), NOT_APPLICABLE))
             return
-        except Broken as broken:
+        except PartFailed as broken:
             self.add(name, proves, Outcome("no error", _short(str(broken)), False, [broken.cause]))
             return
         except RAISED as error:  # whatever a user's part raises is a finding
@@ -78,10 +78,10 @@ class Ward:
 
 
 @contextmanager
-def undisturbed(subject: Subject) -> Iterator[None]:
+def preserve_state(pipeline: Pipeline) -> Iterator[None]:
     """Afterwards parameters, buffers, gradients, modes, optimizer and random numbers are what they were before, bit for
     bit, also after an exception."""
-    restore = [_keep_random_numbers(), _keep_model(subject.model), _keep_optimizer(subject.optimizer, subject.model)]
+    restore = [_keep_random_numbers(), _keep_model(pipeline.model), _keep_optimizer(pipeline.optimizer, pipeline.model)]
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def undisturbed(subject: Subject) -> Iterator[None]:
 
 
 def reseed(seed: int) -> None:
-    """Other random numbers from here on, from every generator that a pipeline may draw from; use `undisturbed`."""
+    """Other random numbers from here on, from every generator that a pipeline may draw from; use `preserve_state`."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.subject import Subject
+from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.step.penalty_diagnosis import parameter_name
 from utils_quantization import quantized_layers
 
@@ -18,11 +18,11 @@ STRESS = (0.6, 0.4)  # theta_dz, theta_bit: a wide dead zone and few bits, so th
 
 
 @torch.no_grad()
-def unsettle(subject: Subject) -> None:
+def perturb_(pipeline: Pipeline) -> None:
     """Make every parameter differ from channel to channel and the quantized weights from the latent ones, so that no
-    mistake is hidden by equal values. Only inside `undisturbed`."""
+    mistake is hidden by equal values. Only inside `preserve_state`."""
     generator = torch.Generator().manual_seed(3)
-    for name, p in subject.model.named_parameters():
+    for name, p in pipeline.model.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf in ("logit_dz", "logit_bit"):
             p.fill_(STRESS[leaf == "logit_bit"])
@@ -32,12 +32,12 @@ def unsettle(subject: Subject) -> None:
                 p.add_(0.2 * torch.rand(p.shape, generator=generator).to(p))
 
 
-def silence(subject: Subject, grouping: objective.Grouping) -> int:
-    """Set every third group to zero, all its members; returns how many. Only inside `undisturbed`."""
+def zero_groups_(pipeline: Pipeline, grouping: objective.Grouping) -> int:
+    """Set every third group to zero, all its members; returns how many. Only inside `preserve_state`."""
     chosen = torch.arange(grouping.count) % 3 == 0
     with torch.no_grad():
         for member in grouping.members:
-            p = subject.model.get_parameter(parameter_name(subject.model, member.module, member.parameter))
+            p = pipeline.model.get_parameter(parameter_name(pipeline.model, member.module, member.parameter))
             index = torch.from_numpy(member.groups)
             rows = torch.nonzero((index >= 0) & chosen[index.clamp(min=0)]).flatten()
             p.index_fill_(member.dim, rows.to(p.device), 0.0)
