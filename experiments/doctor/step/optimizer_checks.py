@@ -172,7 +172,7 @@ def _sensible(pipeline: Pipeline, trainable: list[tuple[str, nn.Parameter]], hol
 
 
 def _schedule(pipeline: Pipeline) -> Outcome:
-    expected, epochs = pipeline.expected.lr_lambdas, pipeline.expected.epochs
+    expected, epochs = pipeline.expected.lr_factors, pipeline.expected.epochs
     if expected is None or not epochs:
         raise NotApplicable("no learning-rate schedule is expected")
     found = [float(pipeline.lr_lambda(epoch / epochs)) for epoch in range(epochs)]
