@@ -28,11 +28,12 @@ FLAG_OUTPUT_DIR := --output
 SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
 FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
 
-.PHONY: help walkthrough test lab html lint debug doctor doctor-power torture bench venv clean
+.PHONY: help walkthrough test test-all lab html lint debug doctor doctor-power torture bench venv clean
 
 help:
 	@echo 'make walkthrough   run the notebook, write build/codeq_walkthrough.html'
-	@echo 'make test          run the tests'
+	@echo 'make test          run the quick tests (within six minutes on two cores)'
+	@echo 'make test-all      run all tests: real processes, whole notebooks and a browser, too'
 	@echo 'make lab           open the notebook in JupyterLab with a trained run (OUTPUT_DIR=... names another)'
 	@echo 'make html          write the page again from the notebook that was run last'
 	@echo 'make debug         the same pipeline as a script, one line an epoch'
@@ -49,8 +50,12 @@ help:
 walkthrough: venv
 	@$(PYTHON_IN_VENV) -m experiments.run_notebook $(SETTINGS)
 
+# A worker a core, each with torch on one thread (tests/conftest.py).
 test: venv
-	@$(PYTHON_IN_VENV) -m pytest
+	@$(PYTHON_IN_VENV) -m pytest -n logical --dist worksteal -m 'not slow'
+
+test-all: venv
+	@$(PYTHON_IN_VENV) -m pytest -n logical --dist worksteal
 
 lab: venv
 	@$(PYTHON_IN_VENV) -m experiments.lab $(if $(filter OUTPUT_DIR,$(GIVEN)),--output="$$OUTPUT_DIR")

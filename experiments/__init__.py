@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What only the commands, the page and the server need; sliders are left out where ipywidgets is absent.
 ELSEWHERE = frozenset({"ipywidgets", "jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
-ELSEWHERE |= {"jinja2", "latex2mathml", "pygments", "onnx", "onnxruntime", "onnxscript"}
+ELSEWHERE |= {"jinja2", "latex2mathml", "pygments", "onnx", "onnxruntime"}
 
 
 def required(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 
+# Before torch is loaded: a worker has one core, and so have the processes that its tests start.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
-
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Deadlines measure the machine, not the code; the same examples every time make a failure repeatable.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50, database=None)
