@@ -1,4 +1,4 @@
-"""Every fault once, and healthy runs: what is broken is caught and named, what is whole is left alone.
+"""Every fault once, and healthy runs: what is broken is caught and named, what is healthy raises no finding.
 
 The examination stops at the first stage that finds something. Faults in measuring and saving are whole until training
 starts, so the two stages before it are left out there; `python -m tests.faults.power` runs all stages on all faults.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from experiments.doctor import Report, afterwards
 from experiments.doctor.causes.causes import CAUSES
@@ -33,16 +32,9 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors are computed faster by one thread, and figures do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if n % 12 == 0 else pytest.mark.slow) for n, name in enumerate(FAULTS)]
+)
 def test_fault_is_caught_and_named(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch itself warns of some of what is broken on purpose
@@ -52,6 +44,7 @@ def test_fault_is_caught_and_named(name: str, tmp_path: Path) -> None:
     assert set(named) & set(FAULTS[name].causes), f"{named} were named:\n{report.text(passed=False)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_healthy_run_has_no_finding(settings: Mapping[str, Any], tmp_path: Path) -> None:
     report = examine(healthy(small_config(**settings)), tmp_path)

@@ -69,11 +69,13 @@ class CheckRunner:
         self.add(name, proves, out)
 
     def add(self, name: str, proves: str, out: Outcome) -> None:
+        """Add what a check found; causes that the catalogue does not know are dropped."""
         likely = () if out.ok else causes(*(key for key in out.likely if key in CAUSES))
         status = PASSED if out.ok else FAILED
         self.findings.append(Finding(name, proves, self.stage, out.expected, out.measured, status, likely, out.error))
 
     def report(self) -> Report:
+        """All findings so far."""
         return Report(tuple(self.findings))
 
 

@@ -61,6 +61,7 @@ class ReportTable:
         self._report, self._only_failed = report, only_failed
 
     def to_html(self) -> str:
+        """A card for each failed check, then the table of every stage (the cards alone where `only_failed`)."""
         parts = [_card(finding) for finding in self._report.failed]
         for stage in () if self._only_failed else STAGES:
             rest = [f for f in self._report.worst_first if f.stage == stage and not f.failed]

@@ -47,6 +47,7 @@ class Finding:
 
     @property
     def failed(self) -> bool:
+        """Whether the check found a fault."""
         return self.status == FAILED
 
     @property
@@ -55,6 +56,7 @@ class Finding:
         return self.causes[0].remedy if self.causes else ""
 
     def to_json(self) -> dict[str, Any]:
+        """The finding as plain data, as run.json holds it."""
         return {
             "name": self.name,
             "proves": self.proves,
@@ -84,6 +86,7 @@ class Report:
 
     @property
     def faulty(self) -> bool:
+        """Whether any check failed."""
         return any(finding.failed for finding in self.findings)
 
     @property
@@ -117,6 +120,7 @@ class Report:
 
     @property
     def headline(self) -> str:
+        """One line: the most likely cause where something failed, else how many checks passed."""
         passed = sum(finding.status == PASSED for finding in self.findings)
         skipped = sum(finding.status == NOT_APPLICABLE for finding in self.findings)
         if not self.findings:

@@ -26,6 +26,7 @@ Gradients = dict[str, Tensor]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -40,6 +41,7 @@ def gradients(loss: Tensor, model: nn.Module) -> Gradients:
 
 
 def plain(tensor: Tensor) -> Tensor:
+    """A detached copy in float64 on the CPU."""
     return tensor.detach().double().cpu().clone()
 
 
@@ -106,6 +108,7 @@ class Grouping:
         return float(norms.sum()), slopes
 
     def norms_squared(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Sum of squares of every group, (groups,), float64."""
         totals = torch.zeros(self.count, dtype=torch.float64)
         for member in self.members:
             sums, index, inside = self._sums(member, weights)

@@ -158,6 +158,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is; the CPU for a model without parameters."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
 

@@ -39,6 +39,7 @@ class Case:
 
     @property
     def text(self) -> str:
+        """The case in words: layer, logits, mode."""
         mode = "" if self.training else ", eval mode"
         return f"{self.layer} at theta_dz {self.theta_dz:.2g}, theta_bit {self.theta_bit:.2g}{mode}"
 

@@ -16,12 +16,12 @@ from experiments.doctor.step.penalty_diagnosis import as_parameters, factor_of, 
 from experiments.doctor.training.steps_taken import (
     Steps,
     done,
+    expected_squares,
     gradients_of,
     labels_are_mixed,
     of_weights,
     other_images,
     own_task,
-    promised_squares,
 )
 from utils_quantization import quantized_layers, shared_quantized_weights
 
@@ -29,6 +29,7 @@ GRADIENT_CLOSE = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
 
 
 def every_gradient(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """Every trainable parameter gets a non-zero, finite gradient in one step."""
     seen = done(steps.plain)
     missing = [n for n, g in seen.gradients.items() if g is None or not float(g.abs().max()) > 0]
     broken = [n for n, g in seen.gradients.items() if g is not None and not torch.isfinite(g).all()]
@@ -87,7 +88,7 @@ def _task_gradient_diagnosis(
     if scale < 0 and off["gradients-scaled"] < 0.1:
         off["ascent"] = off.pop("gradients-scaled")
     near = sorted((key for key in off if off[key] < 0.5 * miss), key=lambda key: off[key])
-    reported = float(seen.losses.total) - promised_squares(pipeline) if seen.losses is not None else math.nan
+    reported = float(seen.losses.total) - expected_squares(pipeline) if seen.losses is not None else math.nan
     if near[:1] == ["gradients-scaled"] and abs(reported - scale * steps.task) < 0.05 * abs(reported):
         near = ["loss-wrong", "gradients-scaled"]
     if seen.images is not None and other_images(seen.images, steps.images):
@@ -217,6 +218,7 @@ def _reached(pipeline: Pipeline, grouping: objective.Grouping, extra: objective.
 
 
 def fresh_gradients(steps: Steps) -> Outcome:
+    """The same step made twice gives the same gradients: none is left over from the step before."""
     first, second = gradients_of(done(steps.plain)), gradients_of(done(steps.again))
     miss = misfit(second, first)
     measured = f"the second step's gradient differs by {100 * miss:.2g}%"

@@ -12,6 +12,7 @@ from experiments.doctor.training.steps_taken import (
     LOSS_CLOSE,
     Steps,
     done,
+    expected_squares,
     gradients_of,
     is_norm,
     labels_are_mixed,
@@ -19,7 +20,6 @@ from experiments.doctor.training.steps_taken import (
     objective_penalty,
     of_weights,
     other_images,
-    promised_squares,
 )
 from utils_quantization import quantized_layers
 
@@ -27,6 +27,7 @@ NOTHING = 1e-3  # share of the expected penalty below which none was added
 
 
 def step_runs(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """A step ends without an error, with a finite loss."""
     if steps.error is not None:
         return Outcome("a finite loss", str(steps.error), False, [steps.error.cause])
     seen = done(steps.plain)
@@ -37,6 +38,7 @@ def step_runs(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def modes_of_network(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """During a step quantizers are on, and normalisation layers are in training mode."""
     seen = done(steps.plain)
     quantizers, norms = quantized_layers(pipeline.model), [m for m in pipeline.model.modules() if is_norm(m)]
     if not quantizers and not norms:
@@ -52,11 +54,12 @@ def modes_of_network(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def step_loss(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The reported loss is task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2 + coefficient x penalty."""
     seen = done(steps.plain)
     if pipeline.expected.lambda_dz is None or steps.task_gradient is None or seen.losses is None:
         raise NotApplicable("the parts of the loss are not expected")
     close = LOSS_CLOSE[pipeline.precision]
-    squares = promised_squares(pipeline)
+    squares = expected_squares(pipeline)
     meant, found = steps.task + squares, float(seen.losses.total)
     parts = [f"{found:.4f} for {meant:.4f} without the penalty"]
     errors = [abs(found - meant) / max(abs(meant), 1e-9)]

@@ -31,6 +31,7 @@ LARGEST_STEP = 0.7  # of a layer's own root mean square; the presets' first step
 
 
 def update_by_rule(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """Every parameter moves as the optimizer's own rule says, computed from its gradient in float64."""
     seen = done(steps.plain)
     learnables = _kept(pipeline, seen)
     moved = {n: seen.after[n] - seen.before[n] for n in learnables}
@@ -102,6 +103,7 @@ def _too_small(pipeline: Pipeline, seen: StepTrace, name: str, p: nn.Parameter) 
 
 
 def size_of_step(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """No update is larger than its learning rate allows."""
     seen = done(steps.plain)
     if seen.inside:
         raise NotApplicable("the optimizer calls backward itself, so that one update may be many")
@@ -123,6 +125,7 @@ def size_of_step(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def only_what_it_should(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """A step changes the learnable parameters and BatchNorm statistics, and nothing else."""
     seen = done(steps.plain)
     learnables = _kept(pipeline, seen)
     changed = {n for n in seen.before if not torch.equal(seen.before[n], seen.after.get(n, seen.before[n]))}
@@ -173,6 +176,7 @@ def downhill(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def overfit_one_batch(pipeline: Pipeline) -> Outcome:
+    """Some steps on one small batch lower its task loss clearly."""
     images, labels = batch_of(pipeline, OVERFIT_IMAGES)
     with preserve_state(pipeline):
         pipeline.model.train()

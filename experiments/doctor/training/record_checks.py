@@ -90,6 +90,7 @@ def few_right(pipeline: Pipeline) -> tuple[int, int, float] | None:
 
 
 def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) -> bool:
+    """Whether two records describe the same layers: names, zeros, dead channels and bits."""
     if [layer.name for layer in found] != [layer.name for layer in meant]:
         return False
     return all(
@@ -99,6 +100,7 @@ def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) 
 
 
 def accuracy_is_off(look: Look, pipeline: Pipeline) -> bool:
+    """Whether the recorded accuracy differs from the recounted one by more than rounding."""
     if look.right is None:
         return False
     right, count, _ = look.right
@@ -111,6 +113,7 @@ def record_fault(pipeline: Pipeline, record: EpochRecord) -> tuple[str, list[str
 
 
 def fault_of_look(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
+    """What is wrong with one epoch's record, and the causes that fit; empty where nothing is."""
     record, layers = look.record, look.layers
     if look.right is not None and accuracy_is_off(look, pipeline):
         counted_share = look.right[0] / look.right[1]

@@ -70,12 +70,15 @@ def watching(model: nn.Module) -> Iterator[Seen]:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names and equal tensors, bit for bit."""
     return left.keys() == right.keys() and all(equal_tensors(left[name], right[name]) for name in left)
 
 
 def equal_tensors(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape and values, on whatever device."""
     return left.shape == right.shape and torch.equal(left.cpu(), right.cpu())

@@ -69,6 +69,7 @@ def take_steps(pipeline: Pipeline) -> Steps:
 
 
 def own_task(pipeline: Pipeline, steps: Steps, *, quantized: bool = True) -> tuple[float, objective.Gradients]:
+    """Task loss and its gradients by name, computed by the doctor's own reference in float64."""
     bare = without_hooks(pipeline)
     loss = objective.task_loss(bare, steps.images, steps.labels, quantized=quantized)
     return float(loss.detach()), objective.gradients(loss, bare.model)
@@ -83,29 +84,35 @@ def without_hooks(pipeline: Pipeline) -> Pipeline:
 
 
 def done(seen: StepTrace | None) -> StepTrace:
+    """The trace of a step. Raises NotApplicable where the step did not run."""
     if seen is None:
         raise NotApplicable("the step did not run")
     return seen
 
 
 def loss_value(pipeline: Pipeline, steps: Steps, *, quantized: bool) -> float:
+    """The task loss of the steps' batch, by the doctor's own reference."""
     with torch.no_grad():
         return float(objective.task_loss(pipeline, steps.images, steps.labels, quantized=quantized))
 
 
 def gradients_of(seen: StepTrace) -> objective.Gradients:
+    """The gradients of a step by name; zeros where a parameter got none."""
     return {n: torch.zeros_like(seen.before[n]) if g is None else g for n, g in seen.gradients.items()}
 
 
 def of_weights(grads: objective.Gradients) -> objective.Gradients:
+    """The gradients of the weights alone, without the logits."""
     return {name: g for name, g in grads.items() if kind_of(name) == "weights"}
 
 
 def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that keeps running statistics."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
 
 
-def promised_squares(pipeline: Pipeline) -> float:
+def expected_squares(pipeline: Pipeline) -> float:
+    """lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2 with the expected weights."""
     weights = {"logit_dz": pipeline.expected.lambda_dz or 0.0, "logit_bit": pipeline.expected.lambda_bit or 0.0}
     return sum(weight * objective.squares(pipeline.model, leaf)[0] for leaf, weight in weights.items())
 
@@ -117,6 +124,7 @@ def objective_penalty(pipeline: Pipeline) -> float:
 
 
 def other_images(seen: Tensor, given: Tensor) -> bool:
+    """Whether the network saw other images than the step was given."""
     return seen.shape != given.shape or not torch.equal(seen.float().cpu(), given.float().cpu())
 
 
@@ -124,7 +132,7 @@ def labels_are_mixed(pipeline: Pipeline, steps: Steps) -> bool:
     """With one label for all images a permutation changes nothing: is the loss then right?"""
     same = torch.full_like(steps.labels, int(steps.labels[0]))
     one = replace(steps, labels=same)
-    squares = promised_squares(pipeline)
+    squares = expected_squares(pipeline)
     with preserve_state(pipeline):
         pipeline.model.train()
         with preserve_state(pipeline):
