@@ -54,7 +54,7 @@ def modes_of_network(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def step_loss(steps: Steps, pipeline: Pipeline) -> Outcome:
-    """The reported loss is task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2 + coefficient x penalty."""
+    """The returned loss is task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2 (coefficient 0)."""
     seen = done(steps.plain)
     if pipeline.expected.lambda_dz is None or steps.task_gradient is None or seen.losses is None:
         raise NotApplicable("the parts of the loss are not expected")

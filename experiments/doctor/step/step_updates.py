@@ -103,7 +103,7 @@ def _too_small(pipeline: Pipeline, seen: StepTrace, name: str, p: nn.Parameter) 
 
 
 def size_of_step(steps: Steps, pipeline: Pipeline) -> Outcome:
-    """No update is larger than its learning rate allows."""
+    """The update of every weight tensor is below LARGEST_STEP of its size, both as root mean squares."""
     seen = done(steps.plain)
     if seen.inside:
         raise NotApplicable("the optimizer calls backward itself, so that one update may be many")
@@ -125,7 +125,7 @@ def size_of_step(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def only_what_it_should(steps: Steps, pipeline: Pipeline) -> Outcome:
-    """A step changes the learnable parameters and BatchNorm statistics, and nothing else."""
+    """A step changes every learnable parameter and BatchNorm's statistics (to the batch's), and nothing else."""
     seen = done(steps.plain)
     learnables = _kept(pipeline, seen)
     changed = {n for n in seen.before if not torch.equal(seen.before[n], seen.after.get(n, seen.before[n]))}
@@ -176,7 +176,7 @@ def downhill(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def overfit_one_batch(pipeline: Pipeline) -> Outcome:
-    """Some steps on one small batch lower its task loss clearly."""
+    """OVERFIT_STEPS steps on one small batch lower its cross entropy to below 0.7 of what it was (0.98 of an unknown rate)."""
     images, labels = batch_of(pipeline, OVERFIT_IMAGES)
     with preserve_state(pipeline):
         pipeline.model.train()

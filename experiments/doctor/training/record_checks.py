@@ -90,7 +90,7 @@ def few_right(pipeline: Pipeline) -> tuple[int, int, float] | None:
 
 
 def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) -> bool:
-    """Whether two records describe the same layers: names, zeros, dead channels and bits."""
+    """Whether two records describe the same layers: names, zeros, bits and dead zones."""
     if [layer.name for layer in found] != [layer.name for layer in meant]:
         return False
     return all(
@@ -100,7 +100,7 @@ def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) 
 
 
 def accuracy_is_off(look: Look, pipeline: Pipeline) -> bool:
-    """Whether the recorded accuracy differs from the recounted one by more than rounding."""
+    """Whether the recorded accuracy differs from the recounted one by more than the precision allows."""
     if look.right is None:
         return False
     right, count, _ = look.right

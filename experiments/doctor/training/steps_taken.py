@@ -69,7 +69,7 @@ def take_steps(pipeline: Pipeline) -> Steps:
 
 
 def own_task(pipeline: Pipeline, steps: Steps, *, quantized: bool = True) -> tuple[float, objective.Gradients]:
-    """Task loss and its gradients by name, computed by the doctor's own reference in float64."""
+    """The cross entropy of the steps' batch as the network stands, and its gradients by name."""
     bare = without_hooks(pipeline)
     loss = objective.task_loss(bare, steps.images, steps.labels, quantized=quantized)
     return float(loss.detach()), objective.gradients(loss, bare.model)
@@ -91,7 +91,7 @@ def done(seen: StepTrace | None) -> StepTrace:
 
 
 def loss_value(pipeline: Pipeline, steps: Steps, *, quantized: bool) -> float:
-    """The task loss of the steps' batch, by the doctor's own reference."""
+    """The cross entropy of the steps' batch, with quantizers on or off."""
     with torch.no_grad():
         return float(objective.task_loss(pipeline, steps.images, steps.labels, quantized=quantized))
 
