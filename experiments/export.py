@@ -3,7 +3,7 @@
     python -m experiments.export RUN [--packed F] [--onnx F] [--data-root DIR] [--force]
 
 RUN is the output folder of experiments.debug_run. Both files go into it (model.cdq, model.onnx) unless named. Checks:
-the packed file is read again and held against the compacted network, bit for bit; on the run's test set, where it can
+the packed file is read again and compared with the compacted network, bit for bit; on the run's test set, where it can
 be had without a download, the unpacked network must be right on the same images as the network that was evaluated, and
 ONNX Runtime must predict the same as PyTorch with logits within 1e-3; otherwise on images of noise.
 Exit status: 0 written and equal, 1 a check failed, 2 bad input.
@@ -12,23 +12,17 @@ Exit status: 0 written and equal, 1 a check failed, 2 bad input.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 
-from experiments import pipeline
-from experiments.pipeline import ConfigError, RunConfig
-from src.data import ImageData, load_data, normalize
+from experiments.pipeline import SavedRun
+from src.data import ImageData, normalize
 from src.export import check_onnx, export_onnx, pack, unpack
 from src.pruning import CompactNetwork, compact
-from src.runs import CHECKPOINT, SUMMARY, RunFolder, load_checkpoint, load_model_state
-from src.storage import OutputError, RunError, check_output, fail, say
+from src.storage import OutputError, check_output, fail, say
 from src.training import predict
 
 EQUAL, DIFFERENT = 0, 1
@@ -36,60 +30,33 @@ PACKED, ONNX = "model.cdq", "model.onnx"
 NOISE_IMAGES = 256
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """All that building the network asks of the data."""
-
-    num_classes: int
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     run = Path(options.run)
     try:
+        saved = SavedRun.open(run)
         packed, onnx = Path(options.packed or run / PACKED), Path(options.onnx or run / ONNX)
-        config, model = load_run(run, options.data_root)
-        _check_outputs(packed, onnx, options.force)
-        return _export(run, config, model, packed, onnx, options.force)
+        return export(saved, packed, onnx, data_root=options.data_root, force=options.force)
     except ValueError as error:  # every error of the library that bad input can cause is one
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.run!r}: {error.strerror or error}")
 
 
-def load_run(run: str | Path, data_root: str | None = None) -> tuple[RunConfig, nn.Module]:
-    """The configuration of a run and its network, with its quantizers, on the CPU, in eval mode.
+def export(saved: SavedRun, packed: Path, onnx: Path, *, data_root: str | None = None, force: bool = False) -> int:
+    """Write both files, print what is in them and how each check came out, and return the exit status.
 
-    Raises RunError where the folder holds no checkpoint, or one that does not fit its own configuration.
+    data_root, force: the command's options. Raises ValueError for a network that cannot be exported, OutputError where
+    a file exists; nothing is written then.
     """
-    folder = Path(run)
-    if not RunFolder(folder).has_checkpoint():
-        raise RunError(
-            f"{str(run)!r} holds no {CHECKPOINT}: name the output folder of a run, which "
-            "`python -m experiments.debug_run --output FOLDER` writes"
-        )
-    state = load_checkpoint(folder / CHECKPOINT)
-    config = _config(folder, state["config"], data_root)
-    bias = state["model"].get("linear.bias")
-    if not isinstance(bias, Tensor) or bias.dim() != 1:
-        raise RunError(
-            f"the checkpoint in {str(run)!r} is of no network in resnet.py; train with experiments.debug_run"
-        )
-    model = pipeline.build_network(config, cast(ImageData, _Classes(len(bias))), torch.device("cpu"))
-    pipeline.attach(config, model)
-    load_model_state(model, state["model"])
-    return config, model.eval()
-
-
-def _export(run: Path, config: RunConfig, model: nn.Module, packed: Path, onnx: Path, force: bool) -> int:
-    report = pack(model, packed, force=force)
-    print(report.text(), end="\n\n")
-    written = export_onnx(model, onnx, force=force)
-    print(written.text(), end="\n\n")
+    model = saved.network()
+    _check_outputs(packed, onnx, force)
+    print(pack(model, packed, force=force).text(), end="\n\n")
+    print(export_onnx(model, onnx, force=force).text(), end="\n\n")
     network, smaller = unpack(packed), compact(model)
     checks = {"the packed file, read again, holds the compacted network bit for bit": _same_state(network, smaller)}
-    data = _test_data(run, config)
+    data = _test_data(saved, data_root)
     if data is None:
         images = torch.randn(NOISE_IMAGES, *network.input_size, generator=torch.Generator().manual_seed(0))
         say(f"the run's test set is not here: checking on {NOISE_IMAGES} images of noise")
@@ -121,42 +88,12 @@ def _same_state(network: CompactNetwork, other: CompactNetwork) -> bool:
     )
 
 
-def _config(folder: Path, saved: Mapping[str, Any], data_root: str | None) -> RunConfig:
-    known = {field.name for field in fields(RunConfig)}
-    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in saved.items()}
-    if data_root is not None:
-        values["data_root"] = data_root
+def _test_data(saved: SavedRun, data_root: str | None) -> ImageData | None:
     try:
-        return RunConfig(**values)
-    except (ConfigError, TypeError) as error:
-        strange = sorted(set(values) - known)
-        reason = f"unknown settings {strange}" if strange else str(error)
-        raise RunError(
-            f"the configuration in {str(folder / CHECKPOINT)!r} does not fit this version ({reason}); export it with "
-            "the version that trained it"
-        ) from error
-
-
-def _test_data(run: Path, config: RunConfig) -> ImageData | None:
-    """The data the run was tested on, where it is here: the same, by its digest, if run.json knows that."""
-    # "auto" takes CIFAR-10 where it is and never downloads it: a check is no reason to
-    source = "auto" if config.data == "cifar10" else config.data
-    try:
-        data = load_data(source, config.data_root, config.limit)
+        return saved.load_data(data_root)
     except (ValueError, OSError) as error:
-        say(f"the run's data cannot be loaded: {error}")
+        say(str(error))
         return None
-    recorded = _summary(run).get("data", {}).get("sha256", data.digest)  # an interrupted run has no summary
-    wanted = "cifar10" if config.data == "cifar10" else data.name
-    return data if data.digest == recorded and data.name == wanted else None
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run / SUMMARY).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("data"), dict) else {}
 
 
 def _check_outputs(packed: Path, onnx: Path, force: bool) -> None:

@@ -13,7 +13,8 @@ import torch
 from experiments import compare, figures
 from experiments.evaluator import Evaluator
 from experiments.notebook import display, live
-from experiments.pipeline import RunConfig, configure, dense_macs, relative_bops
+from experiments.pipeline import RunConfig, comparison, configure
+from experiments.pipeline.comparison import dense_macs, relative_bops
 from resnet import resnet20
 from src.runs import CHECKPOINT, Progress
 from src.runs.checkpoint import CHECKPOINT_BEFORE, checkpoint_bytes
@@ -54,7 +55,7 @@ def test_relative_bops_by_hand() -> None:
     history = History(1, [record])
     found = relative_bops(history, {"a": 100, "stem": 28})
     assert found == pytest.approx([(0.5 * 100 * 4 * 32 + 28 * 32 * 32) / (128 * 32 * 32)])
-    with pytest.raises(ValueError, match="'a' of the history is no layer of the network: stem"):
+    with pytest.raises(ValueError, match="'a' of the history is not a layer of the network: stem"):
         relative_bops(history, {"stem": 28})
 
 
@@ -69,10 +70,10 @@ def test_relative_bops_are_those_of_the_metrics() -> None:
 
 
 def test_runs_are_found_around_a_folder(runs: Path) -> None:
-    found = compare.find_runs(runs / "out")
+    found = comparison.find_runs(runs / "out")
     assert list(found) == ["out", "out/previous/2", "beside"]
-    assert compare.read_run(found["out/previous/2"]).config.seed == 1
-    assert list(compare.find_runs(runs / "nothing here")) == ["beside", "out", "out/previous/2"]
+    assert comparison.read_run(found["out/previous/2"]).config.seed == 1
+    assert list(comparison.find_runs(runs / "nothing here")) == ["beside", "out", "out/previous/2"]
 
 
 def test_a_run_that_was_killed_between_two_renames_is_a_run(runs: Path) -> None:
@@ -80,29 +81,32 @@ def test_a_run_that_was_killed_between_two_renames_is_a_run(runs: Path) -> None:
     (runs / "out" / CHECKPOINT).rename(runs / "out" / CHECKPOINT_BEFORE)
     (runs / "out" / "previous" / ".moving").mkdir()
     (runs / "out" / "previous" / ".moving" / CHECKPOINT).touch()
-    assert list(compare.find_runs(runs / "out")) == ["out", "out/previous/2", "beside"]
+    assert list(comparison.find_runs(runs / "out")) == ["out", "out/previous/2", "beside"]
     with pytest.warns(UserWarning, match=r"checkpoint\.pt is missing or damaged; reading checkpoint\.previous\.pt"):
-        assert len(compare.read_run(runs / "out").history) == 20
+        assert len(comparison.read_run(runs / "out").history) == 20
 
 
 def test_tables_hold_what_differs_and_what_came_out(runs: Path) -> None:
-    read = [compare.read_run(path, label) for label, path in compare.find_runs(runs / "out").items()]
-    assert compare.differing_settings(read) == [
+    read = [comparison.read_run(path, label) for label, path in comparison.find_runs(runs / "out").items()]
+    assert comparison.differing_settings(read) == [
         {"setting": "seed", "out": "0", "out/previous/2": "1", "beside": "0"},
         {"setting": "peak", "out": "0.008", "out/previous/2": "0.02", "beside": "0.008"},
     ]
-    first, _, last = compare.results(read)
+    first, _, last = comparison.results(read)
     assert first["accuracy"] == "80.0%"
     assert first["verdict"] == "healthy"
     assert (last["epochs"], last["accuracy"], last["verdict"]) == ("5 of 20", "42.5%", "not finished")
-    assert compare.differing_settings(read[:1]) == []
-    text = compare.text_table(compare.results(read))
+    assert comparison.differing_settings(read[:1]) == []
+    text = comparison.text_table(comparison.results(read))
     names, _, first_row, *_ = text.splitlines()
     assert first_row.index("80.0%") == names.index("accuracy"), "columns are aligned"
 
 
 def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
-    read = [compare.read_run(path, label).series() for label, path in compare.find_runs(runs / "out").items()]
+    read = [
+        comparison.series(comparison.read_run(path, label))
+        for label, path in comparison.find_runs(runs / "out").items()
+    ]
     curves = figures.run_curves(read)
     keys, accuracy, zeros, _, bits = curves.axes
     named = {text.get_text() for text in keys.get_legend().get_texts()}
@@ -158,7 +162,7 @@ def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.Ca
     assert not (runs / "x.png").exists()
     save(runs / "empty", configure("debug"), 0)
     with pytest.raises(RunError, match="has not finished an epoch"):
-        compare.read_run(runs / "empty")
+        comparison.read_run(runs / "empty")
     (runs / "no run" / "deeper").mkdir()
     with pytest.raises(RunError, match="no run to compare around"):
         compare.explorer(runs / "no run" / "deeper")
@@ -166,9 +170,9 @@ def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.Ca
 
 def test_a_run_whose_newer_checkpoint_is_gone_is_compared_all_the_same(runs: Path) -> None:
     (runs / "out" / CHECKPOINT).rename(runs / "out" / CHECKPOINT_BEFORE)
-    assert "out" in compare.find_runs(runs / "out")
+    assert "out" in comparison.find_runs(runs / "out")
     with pytest.warns(UserWarning, match="missing or damaged"):
-        assert len(compare.read_run(runs / "out").history) == 20
+        assert len(comparison.read_run(runs / "out").history) == 20
 
 
 def test_a_damaged_checkpoint_is_told_without_advice_on_training(
@@ -178,7 +182,7 @@ def test_a_damaged_checkpoint_is_told_without_advice_on_training(
     assert compare.main([str(runs / "out"), str(runs / "beside"), "--output", str(runs / "x.png")]) == 2
     told = capsys.readouterr().err
     assert "cannot be read" in told
-    assert f"leave '{runs / 'out'}' out" in told
+    assert "name another run" in told
     assert "--resume" not in told
 
 
@@ -187,12 +191,12 @@ def test_runs_on_different_images_are_not_compared_in_silence(runs: Path, capsys
     assert compare.main([str(runs / "out"), str(runs / "digits"), "--output", str(runs / "x.png")]) == 0
     told = capsys.readouterr().out
     assert "NOTICE: these runs were trained on different images (out on cifar10, digits on digits)" in told
-    same = [compare.read_run(runs / name) for name in ("out", "beside")]
-    assert compare.notices(same) == []
+    same = [comparison.read_run(runs / name) for name in ("out", "beside")]
+    assert comparison.notices(same) == []
     other = [replace(run, data_digest=digest) for run, digest in zip(same, ("aa", "bb"), strict=True)]
-    assert len(compare.notices(other)) == 1, "one name, other images"
-    renamed = [replace(same[0], data_digest="aa"), replace(same[0], data_digest="aa", data_name="auto")]
-    assert compare.notices(renamed) == compare.differing_settings(renamed) == []
+    assert len(comparison.notices(other)) == 1, "one name, other images"
+    renamed = [replace(same[0], data_digest="aa"), replace(same[0], data_digest="aa", summary={})]
+    assert comparison.notices(renamed) == comparison.differing_settings(renamed) == []
 
 
 def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +206,7 @@ def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: 
 
 
 def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
-    first = compare.read_run(runs / "out").series()
+    first = comparison.series(comparison.read_run(runs / "out"))
     title = figures.run_curves([first, replace(first, label="again")]).get_label()
     assert "All 2 runs end at 80.0 % accuracy" in title
 
@@ -210,7 +214,7 @@ def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
 def test_hidden_files_are_not_contents(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")
     with pytest.raises(RunError, match="it is empty"):
-        compare.read_run(tmp_path)
+        comparison.read_run(tmp_path)
 
 
 def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from experiments import debug_run, export
-from experiments.export import load_run, main
+from experiments.export import main
+from experiments.pipeline import SavedRun
 from src.data import load_data
 from src.export import unpack
 from src.pruning import compact
@@ -39,13 +40,14 @@ def test_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "times smaller than the FP32 state" in printed
     assert printed.count("[ok]") == 3
     assert "FAILED" not in printed
-    network, (config, model) = unpack(packed), load_run(run)
+    network, saved = unpack(packed), SavedRun.open(run)
+    model = saved.network()
     data = load_data("digits", limit=100)
     accuracy = json.loads((run / "run.json").read_text())["results"]["accuracy_float32"]
     right = round(100 * accuracy)
     assert evaluate(network, data)[1] == evaluate(model, data)[1] == accuracy
     assert f"quantized network {right} of 100 right, unpacked {right}, 0 predictions differ" in printed
-    assert config.preset == "smoke"
+    assert saved.config.preset == "smoke"
 
 
 def test_named_files_and_force(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,9 +72,8 @@ def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys:
 
 def test_without_the_runs_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on other data than is here: checked on noise, and said so."""
-    summary = json.loads((run / "run.json").read_text())
-    summary["data"]["sha256"] = "0" * 64
-    (run / "run.json").write_text(json.dumps(summary))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "data_digest": "0" * 64}, run / "checkpoint.pt")
     assert main([str(run)]) == 0
     captured = capsys.readouterr()
     assert "test set is not here" in captured.err
@@ -88,6 +89,7 @@ def test_interrupted_run_has_no_summary(run: Path, capsys: pytest.CaptureFixture
 def test_cifar10_is_not_downloaded_for_a_check(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     state["config"]["data"] = "cifar10"
+    state["data_digest"] = "0" * 64
     torch.save(state, run / "checkpoint.pt")
     (run / "run.json").unlink()
     assert main([str(run), "--data-root", str(tmp_path / "empty")]) == 0
@@ -112,15 +114,15 @@ def test_failed_check_is_status_1(
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda run: (run / "checkpoint.pt").unlink(), "holds no checkpoint.pt"),
-        (lambda run: shutil.rmtree(run), "holds no checkpoint.pt"),
+        (lambda run: (run / "checkpoint.pt").unlink(), "holds no run: "),
+        (lambda run: shutil.rmtree(run), "holds no run: "),
         (lambda run: (run / "checkpoint.pt").write_bytes(b"\x80\x02nothing"), "cannot be read"),
         (lambda run: _edit(run, "config", colour="red"), "unknown settings ['colour']"),
         (lambda run: _edit(run, "config", model="resnet21"), "resnet21"),
         (lambda run: _edit(run, "config", model="resnet32"), "another architecture"),
         (lambda run: _edit(run, "config", model="resnet110", shortcut="C"), "shortcut"),
         (lambda run: _edit(run, "model", **{"linear.bias": torch.zeros(7)}), "another architecture"),
-        (lambda run: _edit(run, "model", **{"linear.bias": 3}), "no network in resnet.py"),
+        (lambda run: _edit(run, "model", **{"linear.bias": 3}), "not of a network in resnet.py"),
         (lambda run: _edit(run, "model", **{"bn1.bias": torch.zeros(16, dtype=torch.float64) / 0}), ""),
     ],
 )
@@ -143,9 +145,10 @@ def test_same_file_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_load_run_gives_the_trained_network(trained: Path) -> None:
-    config, model = load_run(trained)
+    saved = SavedRun.open(trained)
+    model = saved.network()
     assert not any(module.training for module in model.modules())
-    assert config.limit == 100
+    assert saved.config.limit == 100
     assert compact(model).input_size == (3, 32, 32)
 
 

@@ -28,8 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.export import load_run
-from experiments.pipeline import Take, at_least, spread, time_in_turns
+from experiments.pipeline import SavedRun, Take, at_least, spread, time_in_turns
 from resnet import NETWORKS
 from src import runs
 from src.export import export_onnx, open_session, run_onnx
@@ -73,9 +72,9 @@ def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> d
 
 def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
     """Time every form at every batch size and return the figures that `--json` writes."""
-    config, model = load_run(run)
-    classes = len(cast(Tensor, model.get_submodule("linear").bias))
-    dense = NETWORKS[config.model](classes, config.shortcut)
+    saved = SavedRun.open(run)
+    config, model = saved.config, saved.network()
+    dense = NETWORKS[config.model](saved.classes, config.shortcut)
     dense = dense.to(memory_format=torch.channels_last)
     result: dict[str, Any] = {}
     for batch_size in batch_sizes:

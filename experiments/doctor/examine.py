@@ -41,9 +41,9 @@ from experiments.doctor.step.step_checks import step_checks
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks
-from experiments.pipeline import PRESETS, RunConfig, build_run, configure, prepare_data
-from src.runs import CHECKPOINT, RunFolder, load_checkpoint, load_model_state
-from src.storage import RunError, check_writable, fail, say
+from experiments.pipeline import PRESETS, build_run, configure, load_run, prepare_data
+from src.runs import CHECKPOINT, RunFolder
+from src.storage import check_writable, fail, say
 from src.training import EpochRecord, History, TrainingError
 
 __all__ = [
@@ -172,23 +172,13 @@ def examine(
         return report
 
 
-def examine_folder(path: Path, report: Callable[[str], None] = say) -> Report:
-    """The last stage on a finished run's folder (checkpoint.pt of `debug_run`). Raises RunError or DataError."""
-    state = load_checkpoint(path / CHECKPOINT)
-    saved = state["config"]
-    config = RunConfig(
-        **{**saved, "exclude_layers": tuple(saved["exclude_layers"]), "given": ("device",), "device": "cpu"}
-    )
-    config, data = prepare_data(config, report)
-    if state.get("data_digest") and state["data_digest"] != data.digest:
-        raise RunError(
-            f"the run in {str(path)!r} was trained on other images; put its data back under {config.data_root!r}"
-        )
-    run = build_run(config, data)
-    load_model_state(run.model, state["model"])
-    run.history = History.from_json(state["history"])
-    pipeline = Pipeline.of_run(run)
-    return afterwards(pipeline, Reported(checkpoint=path / CHECKPOINT, history=run.history))
+def examine_folder(path: Path, data_root: str | None = None) -> Report:
+    """The last stage on a finished run's folder (checkpoint.pt of `debug_run`). Raises RunError or DataError.
+
+    data_root: where the run's images are, by default where they were. Nothing is downloaded.
+    """
+    run = load_run(path, data_root=data_root, device="cpu")
+    return afterwards(Pipeline.of_run(run), Reported(checkpoint=path / CHECKPOINT, history=run.history))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
     try:
-        report = examine_folder(Path(options.run)) if options.run else _own_run(options)
+        report = examine_folder(Path(options.run), options.data_root) if options.run else _own_run(options)
         print(report.text())
         say(f"{time.perf_counter() - started:.0f} s")
         if options.output:

@@ -18,12 +18,12 @@ from experiments import figures
 from experiments.notebook import lessons, live
 from experiments.notebook.controls import widgets
 from experiments.notebook.image_trace import ThreeNetworks
-from experiments.pipeline import LoadedRun, load_run
+from experiments.pipeline import load_run
 from src.data import ImageData
 from src.runs import Snapshots
 from utils_quantization import latent_weight, quantized_layers
 
-__all__ = ["LoadedRun", "images", "kernels", "layers", "load_run", "quantizer", "quantizer_figure", "weight_samples"]
+__all__ = ["images", "kernels", "layers", "load_run", "quantizer", "quantizer_figure", "weight_samples"]
 
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
 FRESH = "a fresh layer (Kaiming)"

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.pipeline import PRESETS, ConfigError, RunConfig, config_from_json, configure, contents, read_summary
+from experiments.pipeline import PRESETS, ConfigError, RunConfig, SavedRun, configure, contents
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import RunError, say
 
@@ -31,11 +31,10 @@ def explorable(folder: Path) -> dict[str, Any]:
         if not there:
             raise LabRunError(f"{str(folder)!r} holds no finished run: {contents(folder)}; need {name}")
     try:
-        summary = read_summary(folder)
-        config = config_from_json(summary.get("config", {}))
+        saved = SavedRun.open(folder)
     except RunError as error:
         raise LabRunError(str(error)) from error
-    done = summary.get("results", {}).get("epochs", 0)
+    config, done = saved.config, len(saved.history)
     if done != config.epochs:
         raise LabRunError(f"the run in {str(folder)!r} stopped after {done} of {config.epochs} epochs: finish it first")
     return {**_parameters(config), "OUTPUT_DIR": folder.as_posix(), "RESUME": True}

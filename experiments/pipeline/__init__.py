@@ -5,12 +5,12 @@ The script and the notebook are two thin callers of these functions.
 
 from __future__ import annotations
 
+from experiments.pipeline import comparison
 from experiments.pipeline.compression import compress, removal_map
 from experiments.pipeline.config import DEBUG, PRESETS, ConfigError, RunConfig, configure
-from experiments.pipeline.costs import dense_macs, relative_bops
-from experiments.pipeline.loop import TrainingLoop, epoch_settings
+from experiments.pipeline.loop import TrainingLoop, epoch_settings, finish_epoch, steps_left, train_epochs
 from experiments.pipeline.run import Run
-from experiments.pipeline.saved_run import LoadedRun, config_from_json, contents, load_run, read_summary
+from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
     attach,
     build_network,
@@ -35,9 +35,9 @@ __all__ = [
     "PASSED",
     "PRESETS",
     "ConfigError",
-    "LoadedRun",
     "Run",
     "RunConfig",
+    "SavedRun",
     "Take",
     "TrainingLoop",
     "Verdict",
@@ -46,26 +46,26 @@ __all__ = [
     "build_network",
     "build_optimizer",
     "build_run",
+    "comparison",
     "compress",
     "compression_table",
-    "config_from_json",
     "configure",
     "contents",
-    "dense_macs",
     "described",
     "epoch_settings",
     "evaluate_run",
     "expected_layers",
+    "finish_epoch",
     "judge",
     "judge_run",
     "load_run",
     "prepare_data",
-    "read_summary",
-    "relative_bops",
     "removal_map",
     "save_figures",
     "spread",
+    "steps_left",
     "summary",
     "synchronize",
     "time_in_turns",
+    "train_epochs",
 ]

@@ -1,18 +1,20 @@
-"""A finished run, read back from its folder: everything that figures and explorers need, without training."""
+"""The one reader of a run's folder: settings, history and results at once; network, images and snapshots on demand."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from experiments.pipeline import stages
 from experiments.pipeline.config import ConfigError, RunConfig
 from experiments.pipeline.run import Run
+from resnet import NETWORKS, ResNet
 from src.data import ImageData, load_data
 from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunFolder, Snapshots, load_checkpoint, load_model_state
 from src.storage import RunError
@@ -20,94 +22,102 @@ from src.training import History, pick_device
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A run as its checkpoint holds it. `run` is what the pipeline's functions take; `summary` is run.json, or empty.
+class SavedRun:
+    """A run as its folder holds it. Build it with `open`.
 
-    snapshots: where the folder has none, the trained state alone.
+    weights: the state dict of the network, on the CPU. data_digest: of the images and labels it was trained on, "" if
+    unknown. summary: run.json, empty where the run is not finished.
     """
 
+    label: str
     folder: Path
-    run: Run
-    snapshots: Snapshots
-    summary: dict[str, Any]
+    config: RunConfig
+    history: History
+    weights: Mapping[str, Tensor]
+    data_digest: str
+    summary: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path, label: str = "") -> SavedRun:
+        """Read checkpoint and run.json. label: a short name for tables, by default the folder's.
+
+        Raises RunError where the folder holds no run of this version, with what it does hold.
+        """
+        path = Path(folder)
+        if not RunFolder(path).has_checkpoint():
+            raise RunError(
+                f"{str(folder)!r} holds no run: {contents(path)}; name the output folder of a run, with {CHECKPOINT}"
+            )
+        try:
+            state = load_checkpoint(path / CHECKPOINT)
+            config, history = _config(state["config"]), History.from_json(state["history"])
+        except ValueError as error:
+            reason = str(error).removesuffix("; start without --resume")
+            raise RunError(f"the run in {str(folder)!r} cannot be used: {reason}; name another run") from error
+        digest = str(state.get("data_digest", ""))
+        return cls(label or path.name, path, config, history, state["model"], digest, _summary(path))
 
     @property
-    def config(self) -> RunConfig:
-        return self.run.config
+    def data_name(self) -> str:
+        """Name of the dataset it was trained on; what was asked for where the run is not finished."""
+        return str(self.summary.get("data", {}).get("name", self.config.data))
 
     @property
-    def data(self) -> ImageData:
-        return self.run.data
+    def verdict(self) -> str:
+        """healthy, faulty or inconclusive, or "not finished" where there is no verdict yet."""
+        return str(self.summary.get("verdict", {}).get("state", "not finished"))
 
     @property
-    def model(self) -> nn.Module:
-        return self.run.model
+    def classes(self) -> int:
+        """Number of classes. Raises RunError where the weights are not those of a network in resnet.py."""
+        bias = self.weights.get("linear.bias")
+        if not isinstance(bias, Tensor) or bias.dim() != 1:
+            raise RunError(
+                f"the checkpoint in {str(self.folder)!r} is not of a network in resnet.py; train with "
+                "experiments.debug_run"
+            )
+        return len(bias)
 
-    @property
-    def history(self) -> History:
-        return self.run.history
+    def network(self) -> ResNet:
+        """The trained network with its quantizers, on the CPU, in eval mode. Raises RunError for other weights."""
+        model = NETWORKS[self.config.model](self.classes, self.config.shortcut)
+        model.to(memory_format=torch.channels_last)
+        stages.attach(self.config, model)
+        load_model_state(model, self.weights)
+        return model.eval()
 
-    @property
-    def subtitle(self) -> str:
-        return self.run.subtitle
+    def load_data(self, data_root: str | Path | None = None) -> ImageData:
+        """The images it was trained and tested on. Downloads nothing.
+
+        data_root: where they are, by default where they were. Raises RunError where others are there, DataError where
+        they are absent or damaged.
+        """
+        # "auto" takes CIFAR-10 where it is present and never downloads it
+        source = "auto" if self.config.data == "cifar10" else self.config.data
+        if self.data_name == "digits":
+            source = "digits"
+        data = load_data(source, str(data_root or self.config.data_root), self.config.limit)
+        if self.data_digest and data.digest != self.data_digest:
+            raise RunError(
+                f"the run in {str(self.folder)!r} was trained on other images than the {data.title} found here (digest "
+                f"{self.data_digest[:12]} then, {data.digest[:12]} now); name the folder of its images with data_root"
+            )
+        return data
 
 
-def load_run(folder: str | Path, *, data_root: str | Path | None = None, device: str = "auto") -> LoadedRun:
-    """Rebuild configuration, data, network and history from a run's folder. Downloads nothing.
+def load_run(folder: str | Path, *, data_root: str | Path | None = None, device: str = "auto") -> Run:
+    """The trained run of a folder, as it was after its last epoch: network in eval mode, data, history, snapshots.
 
-    data_root: where the images are now, by default where they were. Raises RunError where the folder holds no run or
-    the data is not the run's; DataError, SnapshotError for damaged files.
+    Where the folder has no snapshots, they hold the trained state alone. data_root: see `SavedRun.load_data`. Raises
+    what `SavedRun` raises, TrainingError for an absent device, SnapshotError for damaged snapshots.
     """
-    path = Path(folder)
-    if not RunFolder(path).has_checkpoint():
-        raise RunError(f"{str(folder)!r} holds no run to explore: {contents(path)}; name a folder with {CHECKPOINT}")
-    place = pick_device(device)
-    state = load_checkpoint(path / CHECKPOINT, place)
-    config = config_from_json(state["config"])
-    summary = read_summary(path)
-    name = summary.get("data", {}).get("name", "")
-    source = name if name == "digits" else "auto" if "cifar10" in (name, config.data) else config.data
-    data = load_data(source, str(data_root or config.data_root), config.limit).to(place)
-    trained_on = state.get("data_digest", "")
-    if trained_on and data.digest != trained_on:
-        raise RunError(
-            f"the run in {str(folder)!r} was trained on other images than the {data.title} found here (digest "
-            f"{trained_on[:12]} then, {data.digest[:12]} now); name the folder of its images with data_root"
-        )
-    run = stages.build_run(config, data)
-    load_model_state(run.model, state["model"])
+    saved = SavedRun.open(folder)
+    run = stages.build_run(saved.config, saved.load_data(data_root).to(pick_device(device)))
+    load_model_state(run.model, saved.weights)
     run.model.eval()
-    try:
-        run.history = History.from_json(state["history"])
-    except ValueError as error:
-        raise RunError(f"the checkpoint in {str(folder)!r} holds no history of this version: {error}") from error
-    return LoadedRun(path, run, _snapshots(path, run), summary)
-
-
-def config_from_json(data: dict[str, Any]) -> RunConfig:
-    """The configuration that a checkpoint or run.json holds. Raises RunError for one of another version."""
-    known = {field.name for field in fields(RunConfig)}
-    plain: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known
-    }
-    try:
-        return RunConfig(**plain)
-    except (ConfigError, TypeError) as error:
-        raise RunError(f"the run's configuration is not one of this version: {error}") from error
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """run.json of a folder; empty where it is absent. Raises RunError where it cannot be read."""
-    path = folder / SUMMARY
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error}; delete it, the checkpoint holds the run") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{str(path)!r} is not the summary of a run; delete it, the checkpoint holds the run")
-    return found
+    run.history = saved.history
+    run.snapshots = Snapshots.resume(saved.folder / SNAPSHOTS, run.attached, run.model, len(run.history))
+    return run
 
 
 def contents(folder: Path) -> str:
@@ -123,6 +133,26 @@ def contents(folder: Path) -> str:
     return f"in it are {', '.join(names[:12])}{more}" if names else "it is empty"
 
 
-@torch.no_grad()
-def _snapshots(folder: Path, run: Run) -> Snapshots:
-    return Snapshots.resume(folder / SNAPSHOTS, run.attached, run.model, len(run.history))
+def _config(saved: Mapping[str, Any]) -> RunConfig:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    try:
+        return RunConfig(**values)
+    except (ConfigError, TypeError) as error:
+        unknown = sorted(values.keys() - {field.name for field in fields(RunConfig)})
+        reason = f"unknown settings {unknown}" if unknown else str(error)
+        raise RunError(
+            f"its configuration is not one of this version ({reason}); use the version that trained it"
+        ) from error
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is not the summary of a run")
+    except (ValueError, OSError) as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error}; delete it, the checkpoint holds the run") from error
+    return found

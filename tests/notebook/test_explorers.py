@@ -15,7 +15,7 @@ from experiments import figures, pipeline
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED
 from experiments.notebook import display, explorers, lessons, live
 from experiments.notebook.image_trace import ThreeNetworks
-from experiments.pipeline import LoadedRun, config_from_json, configure, load_run
+from experiments.pipeline import Run, configure, load_run
 from resnet import BasicBlock, ResNet
 from src.data import normalize
 from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunFolder, Snapshots
@@ -49,11 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> LoadedRun:
+def loaded(folder: Path) -> Run:
     return explorers.load_run(folder, device="cpu")
 
 
-def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: LoadedRun) -> None:
+def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: Run) -> None:
     snapshots = loaded.snapshots
     name = "layer2.0.conv1"
     now = snapshots.view(name, 1)
@@ -80,12 +80,11 @@ def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: L
     assert "before training" in figures.layer_figure(snapshots.view(name, 0), [now]).get_label()
 
 
-def test_a_folder_gives_back_the_run(folder: Path, loaded: LoadedRun) -> None:
+def test_a_folder_gives_back_the_run(folder: Path, loaded: Run) -> None:
     assert loaded.config == configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu")
     assert len(loaded.history) == 2
     assert loaded.snapshots.epochs == [0, 1, 2]
     assert len(loaded.data.train_labels) == 40
-    assert loaded.summary == {}
     assert "preset smoke" in loaded.subtitle
     state = torch.load(folder / CHECKPOINT, weights_only=True)["model"]
     mine = loaded.model.state_dict()
@@ -95,10 +94,10 @@ def test_a_folder_gives_back_the_run(folder: Path, loaded: LoadedRun) -> None:
 
 
 def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds no run to explore: there is no such folder; name a folder with checkp"):
+    with pytest.raises(RunError, match=r"holds no run: there is no such folder; name the output folder"):
         load_run(tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(RunError, match=r"in it are notes\.txt; name a folder"):
+    with pytest.raises(RunError, match=r"in it are notes\.txt; name the output folder"):
         load_run(tmp_path)
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -112,8 +111,9 @@ def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
     torch.save({**state, "data_digest": "0" * 64}, copy / CHECKPOINT)
     with pytest.raises(RunError, match=r"trained on other images.*000000000000 then"):
         load_run(copy)
+    torch.save({**state, "config": {"preset": "smoke", "epochs": 0}}, copy / CHECKPOINT)
     with pytest.raises(RunError, match=r"not one of this version.*epochs=0"):
-        config_from_json({"preset": "smoke", "epochs": 0})
+        load_run(copy)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_the_quantizer_figure_counts_what_the_quantizer_does() -> None:
     ],
 )
 def test_explorers_follow_their_controls(
-    loaded: LoadedRun, monkeypatch: pytest.MonkeyPatch, name: str, moves: list[tuple[str, Any]], told: list[str]
+    loaded: Run, monkeypatch: pytest.MonkeyPatch, name: str, moves: list[tuple[str, Any]], told: list[str]
 ) -> None:
     """Each starts at the most pruned layer and draws one figure a move, in one display; tests/test_live.py has the
     same in a kernel."""

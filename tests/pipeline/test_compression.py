@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import figures, pipeline
 from experiments.benchmarks import inference
+from experiments.figures import style
 from experiments.notebook import lessons
 from experiments.pipeline import compression, configure
 from src.pruning import analyze_liveness, channel_groups
@@ -105,7 +106,7 @@ def test_the_removal_map_draws_the_fates() -> None:
     image = axes.images[0]
     drawn = [[to_hex(image.cmap(image.norm(value))) for value in row] for row in np.asarray(image.get_array())]
     blue, black, orange, grey, faint = (
-        to_hex(c) for c in (figures.BLUE, figures.BLACK, figures.ORANGE, figures.GREY, figures.FAINT)
+        to_hex(c) for c in (style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.FAINT)
     )
     assert drawn == [[blue, black, faint], [orange, grey, blue]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first  1/2", "second  1/3"]

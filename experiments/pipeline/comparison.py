@@ -1,0 +1,146 @@
+"""Saved runs side by side: where they are, what differs in their settings, what they cost and what they reached.
+
+BOPs as the paper counts them: density x dense MACs x weight bits x 32-bit activations, for each quantized layer; layers
+without a quantizer keep all their weights at 32 bits. Relative to the dense FP32 network, all layers included.
+Axis letters: E epochs, L quantized layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.figures import Series
+from experiments.pipeline.config import RunConfig
+from experiments.pipeline.saved_run import SavedRun
+from metrics import FULL_PRECISION_BITS, QuantizationComparison
+from resnet import NETWORKS
+from src.runs import PREVIOUS, RunFolder
+from src.storage import RunError
+from src.training import History
+
+NOT_COMPARED = frozenset({"given", "data_root"})  # where things are and what was typed, not what is computed
+
+
+def read_run(folder: str | Path, label: str = "") -> SavedRun:
+    """`SavedRun.open`; raises RunError also for a run that has not finished an epoch."""
+    run = SavedRun.open(folder, label)
+    if not len(run.history):
+        raise RunError(f"the run in {str(folder)!r} has not finished an epoch: there is nothing to compare yet")
+    return run
+
+
+def find_runs(folder: str | Path) -> dict[str, Path]:
+    """Runs around a run's folder, by label: itself, earlier ones in its `previous/`, folders beside it and theirs."""
+    here = Path(folder)
+    places = [here, *sorted(entry for entry in here.resolve().parent.iterdir() if entry.resolve() != here.resolve())]
+    found: dict[str, Path] = {}
+    for place in places:
+        if RunFolder(place).has_checkpoint():
+            found[place.name] = place
+        earlier = [entry for entry in (place / PREVIOUS).glob("[!.]*") if RunFolder(entry).has_checkpoint()]
+        for entry in sorted(earlier, key=lambda entry: (len(entry.name), entry.name), reverse=True):
+            found[f"{place.name}/{PREVIOUS}/{entry.name}"] = entry
+    return found
+
+
+def tables(runs: Sequence[SavedRun]) -> dict[str, list[dict[str, str]]]:
+    """Rows of the tables by heading; a single run has no settings that differ."""
+    settings = {"Settings that differ": differing_settings(runs)} if len(runs) > 1 else {}
+    return {**settings, "Results": results(runs)}
+
+
+def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
+    """Rows of a table: each setting that is not the same in all runs, and its value in each."""
+    settings = {run.label: {**vars(run.config), "data": run.data_name} for run in runs}
+    same_data = len({run.data_digest or run.label for run in runs}) == 1  # whatever it was called
+    names = [n for n in settings[runs[0].label] if n not in NOT_COMPARED and not (same_data and n == "data")]
+    rows = []
+    for name in names:
+        values = {label: _plain(setting[name]) for label, setting in settings.items()}
+        if len(set(values.values())) > 1:
+            rows.append({"setting": name, **values})
+    return rows
+
+
+def notices(runs: Sequence[SavedRun]) -> list[str]:
+    """What a reader must know before comparing the runs: that they were not trained on the same images."""
+    if len({run.data_digest or run.data_name for run in runs}) < 2:
+        return []
+    on = ", ".join(f"{run.label} on {run.data_name}" for run in runs)
+    return [f"NOTICE: these runs were trained on different images ({on}): their accuracies cannot be compared"]
+
+
+def results(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
+    """Rows of a table: what each run reached, at its last epoch."""
+    return [
+        {
+            "run": run.label,
+            "epochs": f"{len(run.history)} of {run.history.epochs}",
+            "accuracy": f"{run.history.last.accuracy:.1%}",
+            "best accuracy": f"{run.history.column('accuracy').max():.1%}",
+            "zeros": f"{run.history.last.unstructured_sparsity:.1%}",
+            "dead filters": f"{run.history.last.structured_sparsity:.1%}",
+            "bits": f"{run.history.last.mean_bits:.1f}",
+            "relative BOPs": f"{series(run).relative_bops[-1]:.1%}",
+            "verdict": run.verdict,
+        }
+        for run in runs
+    ]
+
+
+def as_text(runs: Sequence[SavedRun]) -> str:
+    """All tables, and the notices below them, for a terminal or a file."""
+    return "\n\n".join([f"{heading}\n{text_table(rows)}" for heading, rows in tables(runs).items()] + notices(runs))
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as text in aligned columns; "(none)" without rows."""
+    if not rows:
+        return "(none)"
+    names = list(rows[0])
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+    lines = [names, ["-" * width for width in widths], *([row[name] for name in names] for row in rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def series(run: SavedRun) -> Series:
+    """What the figures of a comparison draw of a run."""
+    columns = ("accuracy", "unstructured_sparsity", "structured_sparsity", "mean_bits")
+    costs = relative_bops(run.history, dense_macs(run.config, run.classes))
+    return Series(run.label, run.history.epochs, {name: run.history.column(name) for name in columns}, costs)
+
+
+def relative_bops(history: History, macs: Mapping[str, int]) -> NDArray[np.float64]:
+    """BOPs after every epoch as a share of the dense FP32 network's, (E,). Activations cancel: 32 bits in both.
+
+    macs: of every layer of the dense network. Raises ValueError where a quantized layer is not among them.
+    """
+    unknown = sorted(set(history.layer_names) - set(macs))
+    if unknown:
+        raise ValueError(f"layer {unknown[0]!r} of the history is not a layer of the network: {', '.join(macs)}")
+    dense = sum(macs.values()) * FULL_PRECISION_BITS
+    quantized = np.array([macs[name] for name in history.layer_names], dtype=np.float64)  # (L,)
+    untouched = dense - quantized.sum() * FULL_PRECISION_BITS
+    shape = (len(history), len(quantized))
+    density = 1 - history.layer_column("sparsity").reshape(shape)
+    bits = history.layer_column("bits").reshape(shape)
+    return ((density * bits * quantized).sum(axis=1) + untouched) / dense
+
+
+@lru_cache(maxsize=32)
+def dense_macs(config: RunConfig, classes: int) -> Mapping[str, int]:
+    """MACs of each layer of the dense network, for one image."""
+    dense = QuantizationComparison().set_baseline(NETWORKS[config.model](classes, config.shortcut))
+    return {layer.name: layer.macs for layer in dense.layers}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
