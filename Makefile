@@ -38,7 +38,7 @@ help:
 	@echo 'make html          write the page again from the notebook that was run last'
 	@echo 'make debug         the same pipeline as a script, one line an epoch'
 	@echo 'make doctor        examine a short run of the pipeline, check by check'
-	@echo 'make doctor-power  break the pipeline in every known way, write docs/doctor.md (within an hour)'
+	@echo 'make doctor-power  break the pipeline in every known way, write docs/measured/doctor.md (within an hour)'
 	@echo 'make torture       kill, damage and starve runs, write docs/reliability.md (about 20 minutes)'
 	@echo 'make bench         time a training step'
 	@echo 'make lint          ruff and mypy'

@@ -27,7 +27,6 @@ from src.quantizer import DeadZoneLDZCompander
 from src.runs import CHECKPOINT, RunFolder
 from src.storage import folder_lock
 from tests.faults.fault import small_config, small_data, small_network
-from tests.faults.power_page import OWN_PIPELINE
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 
 WIDTHS = (4, 8, 16)
@@ -168,7 +167,8 @@ def test_a_pipeline_of_ones_own_with_sgd_passes() -> None:
 
 
 def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
-    code = OWN_PIPELINE.partition("```python\n")[2].partition("```")[0]
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
     torch.manual_seed(0)
     place: dict[str, Any] = {}
     exec(code, place)

@@ -2,7 +2,7 @@
 
     python -m tests.faults.power [--workers 2] [--seeds 10] [--only TEXT] [--again TEXT]
 
-Writes docs/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is caught with
+Writes docs/measured/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is caught with
 its right cause among the first two and no healthy run has a finding, otherwise 1. With `--only`, faults and healthy
 runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written. With
 `--again` their outcomes take the place of the ones that the last whole run left in build/, and the page is written.
@@ -28,7 +28,7 @@ from tests.faults.fault import broken
 from tests.faults.power_page import page
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE = ROOT / "build" / "doctor_power.json", ROOT / "docs" / "doctor.md"
+RESULTS, PAGE = ROOT / "build" / "doctor_power.json", ROOT / "docs" / "measured" / "doctor.md"
 CIFAR10 = ROOT / "data" / "cifar-10-batches-py"
 
 
