@@ -2,10 +2,10 @@
 
     python -m tests.faults.power [--workers 2] [--seeds 10] [--only TEXT] [--again TEXT]
 
-Writes docs/measured/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is caught with
-its right cause among the first two and no healthy run has a finding, otherwise 1. With `--only`, faults and healthy
-runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written. With
-`--again` their outcomes take the place of the ones that the last whole run left in build/, and the page is written.
+Writes docs/measured/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is
+caught with its right cause among the first two and no healthy run has a finding, otherwise 1. With `--only`, faults and
+healthy runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written. With
+`--again` their outcomes replace those that the last whole run left in build/, and the page is written.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def downhill(steps: Steps, pipeline: Pipeline) -> Outcome:
 
 
 def overfit_one_batch(pipeline: Pipeline) -> Outcome:
-    """OVERFIT_STEPS steps on one small batch lower its cross entropy to below 0.7 of what it was (0.98 of an unknown rate)."""
+    """Some steps on one small batch lower its cross entropy to below 0.7 of what it was (0.98 for an unknown rate)."""
     images, labels = batch_of(pipeline, OVERFIT_IMAGES)
     with preserve_state(pipeline):
         pipeline.model.train()
