@@ -27,7 +27,7 @@ import torch
 from experiments import debug_run, pipeline
 from experiments.doctor.core.findings import STAGES
 from experiments.pipeline import FAILED, Verdict
-from experiments.pipeline.verdict import Finding
+from experiments.pipeline.verdict import Expectation
 from src import training
 from src.data import load_data
 from src.runs import load_checkpoint
@@ -355,7 +355,7 @@ def test_a_fault_found_is_exit_status_1(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
-    fault = Verdict((Finding("loss falls", "below 3", "4", FAILED, "the learning rate"),))
+    fault = Verdict((Expectation("loss falls", "below 3", "4", FAILED, "the learning rate"),))
     monkeypatch.setattr(debug_run.pipeline, "judge_run", lambda *_: fault)
     assert run(words(folder, "--resume")) == 1  # all epochs are done: only the evaluation is repeated
     assert "FAULT: 1 of 1 expectations not met (loss falls)" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
 
 def verdict_table(verdict: Verdict) -> Styler:
     """The findings, what failed first."""
-    order = sorted(verdict.findings, key=lambda finding: finding.status != FAILED)
+    order = sorted(verdict.expectations, key=lambda finding: finding.status != FAILED)
     rows = [
         {
             "result": finding.status,

@@ -14,11 +14,26 @@ from experiments.pipeline.config import PRESETS, RunConfig
 from src.training import History
 
 PASSED, FAILED, NOT_JUDGED = "passed", "FAILED", "not judged"
+FEWEST_STEPS = 500  # below this the logits, which move by a learning rate a step, have hardly moved
+LOOK_AT = {
+    "layers quantized": "exclude_layers: a pattern may take out more than was meant",
+    "loss falls": "learning rate, normalisation of the images, labels",
+    "accuracy climbs": (
+        "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only"
+    ),
+    "accuracy reached": "the coefficient's peak (accuracy that falls as it ramps), then the learning-rate schedule",
+    "zeros appear": "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
+    "channels die": "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
+    "bits fall": "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
+    "nothing collapses": "the coefficient when accuracy fell; layers that died whole in the liveness map",
+    "no layer dies whole": "the coefficient's peak: a whole branch was pruned away",
+}
+"""Every expectation by name, and what to look at where it is not met."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One expectation: what it proves, what was expected, what was measured, and what to look at where it failed."""
+class Expectation:
+    """What was expected, what was measured, whether it was met (status), and what to look at where it was not."""
 
     name: str
     expected: str
@@ -29,50 +44,50 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All findings of a run. healthy: nothing failed and everything was judged. faulty: something failed."""
+    """All expectations of a run. healthy: nothing failed and everything was judged. faulty: something failed."""
 
-    findings: tuple[Finding, ...]
+    expectations: tuple[Expectation, ...]
 
     @property
     def faulty(self) -> bool:
-        return any(finding.status == FAILED for finding in self.findings)
+        """Whether an expectation was not met."""
+        return any(expectation.status == FAILED for expectation in self.expectations)
 
     @property
     def healthy(self) -> bool:
-        return all(finding.status == PASSED for finding in self.findings)
+        """Whether every expectation was judged and met."""
+        return all(expectation.status == PASSED for expectation in self.expectations)
 
     @property
     def headline(self) -> str:
-        failed = [finding.name for finding in self.findings if finding.status == FAILED]
+        """The verdict in one line, with the names of what failed."""
+        count = len(self.expectations)
+        failed = [expectation.name for expectation in self.expectations if expectation.status == FAILED]
         if failed:
-            return f"FAULT: {len(failed)} of {len(self.findings)} expectations not met ({', '.join(failed)})"
-        judged = sum(finding.status == PASSED for finding in self.findings)
+            return f"FAULT: {len(failed)} of {count} expectations not met ({', '.join(failed)})"
         if self.healthy:
-            return f"HEALTHY: all {judged} expectations met"
-        return (
-            f"INCONCLUSIVE: {judged} of {len(self.findings)} expectations met, the rest could not be judged in this run"
-        )
+            return f"HEALTHY: all {count} expectations met"
+        met = sum(expectation.status == PASSED for expectation in self.expectations)
+        return f"INCONCLUSIVE: {met} of {count} expectations met, the rest could not be judged in this run"
 
     def to_json(self) -> dict[str, Any]:
+        """What run.json holds: state (healthy, faulty, inconclusive), headline, findings."""
         state = "healthy" if self.healthy else "faulty" if self.faulty else "inconclusive"
-        return {"state": state, "headline": self.headline, "findings": [asdict(finding) for finding in self.findings]}
+        return {"state": state, "headline": self.headline, "findings": [asdict(each) for each in self.expectations]}
 
     def text(self) -> str:
-        """The findings as a table for a terminal, failures with what to look at below them."""
-        names = max(len(finding.name) for finding in self.findings)
-        expected = max(len(finding.expected) for finding in self.findings)
+        """The expectations as a table for a terminal; below each that failed, what to look at."""
+        names = max(len(expectation.name) for expectation in self.expectations)
+        expected = max(len(expectation.expected) for expectation in self.expectations)
         lines = [self.headline]
-        for finding in self.findings:
+        for each in self.expectations:
             lines.append(
-                f"  {finding.status:<10}  {finding.name:<{names}}  expected {finding.expected:<{expected}}  "
-                f"measured {finding.measured}"
+                f"  {each.status:<10}  {each.name:<{names}}  expected {each.expected:<{expected}}  "
+                f"measured {each.measured}"
             )
-            if finding.status == FAILED:
-                lines.append(f"  {'':<10}  {'':<{names}}  look at: {finding.look_at}")
+            if each.status == FAILED:
+                lines.append(f"  {'':<10}  {'':<{names}}  look at: {each.look_at}")
         return "\n".join(lines)
-
-
-FEWEST_STEPS = 500  # below this the logits, which move by a learning rate a step, have hardly moved
 
 
 def judge(
@@ -84,104 +99,50 @@ def judge(
     expected is not judged. None where it is not known.
     """
     last, first = history.last, history[0]
-    chance = 1 / num_classes
-    floor = min(2 * chance, chance + (1 - chance) / 4)  # twice chance says nothing where there are two classes
     preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
-    enough = steps is None or steps >= FEWEST_STEPS
-    whole = config.limit is None and enough  # too few steps show little of what is expected
-    full = whole and len(history) >= preset.epochs
+    several = len(history) > 1
+    enough = config.limit is None and (steps is None or steps >= FEWEST_STEPS)
+    full = enough and len(history) >= preset.epochs
     penalised = sum(record.coefficient > 0 for record in history)
     settled = penalised >= (preset.epochs - preset.delay) // 2  # epochs that dead filters take to appear
-    best = max(floor, *(record.accuracy for record in history))
-    learned_bits, learned_zone = config.learnable_bit, config.learnable_deadzone
+    expectations: list[Expectation] = []
 
-    def finding(name: str, expected: str, measured: str, ok: bool, judged: bool, look_at: str) -> Finding:
+    def expect(name: str, expected: str, measured: str, met: bool, judged: bool = True) -> None:
         if not judged:
-            return Finding(name, expected, f"{measured}, in a run too short or too small to tell", NOT_JUDGED, look_at)
-        return Finding(name, expected, measured, PASSED if ok else FAILED, look_at)
-
-    def percent(share: float) -> str:
-        return f"{100 * share:.1f}%"
+            measured += ", in a run too short or too small to tell"
+        status = NOT_JUDGED if not judged else PASSED if met else FAILED
+        expectations.append(Expectation(name, expected, measured, status, LOOK_AT[name]))
 
     quantized = [layer.name for layer in last.layers]
     odd = sorted(set(expected_layers) ^ set(quantized))
-    findings = [
-        finding(
-            "layers quantized",
-            f"{len(expected_layers)}, every one by name",
-            f"{len(quantized)}" + (f"; not as expected: {', '.join(odd[:3])}" if odd else ""),
-            not odd,
-            True,
-            "exclude_layers: a pattern may take out more than was meant",
-        ),
-        finding(
-            "loss falls",
-            f"below {first.task_loss:.2f} (epoch 1)",
-            f"{last.task_loss:.2f} task loss",
-            last.task_loss < first.task_loss,
-            len(history) > 1,
-            "learning rate, normalisation of the images, labels",
-        ),
-        finding(
-            "accuracy climbs",
-            f"above {percent(floor)}; chance is {percent(chance)}",
-            percent(last.accuracy),
-            last.accuracy > floor,
-            whole and len(history) > 1,
-            "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only",
-        ),
-        finding(
-            "accuracy reached",
-            f"at least {percent(config.expected_accuracy)}",
-            percent(last.accuracy),
-            last.accuracy >= config.expected_accuracy,
-            full,
-            "the coefficient's peak (accuracy that falls as it ramps), then the learning-rate schedule",
-        ),
-        finding(
-            "zeros appear",
-            "more at the end than after epoch 1",
-            f"{percent(first.unstructured_sparsity)} -> {percent(last.unstructured_sparsity)}",
-            last.unstructured_sparsity > first.unstructured_sparsity and last.unstructured_sparsity > 0.01,
-            learned_zone and (full or (whole and penalised > 0)),
-            "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
-        ),
-        finding(
-            "channels die",
-            "more than 0 dead filters",
-            f"{percent(last.structured_sparsity)} of the filters",
-            last.structured_sparsity > 0,
-            config.peak > 0 and whole and settled,
-            "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
-        ),
-        finding(
-            "bits fall",
-            f"below {first.mean_bits:.1f} (epoch 1)" if len(history) > 1 else f"below {config.max_bits}",
-            f"{last.mean_bits:.2f} bits on average",
-            last.mean_bits < first.mean_bits or last.mean_bits < config.max_bits,
-            learned_bits and full,
-            "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
-        ),
-        finding(
-            "nothing collapses",
-            f"above {percent(best / 2)}, half of the best epoch",
-            percent(last.accuracy),
-            last.accuracy > best / 2,
-            whole and len(history) > 3,
-            "the coefficient when accuracy fell; layers that died whole in the liveness map",
-        ),
-        finding(
-            "no layer dies whole",
-            "a live filter in every layer",
-            ", ".join(layer.name for layer in last.layers if all(layer.dead)) or "all live",
-            not any(all(layer.dead) for layer in last.layers),
-            True,
-            "the coefficient's peak: a whole branch was pruned away",
-        ),
-    ]
-    applicable = {
-        "zeros appear": learned_zone,
-        "channels die": config.peak > 0,
-        "bits fall": learned_bits,
-    }
-    return Verdict(tuple(f for f in findings if applicable.get(f.name, True)))
+    found = f"{len(quantized)}" + (f"; not as expected: {', '.join(odd[:3])}" if odd else "")
+    expect("layers quantized", f"{len(expected_layers)}, every one by name", found, not odd)
+
+    loss, loss_before = last.task_loss, first.task_loss
+    expect("loss falls", f"below {loss_before:.2f} (epoch 1)", f"{loss:.2f} task loss", loss < loss_before, several)
+
+    chance, accuracy, needed = 1 / num_classes, last.accuracy, config.expected_accuracy
+    floor = min(2 * chance, chance + (1 - chance) / 4)  # twice chance says nothing where there are two classes
+    above = f"above {floor:.1%}; chance is {chance:.1%}"
+    expect("accuracy climbs", above, f"{accuracy:.1%}", accuracy > floor, enough and several)
+    expect("accuracy reached", f"at least {needed:.1%}", f"{accuracy:.1%}", accuracy >= needed, full)
+
+    if config.learnable_deadzone:
+        zeros, zeros_before = last.unstructured_sparsity, first.unstructured_sparsity
+        found, grown = f"{zeros_before:.1%} -> {zeros:.1%}", zeros > max(zeros_before, 0.01)
+        expect("zeros appear", "more at the end than after epoch 1", found, grown, full or (enough and penalised > 0))
+    if config.peak > 0:
+        dead = last.structured_sparsity
+        expect("channels die", "more than 0 dead filters", f"{dead:.1%} of the filters", dead > 0, enough and settled)
+    if config.learnable_bit:
+        below = f"below {first.mean_bits:.1f} (epoch 1)" if several else f"below {config.max_bits}"
+        fallen = last.mean_bits < max(first.mean_bits, config.max_bits)
+        expect("bits fall", below, f"{last.mean_bits:.2f} bits on average", fallen, full)
+
+    half = max(floor, *(record.accuracy for record in history)) / 2
+    above = f"above {half:.1%}, half of the best epoch"
+    expect("nothing collapses", above, f"{accuracy:.1%}", accuracy > half, enough and len(history) > 3)
+
+    gone = [layer.name for layer in last.layers if all(layer.dead)]
+    expect("no layer dies whole", "a live filter in every layer", ", ".join(gone) or "all live", not gone)
+    return Verdict(tuple(expectations))

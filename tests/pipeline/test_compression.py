@@ -167,7 +167,7 @@ def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
         colours = re.findall(r"(?:background(?:-color)?|[^-]color)\s*:\s*([^;}]+)", table.to_html())
         assert colours
         assert all("rgba(" in colour for colour in colours), "readable on dark screens, too"
-    assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.findings)
+    assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.expectations)
     assert "logit_bit" in lessons.optimizer_table(run.optimizer, run.objective).to_html()
 
 

@@ -49,7 +49,7 @@ def verdict_of(
 
 
 def statuses(verdict: Verdict) -> dict[str, str]:
-    return {finding.name: finding.status for finding in verdict.findings}
+    return {finding.name: finding.status for finding in verdict.expectations}
 
 
 def ending(**changes: Any) -> list[EpochRecord]:
@@ -67,7 +67,7 @@ def test_a_healthy_run() -> None:
     assert (verdict.healthy, verdict.faulty) == (True, False)
     assert verdict.headline == "HEALTHY: all 9 expectations met"
     assert verdict.to_json()["state"] == "healthy"
-    measured = {finding.name: finding.measured for finding in verdict.findings}
+    measured = {finding.name: finding.measured for finding in verdict.expectations}
     assert measured["accuracy reached"] == "82.0%"
     assert measured["zeros appear"] == "0.0% -> 52.0%"
     assert measured["channels die"] == "25.0% of the filters"
@@ -106,7 +106,7 @@ def test_one_expectation_that_is_not_met_is_the_only_failure(name: str) -> None:
     assert (verdict.healthy, verdict.faulty) == (False, True)
     assert verdict.headline == f"FAULT: 1 of 9 expectations not met ({name})"
     assert verdict.to_json()["state"] == "faulty"
-    (failed,) = [finding for finding in verdict.findings if finding.status == FAILED]
+    (failed,) = [finding for finding in verdict.expectations if finding.status == FAILED]
     lines = verdict.text().splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith(f"  FAILED      {name} "))
     assert failed.measured in lines[at]
@@ -123,7 +123,7 @@ def test_zeros_must_grow_and_be_more_than_a_rounding(zeros: tuple[float, float])
 
 
 def test_the_dead_layer_is_named() -> None:
-    found = {finding.name: finding.measured for finding in verdict_of(whole_layer_dead()).findings}
+    found = {finding.name: finding.measured for finding in verdict_of(whole_layer_dead()).expectations}
     assert found["no layer dies whole"] == "b"
 
 
@@ -174,7 +174,7 @@ def test_an_empty_history_is_an_error() -> None:
 def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
     records = healthy()
     few = judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS - 1)
-    statuses = {finding.name: finding.status for finding in few.findings}
+    statuses = {finding.name: finding.status for finding in few.expectations}
     assert statuses["channels die"] == statuses["bits fall"] == statuses["accuracy reached"] == NOT_JUDGED
     assert statuses["layers quantized"] == PASSED
     assert not few.healthy
@@ -183,5 +183,5 @@ def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
     perfect = [replace(record, accuracy=1.0) for record in records]
     # chance is 1/2, so twice chance would be 100 %: the bar is 1/2 + 1/8
     two = judge(History(DEBUG.epochs, perfect), DEBUG, 2, ("a", "b"))
-    assert next(f for f in two.findings if f.name == "accuracy climbs").expected.startswith("above 62.5%")
+    assert next(f for f in two.expectations if f.name == "accuracy climbs").expected.startswith("above 62.5%")
     assert two.healthy

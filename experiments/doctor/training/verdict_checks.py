@@ -1,4 +1,4 @@
-"""Afterwards: the healthy list of `experiments.verdict`, each expectation as a finding of the doctor."""
+"""Afterwards: the healthy list of `experiments.pipeline`, each expectation as a finding of the doctor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def verdict_checks(runner: CheckRunner, pipeline: Pipeline, history: History | N
         return
     layers = quantized if quantized is not None else history.layer_names
     steps = len(history) * steps_per_epoch(pipeline.data, config.batch_size)
-    for found in judge(history, config, pipeline.data.num_classes, layers, steps).findings:
+    for found in judge(history, config, pipeline.data.num_classes, layers, steps).expectations:
         failed = found.status == JUDGED_FAILED
         status = FAILED if failed else NOT_APPLICABLE if found.status == NOT_JUDGED else PASSED
         likely = causes(*LIKELY.get(found.name, ())) if failed else ()
