@@ -25,7 +25,7 @@ from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Out
 from experiments.doctor.core.pipeline import Pipeline, run_test_batches
 from experiments.doctor.network.compression_account import compare_compression
 from experiments.doctor.training.checkpoint_checks import checkpoint_checks
-from experiments.doctor.training.record_checks import Look, counted, fault_of_look, few_right, record_fault
+from experiments.doctor.training.record_checks import EpochView, counted, fault_of_epoch, few_right, record_fault
 from experiments.doctor.training.reported import Reported, Seen, same_state, state_of, watching
 from src.training import EpochMeans, EpochRecord, Step, StepLosses
 from utils_quantization import latent_weight, quantized_layers
@@ -251,7 +251,7 @@ def _stressed_record(pipeline: Pipeline) -> Outcome:
         assert again is not None
         # A test loader of its own does not know of the few images.
         right = few_right(few) if pipeline.test_batches is run_test_batches else None
-        fault, likely = fault_of_look(Look(again[0], None, right, *counted(few)), few)
+        fault, likely = fault_of_epoch(EpochView(again[0], None, right, *counted(few)), few)
     record = again[0]
     measured = fault or (
         f"{100 * record.unstructured_sparsity:.1f}% zeros, {100 * record.structured_sparsity:.1f}% dead, "

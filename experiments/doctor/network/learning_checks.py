@@ -8,30 +8,30 @@ from collections.abc import Sequence
 
 from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
 from experiments.doctor.core.pipeline import Pipeline
-from experiments.doctor.training.record_checks import Look
+from experiments.doctor.training.record_checks import EpochView
 
 FEWEST_STEPS = 60  # updates below which accuracy is not judged
 
 
 def learning_checks(
-    runner: CheckRunner, pipeline: Pipeline, looks: Sequence[Look], steps: int, first_epoch: int
+    runner: CheckRunner, pipeline: Pipeline, views: Sequence[EpochView], steps: int, first_epoch: int
 ) -> None:
     """Add the findings about loss, accuracy and layers. steps: updates that were seen; first_epoch: from 0."""
     classes = pipeline.expected.num_classes
-    runner.check("the loss falls", "the network learns its training set", _falls, looks, steps, first_epoch, classes)
-    runner.check("above chance", "the test accuracy leaves chance", _chance, looks, steps, classes)
-    runner.check("no collapse", "accuracy does not break down", _collapse, looks, classes)
-    runner.check("no layer dies", "every layer keeps a live filter", _alive, looks)
+    runner.check("the loss falls", "the network learns its training set", _falls, views, steps, first_epoch, classes)
+    runner.check("above chance", "the test accuracy leaves chance", _chance, views, steps, classes)
+    runner.check("no collapse", "accuracy does not break down", _collapse, views, classes)
+    runner.check("no layer dies", "every layer keeps a live filter", _alive, views)
 
 
-def _enough(looks: Sequence[Look], count: int) -> None:
-    if len(looks) < count:
-        raise NotApplicable(f"{len(looks)} epochs were recorded; this needs {count}")
+def _enough(views: Sequence[EpochView], count: int) -> None:
+    if len(views) < count:
+        raise NotApplicable(f"{len(views)} epochs were recorded; this needs {count}")
 
 
-def _falls(looks: Sequence[Look], steps: int, first_epoch: int, classes: int | None) -> Outcome:
-    _enough(looks, 2)
-    first, last = looks[0].record.task_loss, min(look.record.task_loss for look in looks[1:])
+def _falls(views: Sequence[EpochView], steps: int, first_epoch: int, classes: int | None) -> Outcome:
+    _enough(views, 2)
+    first, last = views[0].record.task_loss, min(view.record.task_loss for view in views[1:])
     if first_epoch:
         raise NotApplicable(f"the watch began with epoch {first_epoch + 1}")
     if steps < FEWEST_STEPS:
@@ -42,9 +42,9 @@ def _falls(looks: Sequence[Look], steps: int, first_epoch: int, classes: int | N
     return Outcome(f"below {min(first, chance):.2f}", f"{first:.2f} -> {last:.2f}", ok, likely)
 
 
-def _chance(looks: Sequence[Look], steps: int, classes: int | None) -> Outcome:
-    _enough(looks, 2)
-    best = max(look.record.accuracy for look in looks)
+def _chance(views: Sequence[EpochView], steps: int, classes: int | None) -> Outcome:
+    _enough(views, 2)
+    best = max(view.record.accuracy for view in views)
     if classes is None or steps < FEWEST_STEPS:
         raise NotApplicable(f"{100 * best:.1f}% after {steps} steps, too few to tell")
     floor = min(1.5 / classes, (1 + 1 / classes) / 2)
@@ -53,23 +53,23 @@ def _chance(looks: Sequence[Look], steps: int, classes: int | None) -> Outcome:
     return Outcome(f"above {100 * floor:.0f}%", f"{100 * best:.1f}% at best", best > floor, likely)
 
 
-def _collapse(looks: Sequence[Look], classes: int | None) -> Outcome:
-    _enough(looks, 4)
-    accuracies = [look.record.accuracy for look in looks]
+def _collapse(views: Sequence[EpochView], classes: int | None) -> Outcome:
+    _enough(views, 4)
+    accuracies = [view.record.accuracy for view in views]
     best, last = max(accuracies), max(accuracies[-2:])
     if best < 3 / (classes or 10):
         raise NotApplicable(f"the best epoch reached {100 * best:.1f}%, which is no height to fall from")
     likely = ["accuracy-collapsed", "coefficient-too-large", "penalty-dominates", "learning-rate-too-large"]
     fell = accuracies.index(best)
-    if any(look.record.coefficient > 0 for look in looks[fell:]):
+    if any(view.record.coefficient > 0 for view in views[fell:]):
         likely = ["coefficient-too-large", "accuracy-collapsed", "penalty-dominates", "learning-rate-too-large"]
     measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
     return Outcome(f"above {50 * best:.0f}%, half of the best", measured, last > best / 2, likely)
 
 
-def _alive(looks: Sequence[Look]) -> Outcome:
-    _enough(looks, 1)
-    last = looks[-1]
+def _alive(views: Sequence[EpochView]) -> Outcome:
+    _enough(views, 1)
+    last = views[-1]
     if not last.layers:
         raise NotApplicable("no layer is quantized")
     dead = [layer.name for layer in last.layers if all(layer.dead)]

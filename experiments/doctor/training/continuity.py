@@ -78,7 +78,7 @@ class Continuity:
         self._held = self._last
 
     def _at_next_pass(self) -> Any:
-        """Look at the network when it next runs in training; returns what takes the hook away."""
+        """Observe the network when it next runs in training; returns what removes the hook."""
 
         def look(module: nn.Module, inputs: Any) -> None:
             real = bool(inputs) and type(inputs[0]) is Tensor

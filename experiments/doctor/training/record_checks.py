@@ -41,7 +41,7 @@ class StepMeans:
 
 
 @dataclass(frozen=True)
-class Look:
+class EpochView:
     """The network at the end of an epoch: its record, and the quantized layers counted a second time."""
 
     record: EpochRecord
@@ -99,27 +99,27 @@ def same_layers(found: tuple[LayerRecord, ...], meant: tuple[LayerRecord, ...]) 
     )
 
 
-def accuracy_is_off(look: Look, pipeline: Pipeline) -> bool:
+def accuracy_is_off(view: EpochView, pipeline: Pipeline) -> bool:
     """Whether the recorded accuracy differs from the recounted one by more than the precision allows."""
-    if look.right is None:
+    if view.right is None:
         return False
-    right, count, _ = look.right
-    return abs(look.record.accuracy - right / count) > ACCURACY_CLOSE[pipeline.precision] + 0.5 / count
+    right, count, _ = view.right
+    return abs(view.record.accuracy - right / count) > ACCURACY_CLOSE[pipeline.precision] + 0.5 / count
 
 
 def record_fault(pipeline: Pipeline, record: EpochRecord) -> tuple[str, list[str]]:
     """What of a record is not what the network shows now, and the likely causes; "" where all is."""
-    return fault_of_look(Look(record, None, None, *counted(pipeline)), pipeline)
+    return fault_of_epoch(EpochView(record, None, None, *counted(pipeline)), pipeline)
 
 
-def fault_of_look(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
+def fault_of_epoch(view: EpochView, pipeline: Pipeline) -> tuple[str, list[str]]:
     """What is wrong with one epoch's record, and the causes that fit; empty where nothing is."""
-    record, layers = look.record, look.layers
-    if look.right is not None and accuracy_is_off(look, pipeline):
-        counted_share = look.right[0] / look.right[1]
+    record, layers = view.record, view.layers
+    if view.right is not None and accuracy_is_off(view, pipeline):
+        counted_share = view.right[0] / view.right[1]
         text = f"accuracy {100 * record.accuracy:.2f}% recorded, {100 * counted_share:.2f}% counted"
         return text, ["accuracy-wrong", "quantizers-off-in-evaluation"]
-    text, keys = _fault_of_means(look, pipeline)
+    text, keys = _fault_of_means(view, pipeline)
     if text or not layers:
         return text, keys
     sizes = {n: latent_weight(layer).numel() for n, layer in quantized_layers(pipeline.model).items()}
@@ -130,40 +130,40 @@ def fault_of_look(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
     bits = sum(layer.bits for layer in layers) / len(layers)
     close = max(3 / total, 1e-4)  # float32 may count a weight on a threshold otherwise
     if abs(record.unstructured_sparsity - zeros) > close:
-        latent = abs(record.unstructured_sparsity - look.latent_zeros) < close
+        latent = abs(record.unstructured_sparsity - view.latent_zeros) < close
         keys = ["sparsity-on-latent"] if latent else ["sparsity-wrong", "history-stale"]
         text = f"sparsity {100 * record.unstructured_sparsity:.2f}% recorded, {100 * zeros:.2f}% counted"
         return text, [*keys, "sparsity-on-latent", "quantizers-off-in-evaluation"]
     if abs(record.structured_sparsity * filters - dead) > 0.5:
         claimed = [layer.dead_channels for layer in record.layers]
-        by_input = claimed == list(look.dead_inputs) or abs(sum(claimed) - sum(look.dead_inputs)) < 1
+        by_input = claimed == list(view.dead_inputs) or abs(sum(claimed) - sum(view.dead_inputs)) < 1
         keys = ["dead-per-input", "dead-wrong"] if by_input else ["dead-wrong", "dead-per-input"]
         return f"{100 * record.structured_sparsity:.2f}% dead recorded, {100 * dead / filters:.2f}% counted", keys
     if abs(record.mean_bits - bits) > CLOSE:
         return f"{record.mean_bits:.3f} bits recorded, {bits:.3f} counted", ["bits-misreported", "history-stale"]
-    return _layer_fault(look)
+    return _layer_fault(view)
 
 
-def _fault_of_means(look: Look, pipeline: Pipeline) -> tuple[str, list[str]]:
+def _fault_of_means(view: EpochView, pipeline: Pipeline) -> tuple[str, list[str]]:
     """Whether losses, training accuracy and test loss are what the steps and the test set say."""
-    record = look.record
-    for name, mean in asdict(look.means).items() if look.means is not None else ():
-        told = float(getattr(record, name))
+    record = view.record
+    for name, mean in asdict(view.means).items() if view.means is not None else ():
+        reported = float(getattr(record, name))
         given = math.isfinite(mean) and (mean != 0 or name in ("loss", "task_loss"))  # 0: the step does not tell
-        if given and not abs(told - mean) <= 0.01 * abs(mean) + 1e-4:
-            text = f"{name.replace('_', ' ')} {told:.4f} recorded, {mean:.4f} is the steps' mean"
+        if given and not abs(reported - mean) <= 0.01 * abs(mean) + 1e-4:
+            text = f"{name.replace('_', ' ')} {reported:.4f} recorded, {mean:.4f} is the steps' mean"
             return text, ["loss-misreported" if "accuracy" not in name else "accuracy-wrong", "report-wrong"]
-    if look.right is not None and not abs(record.test_loss - look.right[2]) <= _loss_close(pipeline) * look.right[2]:
-        text = f"test loss {record.test_loss:.4f} recorded, {look.right[2]:.4f} counted"
+    if view.right is not None and not abs(record.test_loss - view.right[2]) <= _loss_close(pipeline) * view.right[2]:
+        text = f"test loss {record.test_loss:.4f} recorded, {view.right[2]:.4f} counted"
         return text, ["test-loss-wrong", "report-wrong"]
-    if math.isfinite(look.rate) and not abs(record.learning_rate - look.rate) <= 1e-6 * look.rate + 1e-12:
-        text = f"learning rate {record.learning_rate:.4g} recorded, {look.rate:.4g} in the last step"
+    if math.isfinite(view.rate) and not abs(record.learning_rate - view.rate) <= 1e-6 * view.rate + 1e-12:
+        text = f"learning rate {record.learning_rate:.4g} recorded, {view.rate:.4g} in the last step"
         return text, ["rate-misreported", "report-wrong"]
     rest = record.loss - record.task_loss - record.logit_penalty - record.coefficient * record.group_penalty
     if pipeline.expected.config is not None and not abs(rest) <= 0.01 * abs(record.loss) + 1e-4:
         text = f"loss {record.loss:.4f} is not task + logits + coefficient x groups, by {rest:.4f}"
         # Where its parts are the steps' own, what does not fit is the coefficient.
-        return text, ["loss-misreported" if look.means is None else "coefficient-wrong", "report-wrong"]
+        return text, ["loss-misreported" if view.means is None else "coefficient-wrong", "report-wrong"]
     return "", []
 
 
@@ -171,9 +171,9 @@ def _loss_close(pipeline: Pipeline) -> float:
     return 2e-3 if pipeline.precision == torch.float32 else 3e-2
 
 
-def _layer_fault(look: Look) -> tuple[str, list[str]]:
-    record, layers = look.record, look.layers
-    for found, meant, dead_inputs in zip(record.layers, layers, look.dead_inputs, strict=False):
+def _layer_fault(view: EpochView) -> tuple[str, list[str]]:
+    record, layers = view.record, view.layers
+    for found, meant, dead_inputs in zip(record.layers, layers, view.dead_inputs, strict=False):
         if found.name != meant.name or len(record.layers) != len(layers):
             return f"layer {found.name} recorded, {meant.name} is there", ["report-wrong", "history-stale"]
         if abs(found.sparsity - meant.sparsity) > 2e-3:

@@ -25,7 +25,7 @@ from experiments.doctor.step.step_updates import update_by_rule
 from experiments.doctor.training.steps_taken import Steps, other_images, own_task
 from src.training import Step, StepLosses
 
-SPREAD = 8  # the step that is taken apart is among the first so many of its epoch, another one in every epoch
+SPREAD = 8  # the step that is taken apart is among the first SPREAD of its epoch, another one in every epoch
 CHECKS = {
     "mode in mid-run": "BatchNorm and quantizers stay on while training",
     "loss in mid-run": "a step of every epoch has the expected loss",

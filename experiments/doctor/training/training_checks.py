@@ -22,11 +22,11 @@ from experiments.doctor.step.coefficient_checks import coefficient_outcome
 from experiments.doctor.step.optimizer_checks import kind_of
 from experiments.doctor.training.continuity import Continuity
 from experiments.doctor.training.record_checks import (
-    Look,
+    EpochView,
     StepMeans,
     accuracy_is_off,
     counted,
-    fault_of_look,
+    fault_of_epoch,
     few_right,
     same_layers,
 )
@@ -43,7 +43,7 @@ class Watcher:
 
     def __init__(self, pipeline: Pipeline, coefficients: bool = True) -> None:
         self.pipeline = pipeline
-        self.looks: list[Look] = []
+        self.views: list[EpochView] = []
         self.losses: list[float] = []
         self.rates: list[tuple[int, float, float]] = []  # epoch, share of the run done, rate of the weights
         self.logit_rates: dict[str, set[float]] = {}  # every rate that a group of logits had
@@ -51,7 +51,7 @@ class Watcher:
         self.logits: list[dict[str, float]] = [_logits(pipeline)]
         self.steps = 0
         self.first_epoch = 0
-        self.missed = False  # whether there were steps that nobody told of
+        self.missed = False  # whether steps were made that the watcher was not given
         self._next = (0, 0)  # epoch and index of the step that comes next where none is missed
         self._unread: list[tuple[int, Tensor]] = []  # losses that the device may still be computing
         self._epoch_losses: list[tuple[float, ...]] = []
@@ -77,8 +77,8 @@ class Watcher:
         self._next = (epoch, step.index + 1) if step.index + 1 < step.steps else (epoch + 1, 0)
         self.steps += 1
         parts = step.losses
-        told = [parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)]
-        losses = torch.stack(told).detach().float()
+        reported = [parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)]
+        losses = torch.stack(reported).detach().float()
         self._unread.append((epoch, losses))
         epochs = self.pipeline.expected.epochs or 1
         done = (epoch + step.index / max(step.steps, 1)) / epochs
@@ -106,7 +106,7 @@ class Watcher:
         """After an epoch was measured and before the next one starts."""
         self._read()
         means = StepMeans.of(self._epoch_losses, self._epoch_images) if self._epoch_whole else None
-        self.looks.append(Look(record, means, few_right(self.pipeline), *counted(self.pipeline), self._last_rate))
+        self.views.append(EpochView(record, means, few_right(self.pipeline), *counted(self.pipeline), self._last_rate))
         self._forget_epoch()
         self._continuity.epoch_done()
         self.logits.append(_logits(self.pipeline))
@@ -145,7 +145,7 @@ class Watcher:
         runner.check(
             "logits move", "dead zones open and bits fall, no faster than the optimizer can", self._logit_movement
         )
-        learning_checks(runner, self.pipeline, self.looks, self.steps, self.first_epoch)
+        learning_checks(runner, self.pipeline, self.views, self.steps, self.first_epoch)
         return runner.report()
 
     def _finite(self) -> Outcome:
@@ -153,63 +153,63 @@ class Watcher:
             text, cause = self.raised
             large = "learning-rate-too-large" if cause == "loss-not-finite" else None
             return Outcome("no error", text, False, [cause, large])
-        if not self.losses and not self.looks:
+        if not self.losses and not self.views:
             raise NotApplicable("nothing was trained")
         bad = [number for number, loss in enumerate(self.losses) if not math.isfinite(loss)]
         measured = f"{self.steps} steps" + (f"; the loss of step {bad[0] + 1} is not finite" if bad else "")
         return Outcome("finite losses", measured, not bad, ["loss-not-finite", "learning-rate-too-large"])
 
-    def _seen(self, count: int = 1) -> list[Look]:
-        if len(self.looks) < count:
-            raise NotApplicable(f"{len(self.looks)} epochs were recorded; this needs {count}")
-        return self.looks
+    def _seen(self, count: int = 1) -> list[EpochView]:
+        if len(self.views) < count:
+            raise NotApplicable(f"{len(self.views)} epochs were recorded; this needs {count}")
+        return self.views
 
     def _records(self) -> Outcome:
-        looks = self._seen()
-        if accuracy_is_off(looks[-1], self.pipeline):  # the last stage sees how it was measured, and names why
-            looks = [replace(look, right=None) for look in looks]
+        views = self._seen()
+        if accuracy_is_off(views[-1], self.pipeline):  # the last stage sees how it was measured, and names why
+            views = [replace(view, right=None) for view in views]
         likely: list[str | None] = []
         wrong: list[str] = []
         stale = 0
-        for place, look in enumerate(looks):
-            record, number = look.record, self.first_epoch + place + 1
+        for place, view in enumerate(views):
+            record, number = view.record, self.first_epoch + place + 1
             if record.epoch != number:
                 wrong.append(f"record {number} is of epoch {record.epoch}")
                 likely.append("history-shifted")
                 continue
-            fault, keys = fault_of_look(look, self.pipeline)
+            fault, keys = fault_of_epoch(view, self.pipeline)
             if fault:
                 wrong.append(f"epoch {number}: {fault}")
-                before = looks[place - 1].layers if place else None
-                shifted = before is not None and before != look.layers and same_layers(record.layers, before)
+                before = views[place - 1].layers if place else None
+                shifted = before is not None and before != view.layers and same_layers(record.layers, before)
                 stale += shifted
                 likely += ["history-shifted", "history-stale"] if shifted else keys
         if stale:
             likely = ["history-shifted", "history-stale", *likely]
-        measured = "; ".join(wrong[:2]) or f"{len(looks)} records agree with the network"
+        measured = "; ".join(wrong[:2]) or f"{len(views)} records agree with the network"
         return Outcome("epochs 1, 2, ..., each as the network then was", measured, not wrong, [*likely, "report-wrong"])
 
     def _coefficient(self) -> Outcome:
         expected = self.pipeline.expected.coefficients
         if expected is None:
             raise NotApplicable("no schedule is expected")
-        looks = self._seen()
-        trained = range(self.first_epoch, self.first_epoch + len(looks))
+        views = self._seen()
+        trained = range(self.first_epoch, self.first_epoch + len(views))
         wanted = list(expected[trained.start : trained.stop])
-        recorded = [look.record.coefficient for look in looks]
-        told = coefficient_outcome(recorded, wanted, "the records say")
-        if not told.ok or self.pipeline.objective.penalty is None or not self.applied:
+        recorded = [view.record.coefficient for view in views]
+        outcome = coefficient_outcome(recorded, wanted, "the records say")
+        if not outcome.ok or self.pipeline.objective.penalty is None or not self.applied:
             missing = (
                 self.pipeline.objective.penalty is not None and not self.applied and any(wanted) and bool(self.losses)
             )
-            if told.ok and missing:
+            if outcome.ok and missing:
                 text = "no step's loss holds a penalty"
-                return Outcome(told.expected, text, False, ["penalty-not-in-loss", "coefficient-never-ramps"])
-            return told
+                return Outcome(outcome.expected, text, False, ["penalty-not-in-loss", "coefficient-never-ramps"])
+            return outcome
         used = [_median(self.applied[e]) if e in self.applied else 0.0 for e in trained]
         off = [e for e, (a, b) in enumerate(zip(used, wanted, strict=True)) if abs(a - b) > 0.02 * max(b, 1e-4)]
         if not off:
-            return told
+            return outcome
         rounded = [b if abs(a - b) <= 0.02 * max(b, 1e-4) else a for a, b in zip(used, wanted, strict=True)]
         return coefficient_outcome(rounded, wanted, "the steps' losses hold")
 
