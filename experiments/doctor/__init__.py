@@ -6,6 +6,7 @@ Its rooms: core, causes, and the checks of quantizer, network, data, step and tr
 
 from __future__ import annotations
 
+from experiments.doctor import demonstration
 from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.figure import report_figure, report_table
 from experiments.doctor.core.findings import Report
@@ -24,6 +25,7 @@ __all__ = [
     "Watcher",
     "afterwards",
     "before",
+    "demonstration",
     "first_steps",
     "report_figure",
     "report_table",

@@ -18,6 +18,7 @@ from experiments.doctor.causes.causes import CAUSES, causes
 from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, NOT_APPLICABLE, PASSED, Finding
 from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
+from experiments.doctor.demonstration import small_config, small_data, small_network
 from experiments.doctor.examine import examine, main
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
 from experiments.pipeline.loop import finish_epoch, steps_left, train_epochs
@@ -26,7 +27,6 @@ from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import CHECKPOINT, RunFolder
 from src.storage import folder_lock
-from tests.faults.fault import small_config, small_data, small_network
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 
 WIDTHS = (4, 8, 16)

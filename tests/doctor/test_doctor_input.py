@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from experiments.doctor import Pipeline, Report, before, first_steps
 from experiments.doctor.core.expected import Expected
 from experiments.doctor.core.findings import NOT_APPLICABLE, PASSED
+from experiments.doctor.demonstration import healthy, small_config, small_data
 from experiments.doctor.examine import examine, while_training
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
-from tests.faults.fault import healthy, small_config, small_data
 from utils_quantization import attach_weight_quantizers
 
 PROMISE = Expected(num_classes=3, input_size=(1, 8, 8))

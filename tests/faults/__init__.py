@@ -7,6 +7,7 @@ report = examine(pipeline)
 from __future__ import annotations
 
 from experiments.doctor import Pipeline
+from experiments.doctor.demonstration import Fault, broken, healthy, small_config
 from experiments.pipeline import RunConfig
 from tests.faults import (
     attachment_faults,
@@ -21,7 +22,6 @@ from tests.faults import (
     saving_faults,
     step_faults,
 )
-from tests.faults.fault import Fault, broken, healthy, small_config
 
 __all__ = ["FAULTS", "THEMES", "Fault", "break_it", "healthy", "small_config"]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core import pipeline as parts_of
 from experiments.doctor.core.pipeline import PipelineParts
+from experiments.doctor.demonstration import Fault, attaching
 from experiments.pipeline import RunConfig
 from src import training
 from src.quantizer import DeadZoneLDZCompander
 from tests.faults.broken_quantizers import OneForAll
-from tests.faults.fault import Fault
 from utils_quantization import (
     FakeQuantParametrization,
     attach_weight_quantizers,
@@ -23,15 +23,6 @@ from utils_quantization import (
     quantized_layers,
     toggle_quantization,
 )
-
-
-def excluding(*patterns: str) -> Any:
-    """Attach with another list of exclusions than the configuration's."""
-
-    def attach(config: RunConfig, model: nn.Module) -> list[str]:
-        return attach_weight_quantizers(model, patterns, DeadZoneLDZCompander, config.quantizer_kwargs)
-
-    return lambda parts: replace(parts, attach=attach)
 
 
 def with_settings(**settings: Any) -> Any:
@@ -120,29 +111,24 @@ def switch(kind: type[FakeQuantParametrization], layers: slice = slice(None)) ->
 
 
 FAULTS = (
-    Fault(
-        "half of the layers",
-        "The exclusion of conv1 is matched anywhere in a name, so every block's first convolution stays in float.",
-        ("quantizers-missing",),
-        parts=excluding("conv1", "*.conv1", "bn", "linear"),
-    ),
+    demonstration.FAULTS["half of the layers"],
     Fault(
         "one layer left out",
         "A quantizer is missing on the last convolution alone.",
         ("quantizers-missing",),
-        parts=excluding("conv1", "layer3.0.conv2", "bn", "linear"),
+        parts=attaching(exclude=("conv1", "layer3.0.conv2", "bn", "linear")),
     ),
     Fault(
         "linear layer quantized",
         "The classifier gets a quantizer although it is excluded.",
         ("quantizers-extra",),
-        parts=excluding("conv1", "bn"),
+        parts=attaching(exclude=("conv1", "bn")),
     ),
     Fault(
         "stem quantized",
         "The first convolution gets a quantizer although it is excluded.",
         ("quantizers-extra",),
-        parts=excluding("bn", "linear"),
+        parts=attaching(exclude=("bn", "linear")),
     ),
     Fault(
         "nothing attached",

@@ -57,11 +57,6 @@ class PlainQuantizer(DeadZoneLDZCompander):
         return q.sign()
 
 
-class RoundStops(PlainQuantizer):
-    def round(self, x: Tensor) -> Tensor:
-        return x.round()
-
-
 class ReluStops(PlainQuantizer):
     def relu(self, x: Tensor) -> Tensor:
         return x.relu()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core import pipeline as parts_of
 from experiments.doctor.core.pipeline import Batch
+from experiments.doctor.demonstration import Fault
 from src.data import ImageData, epoch_batches, normalize
-from tests.faults.fault import Fault
 
 
 def data(**change: Callable[[ImageData], Any]) -> Callable[[ImageData], ImageData]:
@@ -132,15 +132,7 @@ FAULTS = (
         ("loader-labels-wrong",),
         pipeline=each_batch(lambda images, labels: (images, labels.roll(1))),
     ),
-    Fault(
-        "test images in the training set",
-        "The test images are among the training images.",
-        ("test-in-training",),
-        data=data(
-            train_images=lambda d: torch.cat([d.train_images, d.test_images]),
-            train_labels=lambda d: torch.cat([d.train_labels, d.test_labels]),
-        ),
-    ),
+    demonstration.FAULTS["test images in the training set"],
     Fault(
         "trained on the test set",
         "The loader draws from the test images.",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from experiments.doctor import Pipeline
 from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.demonstration import Fault
 from src import training
-from tests.faults.fault import Fault
 from tests.faults.step_faults import after_each
 from utils_quantization import toggle_quantization
 

@@ -11,51 +11,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.demonstration import Fault, accuracy, evaluated, layers, recording, small_network
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.pipeline import attach
 from metrics import LayerStats, ModelStats
 from src import training
 from src.data import ImageData, augment, normalize
 from src.training import EpochRecord, History, LayerRecord
-from src.training.evaluation import summary
-from tests.faults.fault import Fault, evaluated, small_network
-from utils_quantization import latent_weight, quantized_layers, quantizer_of
+from utils_quantization import quantizer_of
 
 Record = Callable[[Pipeline, EpochRecord], EpochRecord]
 Accuracy = Callable[[Pipeline], float]
 
 
-def recording(change: Record) -> Callable[[Pipeline], Pipeline]:
-    """The pipeline with every record changed by fn(pipeline, record)."""
-
-    def measure(s: Pipeline, *rest: Any) -> EpochRecord:
-        return change(s, parts_of.run_measure(s, *rest))
-
-    return lambda pipeline: replace(pipeline, measure=measure)
-
-
-def accuracy(of: Accuracy) -> Callable[[Pipeline], Pipeline]:
-    """Records and the last evaluation report `of(pipeline)` as the test accuracy."""
-
-    def apply(pipeline: Pipeline) -> Pipeline:
-        return replace(
-            recording(lambda s, record: replace(record, accuracy=of(s)))(pipeline),
-            evaluate=lambda s: (pipeline.evaluate(s)[0], of(s)),  # type: ignore[misc]
-        )
-
-    return apply
-
-
 def on(change: Callable[[ImageData], ImageData]) -> Accuracy:
     """The accuracy on other images."""
     return lambda s: training.evaluate(s.model, change(cast(ImageData, s.data)), precision=s.precision)[1]
-
-
-def half_of_the_test_set(data: ImageData) -> ImageData:
-    half = len(data.test_labels) // 2
-    return replace(data, test_images=data.test_images[:half], test_labels=data.test_labels[:half])
 
 
 def training_images(data: ImageData) -> ImageData:
@@ -101,23 +74,6 @@ def best_so_far(pipeline: Pipeline) -> Pipeline:
         return replace(record, accuracy=best[0])
 
     return recording(change)(pipeline)
-
-
-def layers(change: Callable[[nn.Module, LayerRecord], LayerRecord]) -> Callable[[Pipeline], Pipeline]:
-    """Records whose layers are changed one by one, and summed up again."""
-
-    def apply(s: Pipeline, record: EpochRecord) -> EpochRecord:
-        found = quantized_layers(s.model)
-        changed = tuple(change(found[layer.name], layer) for layer in record.layers)
-        sizes = {name: latent_weight(layer).numel() for name, layer in found.items()}
-        return replace(record, layers=changed, **summary(changed, sizes))
-
-    return recording(apply)
-
-
-def zeros_of_latent(layer: nn.Module, record: LayerRecord) -> LayerRecord:
-    zero = latent_weight(layer).flatten(1) == 0
-    return replace(record, sparsity=float(zero.float().mean()), dead=tuple(zero.all(1).tolist()))
 
 
 def dead_inputs(layer: nn.Module, record: LayerRecord) -> LayerRecord:
@@ -283,12 +239,7 @@ def in_half_precision(state: dict[str, Any], done: int) -> dict[str, Any]:
 
 
 FAULTS = (
-    Fault(
-        "sparsity of latent weights",
-        "Zeros and dead filters are counted on the float weights, which have none.",
-        ("sparsity-on-latent",),
-        pipeline=layers(zeros_of_latent),
-    ),
+    demonstration.FAULTS["sparsity of latent weights"],
     Fault(
         "sparsity averaged over layers",
         "The network's sparsity is the plain mean over layers, whatever their size.",
@@ -394,12 +345,7 @@ FAULTS = (
         ("coefficient-shifted", "history-shifted"),
         pipeline=recording(lambda s, record: replace(record, coefficient=s.coefficient(record.epoch))),
     ),
-    Fault(
-        "half of the test set",
-        "Only the first half of the test images is evaluated.",
-        ("partial-test-set",),
-        pipeline=accuracy(on(half_of_the_test_set)),
-    ),
+    demonstration.FAULTS["half of the test set"],
     Fault(
         "accuracy on training images",
         "The reported test accuracy is that of the training images.",

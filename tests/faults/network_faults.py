@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.doctor import Pipeline
+from experiments.doctor.demonstration import Fault
 from resnet import BasicBlock
-from tests.faults.fault import Fault
 
 
 def norms(**settings: float) -> Callable[[Pipeline], Pipeline]:

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core.pipeline import PipelineParts
+from experiments.doctor.demonstration import Fault
 from experiments.pipeline import RunConfig, build_optimizer
 from src import training
-from tests.faults.fault import Fault, parameters_of
 
 Groups = dict[str, dict[str, Any]]
 DECOUPLED: Mapping[str, Any] = {"regularization": "decoupled"}
+
+
+def parameters_of(model: nn.Module, leaf: str) -> list[nn.Parameter]:
+    """Trainable parameters whose own name is `leaf`."""
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] == leaf and p.requires_grad]
 
 
 def groups_of(config: RunConfig, model: nn.Module) -> Groups:
@@ -170,12 +175,7 @@ def classifier_apart(config: RunConfig, model: nn.Module) -> torch.optim.Optimiz
 
 
 FAULTS = (
-    Fault(
-        "logits missing",
-        "The optimizer holds the weights alone, so dead zones and bits never move.",
-        ("logits-not-in-optimizer",),
-        parts=without("logit_dz", "logit_bit"),
-    ),
+    demonstration.FAULTS["logits missing"],
     Fault(
         "dead-zone logits missing",
         "The optimizer does not hold the dead-zone logits.",

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core.pipeline import PipelineParts
+from experiments.doctor.demonstration import Fault
 from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity, safe_sqrt
 from src import training
 from src.pruning import ChannelGroups, Member, channel_groups
-from tests.faults.fault import Fault
-from utils_quantization import quantization
 
 Penalty = training.Penalty
 STEP: Callable[..., training.StepLosses] = training.train_step
@@ -35,14 +34,6 @@ def members(change: Callable[[ChannelGroups], ChannelGroups]) -> Callable[[Pipel
 
 def roles(*kept: str) -> Callable[[ChannelGroups], ChannelGroups]:
     return lambda groups: replace(groups, members=tuple(m for m in groups.members if m.role in kept))
-
-
-def on_latent(of: Penalty) -> Penalty:
-    def latent(model: nn.Module) -> Tensor:
-        with quantization(model, enabled=False):
-            return of(model)
-
-    return latent
 
 
 def unguarded(model: nn.Module) -> Penalty:
@@ -153,12 +144,7 @@ FAULTS = (
         ("penalty-detached", "penalty-not-in-loss"),
         parts=penalty(lambda of: lambda model: of(model).detach()),
     ),
-    Fault(
-        "penalty on latent weights",
-        "The penalty reads the float weights behind the quantizers.",
-        ("penalty-on-latent",),
-        parts=penalty(on_latent),
-    ),
+    demonstration.FAULTS["penalty on latent weights"],
     Fault(
         "penalty along inputs",
         "The norm of a group runs over an input channel's weights instead of a filter's.",
@@ -245,12 +231,7 @@ FAULTS = (
         ("coefficient-never-ramps",),
         pipeline=coefficient(lambda of: lambda epoch: 0.0),
     ),
-    Fault(
-        "coefficient ramps to 1",
-        "The schedule's peak was left at 1, a hundred times what the network bears.",
-        ("coefficient-too-large",),
-        pipeline=coefficient(lambda of: lambda epoch: of(epoch) / of(10**6)),
-    ),
+    demonstration.FAULTS["coefficient ramps to 1"],
     Fault(
         "coefficient one epoch early",
         "Epochs are counted from 1 where the schedule counts from 0.",

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from experiments.doctor.demonstration import broken
 from tests.faults import FAULTS, healthy, small_config
-from tests.faults.fault import broken
 from tests.faults.power_page import page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
-from experiments.doctor.core.pipeline import PipelineParts
+from experiments.doctor import demonstration
+from experiments.doctor.demonstration import Fault, attaching
 from tests.faults import broken_quantizers as broken
-from tests.faults.fault import Fault
-from utils_quantization import attach_weight_quantizers
-
-
-def attaching(quantizer: Callable[..., Any]) -> Callable[[PipelineParts], PipelineParts]:
-    """The pipeline with another quantizer class, attached as the configuration says."""
-
-    def change(parts: PipelineParts) -> PipelineParts:
-        return replace(
-            parts,
-            attach=lambda config, model: attach_weight_quantizers(
-                model, config.exclude_layers, quantizer, config.quantizer_kwargs
-            ),
-        )
-
-    return change
-
 
 FAULTS = (
-    Fault(
-        "round stops the gradient",
-        "Rounding is not straight-through, so no weight gets a gradient through its quantizer.",
-        ("no-ste-round",),
-        parts=attaching(broken.RoundStops),
-    ),
+    demonstration.FAULTS["round stops the gradient"],
     Fault(
         "relu stops the gradient",
         "The dead zone's relu is not straight-through, so a pruned weight never moves again.",

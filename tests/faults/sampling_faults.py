@@ -12,9 +12,9 @@ from torch import Tensor
 from experiments.doctor import Pipeline
 from experiments.doctor.core import pipeline as parts_of
 from experiments.doctor.core.pipeline import Batch
+from experiments.doctor.demonstration import Fault
 from src.data import ImageData, augment, normalize
 from tests.faults.data_faults import data, drawn, loader
-from tests.faults.fault import Fault
 
 
 def indexed(order: Callable[[int, torch.Generator], Tensor]) -> Callable[[Pipeline], Pipeline]:

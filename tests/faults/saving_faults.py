@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from experiments.doctor import Pipeline
 from experiments.doctor.core import pipeline as parts_of
+from experiments.doctor.demonstration import Fault
 from experiments.evaluator import EvalResult
 from metrics import LayerStats
 from src.data import test_batches
 from src.training import EpochRecord, History
-from tests.faults.fault import Fault
 from tests.faults.measure_faults import recording
 
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline
+from experiments.doctor import Pipeline, demonstration
 from experiments.doctor.core import pipeline as parts_of
 from experiments.doctor.core.pipeline import PipelineParts
+from experiments.doctor.demonstration import WIDTHS, Fault
 from experiments.pipeline import RunConfig
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData
-from tests.faults.fault import WIDTHS, Fault
 from utils_quantization import latent_weight, quantized_layers, shared_quantized_weights
 
 Step = Callable[..., training.StepLosses]
@@ -27,17 +27,6 @@ Step = Callable[..., training.StepLosses]
 def stepping(make: Callable[[Step], Step]) -> Callable[[Pipeline], Pipeline]:
     """The pipeline with `make(its step)` for a step."""
     return lambda pipeline: replace(pipeline, step=make(pipeline.step))
-
-
-def before_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Pipeline], Pipeline]:
-    def make(of: Step) -> Step:
-        def step(model: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> training.StepLosses:
-            change(model, optimizer)
-            return of(model, optimizer, *rest)
-
-        return step
-
-    return stepping(make)
 
 
 def after_each(change: Callable[[nn.Module, torch.optim.Optimizer], Any]) -> Callable[[Pipeline], Pipeline]:
@@ -222,12 +211,7 @@ def all_zero(model: nn.Module) -> None:
 
 
 FAULTS = (
-    Fault(
-        "BatchNorm in eval mode",
-        "The network is in eval mode in every training step, so BatchNorm never learns its statistics.",
-        ("batchnorm-in-eval",),
-        pipeline=before_each(lambda model, _: model.eval()),
-    ),
+    demonstration.FAULTS["BatchNorm in eval mode"],
     Fault(
         "never back in training mode",
         "The first measurement leaves the network in eval mode, and nobody puts it back.",

@@ -17,9 +17,9 @@ import pytest
 
 from experiments.doctor import Report, afterwards
 from experiments.doctor.causes.causes import CAUSES
+from experiments.doctor.demonstration import BREAKS, EPOCHS, diagnose
 from experiments.doctor.examine import examine, while_training
 from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
-from tests.faults.demonstration import EPOCHS, MENU, diagnose, what_breaks
 from tests.faults.power import PAGE
 
 REPORTING = {fault.name for fault in THEMES["measuring and saving"]}
@@ -84,7 +84,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_menu_for_the_notebook() -> None:
-    assert all(what_breaks(name) for name in MENU)
+    assert set(BREAKS) <= {"nothing", *FAULTS}
     heard: list[str] = []
     report = diagnose("half of the layers", lambda stage, found: heard.append(stage))
     assert heard == ["before training"], "the doctor stops where it finds something"
