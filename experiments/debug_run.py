@@ -24,7 +24,7 @@ from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, RunFolder
 from src.storage import check_writable, fail, folder_lock, prepare_streams, say, tell
-from src.training import DEVICES, Terminated, TrainingError, out_of_memory, terminations
+from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 GO_ON = "the same command with --resume goes on"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return fail("the memory does not hold the data; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
@@ -92,7 +92,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
         say(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
         raise
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         kept = f"the training is complete and kept in {loop.folder.path}"
         return fail(f"the memory does not hold the evaluation; {kept}; end other programs, and {GO_ON} with it")

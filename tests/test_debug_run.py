@@ -210,7 +210,7 @@ def test_an_interrupted_run_goes_on_and_equals_the_unbroken_one(
     capsys: Capture,
 ) -> None:
     folder = tmp_path / "run"
-    monkeypatch.setattr("src.training.step.train_step", on_step(3, send(number)))  # the first step of epoch 2
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(3, send(number)))  # the first step of epoch 2
     assert run(words(folder)) == 128 + number
     first = capsys.readouterr()
     assert [line[:9] for line in first.out.splitlines()] == ["Epoch 1/2"]
@@ -320,7 +320,7 @@ def test_a_killed_run_goes_on_from_mid_epoch_and_equals_the_unbroken_one(
 def test_an_interruption_before_anything_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("src.training.step.train_step", on_step(1, interrupt))
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(1, interrupt))
     assert run(words(tmp_path / "run")) == 130
     captured = capsys.readouterr()
     assert "stopped within a step; no step was finished, so there is nothing to resume" in captured.err
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_the_finished_epochs_kept(
     def spoil(model: Any) -> None:
         model.conv1.weight.data[0] = float("nan")
 
-    monkeypatch.setattr("src.training.step.train_step", on_step(3, spoil))  # the first step of epoch 2
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(3, spoil))  # the first step of epoch 2
     assert run(words(tmp_path)) == 2
     captured = capsys.readouterr()
     assert [line[:9] for line in captured.out.splitlines()] == ["Epoch 1/2"]
@@ -366,7 +366,7 @@ def test_a_fault_found_is_exit_status_1(
 def test_a_new_run_sets_the_old_one_aside(finished: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished.folder, folder)
-    monkeypatch.setattr("src.training.step.train_step", on_step(1, interrupt))
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(1, interrupt))
     assert run(words(folder)) == 130
     assert contents(folder) == {f"previous/1/{name}": data for name, data in contents(finished.folder).items()}
 
@@ -480,7 +480,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr("src.training.step.train_step", on_step(3, lambda _: states.append("full")))
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(3, lambda _: states.append("full")))
     assert run(words(tmp_path)) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith(f"error: the checkpoint after epoch 2 of 2 could not be written to {str(tmp_path)!r} ")
@@ -525,7 +525,7 @@ def test_out_of_memory_says_which_batch_size_would_do(
     def exhausted(_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried")
 
-    monkeypatch.setattr("src.training.step.train_step", on_step(3, exhausted))
+    monkeypatch.setattr("src.training.epoch.train_step", on_step(3, exhausted))
     assert run(words(tmp_path)) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "does not hold a batch of 50 images; try batches of 25: --batch-size 25, or BATCH_SIZE = 25" in told

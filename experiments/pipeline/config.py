@@ -15,9 +15,9 @@ from typing import Any
 from experiments.schedules import Schedule, linear_warmup
 from resnet import NETWORKS
 from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, check_range
-from src.training import DEVICES, PRECISIONS, Factor, Objective, Penalty, cosine_to_zero, hold_then_linear
+from src.training import DEVICES, PRECISIONS, LrLambda, Objective, Penalty, cosine_to_zero, hold_then_linear
 
-LEARNING_RATE_SHAPES: dict[str, Callable[[float], Factor]] = {
+LEARNING_RATE_SHAPES: dict[str, Callable[[float], LrLambda]] = {
     "constant": lambda hold: lambda done: 1.0,
     "hold_then_linear": hold_then_linear,
     "cosine": lambda hold: cosine_to_zero,
@@ -156,7 +156,7 @@ class RunConfig:
         """The sparsity coefficient: fn(epoch, epochs)."""
         return linear_warmup(self.delay, self.ramp, self.peak)
 
-    def lr_lambda(self) -> Factor:
+    def lr_lambda(self) -> LrLambda:
         """The factor on the weights' learning rate: fn(share of the run done)."""
         return LEARNING_RATE_SHAPES[self.learning_rate_shape](self.hold)
 

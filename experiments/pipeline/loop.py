@@ -37,9 +37,10 @@ from src.training import (
     StepFunction,
     Terminated,
     TrainingError,
+    batch_size_advice,
     between_steps,
     in_notebook,
-    out_of_memory,
+    is_out_of_memory,
     raise_pending,
 )
 from utils_quantization import quantized_layers
@@ -307,8 +308,8 @@ def _next(run: Run, steps: Iterator[training.Step]) -> training.Step | None:
 
 def _explain(run: Run, error: Exception) -> None:
     """Where the memory ran out, raise an error that says which batch size would do."""
-    if out_of_memory.is_out_of_memory(error):
+    if is_out_of_memory(error):
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         shape = tuple(run.data.train_images.shape[1:])
-        advice = out_of_memory.advice(run.config.batch_size, run.model, shape, run.precision)
+        advice = batch_size_advice(run.config.batch_size, run.model, shape, run.precision)
         raise TrainingError(advice) from error

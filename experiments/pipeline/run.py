@@ -20,7 +20,7 @@ class Run:
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
     snapshots: the quantized layers after each epoch; the training loop makes and keeps them.
-    step: what a training step does: `train_step` where it is None, which a CUDA device records (src/cuda_graph.py).
+    step: what a training step does: `train_step` where it is None, `GraphedStep` on CUDA.
     whole: False from the moment a step begins to its end, and for good where it failed or was interrupted within.
     """
 

@@ -6,7 +6,6 @@ Nothing here knows a file or a figure.
 
 from __future__ import annotations
 
-from src.training import out_of_memory
 from src.training.cuda_graph import GraphedStep
 from src.training.devices import (
     DEVICES,
@@ -18,25 +17,19 @@ from src.training.devices import (
     pick_precision,
     repeatable,
 )
-from src.training.epoch_means import EpochMeans, Step, StepLosses
-from src.training.evaluation import evaluate, layer_records, predict
-from src.training.finiteness import not_finite
+from src.training.epoch import EpochMeans, LrLambda, Step, cosine_to_zero, epoch_seed, hold_then_linear, train_epoch
+from src.training.evaluation import evaluate, layer_records, measure_epoch, predict
+from src.training.failures import batch_size_advice, is_out_of_memory, not_finite
 from src.training.history import EpochRecord, History, LayerRecord
 from src.training.interrupts import Interrupted, Terminated, between_steps, in_notebook, raise_pending, terminations
-from src.training.out_of_memory import advice, is_out_of_memory
 from src.training.step import (
-    Factor,
     Objective,
     Penalty,
     StepFunction,
-    cosine_to_zero,
-    epoch_seed,
-    hold_then_linear,
+    StepLosses,
     make_optimizer,
-    measure_epoch,
     parameter_groups,
     squared_logits,
-    train_epoch,
     train_step,
 )
 
@@ -45,11 +38,11 @@ __all__ = [
     "PRECISIONS",
     "EpochMeans",
     "EpochRecord",
-    "Factor",
     "GraphedStep",
     "History",
     "Interrupted",
     "LayerRecord",
+    "LrLambda",
     "Objective",
     "Penalty",
     "Step",
@@ -57,8 +50,8 @@ __all__ = [
     "StepLosses",
     "Terminated",
     "TrainingError",
-    "advice",
     "autocast",
+    "batch_size_advice",
     "between_steps",
     "cosine_to_zero",
     "epoch_seed",
@@ -71,7 +64,6 @@ __all__ = [
     "make_optimizer",
     "measure_epoch",
     "not_finite",
-    "out_of_memory",
     "parameter_groups",
     "pick_device",
     "pick_precision",

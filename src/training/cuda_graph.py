@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.training.epoch_means import StepLosses
-from src.training.step import Objective, step_gradients, train_step
+from src.training.step import Objective, StepLosses, step_gradients, train_step
 
 WARM_UP = 3  # eager passes before a recording, in which libraries choose algorithms and allocate workspaces
 
@@ -37,14 +36,13 @@ class GraphedStep:
     """`train_step` for one model on a CUDA device, to be called with the same arguments and giving the same numbers.
 
     A recording is made for every shape of batch and whatever else changes what is computed: whether the penalty counts,
-    the precision, training mode, which quantizers are on, which parameters learn. The model must do the same in every
-    step: a forward pass that decides by the values of a tensor cannot be recorded, and is run as `train_step` does,
-    which `report` hears once. A replay runs no Python, so while a module has a hook, to watch it or to change what
-    passes, steps are those of `train_step`, too.
+    the precision, training mode, which quantizers are on, which parameters are trained. A forward pass that decides by
+    the values of a tensor cannot be recorded; its steps are those of `train_step`, and `notify` is told once. A replay
+    runs no Python, so while a module has a hook, steps are those of `train_step`, too.
     """
 
-    def __init__(self, report: Callable[[str], None] = lambda line: None) -> None:
-        self._report = report
+    def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:
+        self._notify = notify
         self._recordings: dict[Any, _Recording] = {}
         self._model: nn.Module | None = None
         self.failure = ""
@@ -60,40 +58,32 @@ class GraphedStep:
         precision: torch.dtype = torch.float32,
     ) -> StepLosses:
         """One update on one batch; see `train_step`."""
+        arguments = (images, labels, objective, coefficient, precision)
         if self.failure or any(map(_is_hooked, model.modules())):
-            return train_step(model, optimizer, images, labels, objective, coefficient, precision)
+            return train_step(model, optimizer, *arguments)
         if model is not self._model:
             self._recordings.clear()
             self._model = model
-        parameters = list(model.parameters())
-        key = self._key(model, parameters, images, labels, objective, coefficient, precision)
+        key = _key(model, *arguments)
         if key not in self._recordings:
             try:
-                self._recordings[key] = _record(model, images, labels, objective, coefficient, precision)
+                self._recordings[key] = _record(model, *arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.failure = str(error).splitlines()[0]
                 self._recordings.clear()
-                self._report(f"this step cannot be recorded as a CUDA graph and runs without one: {self.failure}")
-                return train_step(model, optimizer, images, labels, objective, coefficient, precision)
+                self._notify(f"this step cannot be recorded as a CUDA graph and runs without one: {self.failure}")
+                return train_step(model, optimizer, *arguments)
         recording = self._recordings[key]
         recording.images.copy_(images)
         recording.labels.copy_(labels)
         recording.coefficient.fill_(coefficient)
         recording.graph.replay()
-        for parameter, gradient in zip(parameters, recording.gradients, strict=True):
+        for parameter, gradient in zip(model.parameters(), recording.gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         return StepLosses(*(part.clone() for part in vars(recording.losses).values()))
-
-    @staticmethod
-    def _key(model: nn.Module, parameters: list[nn.Parameter], images: Tensor, labels: Tensor, *rest: Any) -> Any:
-        objective, coefficient, precision = rest
-        batch = images.shape, images.stride(), images.dtype, labels.shape
-        learned = tuple((p.data_ptr(), p.requires_grad) for p in parameters)
-        modes = tuple((module.training, getattr(module, "enabled", None)) for module in model.modules())
-        return batch, objective, bool(coefficient), precision, learned, modes
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -102,37 +92,39 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
+def _key(model: nn.Module, images: Tensor, labels: Tensor, objective: Objective, coefficient: float, *rest: Any) -> Any:
+    """Whatever decides which kernels a step runs, on which memory."""
+    trained = tuple((p.data_ptr(), p.requires_grad) for p in model.parameters())
+    modes = tuple((module.training, getattr(module, "enabled", None)) for module in model.modules())
+    batch = (images.shape, images.stride(), images.dtype, labels.shape)
+    return batch, objective, bool(coefficient), rest, trained, modes
+
+
 def _record(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    objective: Objective,
-    coefficient: float,
-    precision: torch.dtype,
+    model: nn.Module, images: Tensor, labels: Tensor, objective: Objective, coefficient: float, precision: torch.dtype
 ) -> _Recording:
     images, labels = images.clone(), labels.clone()
     weight = torch.full((), float(coefficient), device=images.device)
 
-    def take() -> StepLosses:
-        for parameter in model.parameters():
-            parameter.grad = None
+    def losses_and_gradients() -> StepLosses:
+        model.zero_grad(set_to_none=True)
         return step_gradients(model, images, labels, objective, weight if coefficient else 0.0, precision)
 
-    with _undone(model, images.device):
+    with _restored(model, images.device):
         stream = torch.cuda.Stream(images.device)
         stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                take()
+                losses_and_gradients()
         torch.cuda.current_stream(images.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        losses = take()
+        losses = losses_and_gradients()
     return _Recording(graph, images, labels, weight, losses, [p.grad for p in model.parameters()])
 
 
 @contextmanager
-def _undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _restored(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Afterwards buffers (BatchNorm's averages) and the device's random numbers are what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     random = torch.cuda.get_rng_state(device)

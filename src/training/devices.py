@@ -13,10 +13,13 @@ import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more
+NEVER_TRIM = 2**31 - 1
 
 
 class TrainingError(ValueError):
-    """Training cannot go on: a device that is absent, or a loss that is no longer a number."""
+    """Training cannot continue: a device is absent, a loss is not finite, or memory ran out."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -51,15 +54,29 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 
 def repeatable(device: torch.device) -> None:
-    """Let this process compute the same bits every time on a CUDA device; elsewhere nothing has to be done.
+    """Make this process compute the same bits every time on a CUDA device; elsewhere there is nothing to do.
 
-    Sums whose order is left to chance are exchanged for ordered ones where CUDA has them; torch warns of an operation
-    for which it has none. To be called before the first matrix product, which fixes cuBLAS's workspace.
+    Sums in random order are replaced by ordered ones where CUDA has them; torch warns of an operation for which it has
+    none. To be called before the first matrix product, which fixes cuBLAS's workspace.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a launch per tensor
+
+
+def keep_freed_memory() -> bool:
+    """Set glibc's allocator, for this process, to keep freed blocks of up to 32 MB for the next allocation.
+
+    Returns whether that was done: False where the C library is another one. Results do not depend on it.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all((mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD), mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)))
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
@@ -69,23 +86,3 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return False
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more
-NEVER_TRIM = 2**31 - 1
-
-
-def keep_freed_memory() -> bool:
-    """Set glibc's allocator, for this process, to keep freed blocks of up to 32 MB for the next allocation.
-
-    Returns whether it was done; False where the C library is another one, which changes nothing. Results do not depend
-    on it.
-    """
-    if sys.platform != "linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return all((mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD), mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)))

@@ -1,10 +1,8 @@
-"""What a network does on the test set, and what its quantized layers look like.
-
-Axis letters: N test images, O output channels.
-"""
+"""What a network does on the test set, and what its quantized layers look like. N test images, O output channels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -13,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.data import ImageData, test_batches
-from src.training.devices import autocast
-from src.training.history import LayerRecord
+from src.training.devices import TrainingError, autocast
+from src.training.epoch import EpochMeans
+from src.training.failures import DIVERGENCE_HINT, not_finite
+from src.training.history import EpochRecord, LayerRecord
 from src.training.interrupts import raise_pending
 from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
 
 EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
 ) -> tuple[float, float]:
-    """Mean cross entropy and share of right answers over the whole test set, in eval mode, with the quantizers as they
-    are switched. The model's mode is restored."""
+    """Mean cross entropy and share of right answers over the test set, in eval mode, quantizers as they are switched.
+
+    The model's mode is restored.
+    """
     predicted, loss = predict(model, data, batch_size, precision)
     return loss, int((predicted == data.test_labels).sum()) / len(predicted)
 
@@ -49,22 +50,20 @@ def predict(
 @torch.no_grad()
 def layer_records(model: nn.Module) -> tuple[LayerRecord, ...]:
     """Bits, dead zone, zeros and dead filters of every quantized layer, measured on the quantized weights."""
-    layers = quantized_layers(model)
-    with shared_quantized_weights(model):
-        weights = {name: cast(Tensor, layer.weight).flatten(1) for name, layer in layers.items()}
     records = []
-    for name, layer in layers.items():
-        quantizer = cast(Any, quantizer_of(layer))
-        zero = weights[name] == 0
-        records.append(
-            LayerRecord(
-                name=name,
-                bits=float(quantizer.get_bitwidth()),
-                dead_zone=float(quantizer.dead_zone_share()),
-                sparsity=int(zero.sum()) / zero.numel(),
-                dead=tuple(zero.all(1).tolist()),
+    with shared_quantized_weights(model):
+        for name, layer in quantized_layers(model).items():
+            quantizer = cast(Any, quantizer_of(layer))
+            zero = cast(Tensor, layer.weight).flatten(1) == 0
+            records.append(
+                LayerRecord(
+                    name=name,
+                    bits=float(quantizer.get_bitwidth()),
+                    dead_zone=float(quantizer.dead_zone_share()),
+                    sparsity=int(zero.sum()) / zero.numel(),
+                    dead=tuple(zero.all(1).tolist()),
+                )
             )
-        )
     return tuple(records)
 
 
@@ -80,3 +79,40 @@ def summary(layers: tuple[LayerRecord, ...], sizes: Mapping[str, int]) -> dict[s
         "structured_sparsity": sum(layer.dead_channels for layer in layers) / sum(layer.channels for layer in layers),
         "mean_bits": sum(layer.bits for layer in layers) / len(layers),
     }
+
+
+def measure_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: ImageData,
+    means: EpochMeans,
+    *,
+    epoch: int,
+    coefficient: float,
+    seconds: float,
+    precision: torch.dtype = torch.float32,
+) -> EpochRecord:
+    """The record of an epoch that has just been trained (`epoch` from 0): test set, sparsity and bits as they are now.
+
+    Raises TrainingError where the test loss is not finite: the epoch's last update may have broken the network.
+    """
+    test_loss, accuracy = evaluate(model, data, precision=precision)
+    if not math.isfinite(test_loss):
+        first = [*not_finite(model.state_dict().items()), "none of the weights"][0]
+        raise TrainingError(
+            f"the test loss is {test_loss} after epoch {epoch + 1}; first weight that is not finite: {first}; "
+            f"{DIVERGENCE_HINT}"
+        )
+    layers = layer_records(model)
+    sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in quantized_layers(model).items()}
+    return EpochRecord(
+        epoch=epoch + 1,
+        coefficient=coefficient,
+        learning_rate=optimizer.param_groups[0]["lr"],
+        test_loss=test_loss,
+        accuracy=accuracy,
+        seconds=seconds,
+        layers=layers,
+        **means.read(),
+        **summary(layers, sizes),
+    )

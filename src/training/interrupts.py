@@ -1,8 +1,8 @@
 """An interruption between two training steps instead of in the middle of one.
 
-Ctrl-C, the stop button of a notebook (both SIGINT), a scheduler's SIGTERM and a closed terminal's SIGHUP come at any
-moment. Amid an update they would leave half of the weights changed. Inside `between_steps` they are noted, and the
-training loop raises them where nothing is half done, by calling `raise_pending`. A second Ctrl-C interrupts at once.
+Ctrl-C and the stop button of a notebook (both SIGINT), a scheduler's SIGTERM and a closed terminal's SIGHUP come at any
+moment, and would leave half of the weights updated. Inside `between_steps` they are noted, and the training loop raises
+them where nothing is half done, by calling `raise_pending`. A second Ctrl-C interrupts at once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SOON = 0.05  # seconds
+RESEND_SECONDS = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,7 +37,7 @@ class Terminated(Interrupted):
 
 
 class _Watch:
-    """The signal that came, if any. One watch a process: only its main thread receives signals."""
+    """The signal that came, if any. One per process: only its main thread receives signals."""
 
     active = False
     pending: int | None = None
@@ -57,15 +57,10 @@ _watch = _Watch()
 def terminations() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C raises KeyboardInterrupt.
 
-    So what a command has to say and to put away at its end is said and put away then, too. An interruption that comes
-    within a destructor, where Python drops every exception, is sent again. The handlers that were there come back. An
-    ignored signal stays ignored (nohup). In another thread than the main one this does nothing.
+    So a command cleans up and reports before it ends. An interruption within a destructor, where Python drops every
+    exception, is sent again. An ignored signal stays ignored (nohup). Only the main thread receives signals: in another
+    one this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGINT}
-    ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
     hook = sys.unraisablehook
 
     def send_again(dropped: Any) -> None:
@@ -73,49 +68,44 @@ def terminations() -> Iterator[None]:
             hook(dropped)
             return
         number = getattr(dropped.exc_value, "signal", signal.SIGINT)
-        threading.Timer(SOON, os.kill, (os.getpid(), number)).start()
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
 
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ends = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
     try:
         sys.unraisablehook = send_again
-        for number in ours:
-            signal.signal(number, _terminate)
-        yield
+        with _handling(ends, terminate):
+            yield
     finally:
         sys.unraisablehook = hook
-        for number in ours:
-            signal.signal(number, before[number])
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated(number)
 
 
 @contextmanager
 def between_steps() -> Iterator[None]:
     """Inside, the first interruption waits for `raise_pending`, or for the end of the block.
 
-    The handlers that were there come back in any case. A signal that was ignored stays ignored (nohup). In another
-    thread than the main one, and inside another such block, this does nothing.
+    A signal that was ignored stays ignored (nohup). In another thread than the main one, and inside another such block,
+    this does nothing.
     """
     if _watch.active or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
     _watch.active, _watch.pending = True, None
     try:
-        for number in ours:
-            signal.signal(number, _watch.note)
-        yield
-        raise_pending()
+        with _handling([n for n in SIGNALS if signal.getsignal(n) not in (None, signal.SIG_IGN)], _watch.note):
+            yield
+            raise_pending()
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
         _watch.active, _watch.pending = False, None
 
 
 def raise_pending() -> None:
-    """Raise the interruption that came since: Interrupted for SIGINT, Terminated for the others. Else do nothing."""
+    """Raise the interruption that came since, if any: Interrupted for SIGINT, Terminated for the others."""
     number, _watch.pending = _watch.pending, None
     if number == signal.SIGINT:
         raise Interrupted("between two steps; run it again to go on")
@@ -128,3 +118,16 @@ def in_notebook() -> bool:
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module else None
     return shell is not None and hasattr(shell, "kernel")
+
+
+@contextmanager
+def _handling(signals: Sequence[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, `handler` receives the signals; afterwards the handlers that were there before."""
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        for number in signals:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

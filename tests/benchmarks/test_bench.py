@@ -111,7 +111,7 @@ def test_the_full_variant_trains_the_run_that_the_script_builds(monkeypatch: pyt
         seen.append((len(labels), coefficient))
         return real(model, optimizer, images, labels, objective, coefficient, *rest)
 
-    monkeypatch.setattr("src.training.step.train_step", spy)
+    monkeypatch.setattr("src.training.epoch.train_step", spy)
     take = bench.full(TINY)
     for _ in range(3):  # two steps are one epoch here
         take()

@@ -110,7 +110,7 @@ def assert_same_end(folder: Path, expected: tuple[dict[str, torch.Tensor], list[
 def test_stopped_lost_or_ended_it_goes_on_and_ends_as_the_unbroken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.training.step.train_step", training.train_step)  # the cells replace it
+    monkeypatch.setattr("src.training.epoch.train_step", training.train_step)  # the cells replace it
     threads = torch.get_num_threads()
     exec(BUILD + OPEN.format(folder=str(tmp_path / "whole"), resume=False) + TRAIN, {})
     torch.set_num_threads(threads)

@@ -260,7 +260,7 @@ def test_the_loop_that_was_interrupted_goes_on_when_it_is_entered_again(
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr("src.training.step.train_step", step)
+    monkeypatch.setattr("src.training.epoch.train_step", step)
     said: list[str] = []
     run = new_run(data)
     loop = TrainingLoop.open(run, tmp_path, report=said.append)
@@ -296,7 +296,7 @@ def test_after_a_step_that_failed_half_way_it_goes_on_from_the_last_checkpoint(
             raise error
         return real(model, *rest)
 
-    monkeypatch.setattr("src.training.step.train_step", step)
+    monkeypatch.setattr("src.training.epoch.train_step", step)
     run, said = new_run(data), []
     loop = TrainingLoop.open(run, tmp_path, report=said.append)
     with pytest.raises(error):

@@ -18,7 +18,7 @@ import pytest
 
 from src.export import pack
 from src.storage import OutputError
-from src.training.finiteness import short_name
+from src.training.failures import short_name
 from tests.torture.damaged_files import small_network
 from tests.torture.disks import SIZE, small_disk
 from tests.torture.fault import Outcome, fault

@@ -1,4 +1,4 @@
-"""A step that is recorded gives the numbers of one that is not; that needs a CUDA device, the last tests do not."""
+"""A recorded step gives the numbers of an eager one; that needs a CUDA device, the last tests do not."""
 
 from __future__ import annotations
 
@@ -14,20 +14,11 @@ from torch import Tensor, nn
 from experiments import doctor, pipeline
 from experiments.pipeline import TrainingLoop, configure
 from experiments.sparsity import coupled_group_lasso
-from resnet import BasicBlock, ResNet
-from src.quantizer import DeadZoneLDZCompander
-from src.training import (
-    GraphedStep,
-    Objective,
-    StepLosses,
-    cuda_graph,
-    make_optimizer,
-    parameter_groups,
-    repeatable,
-    train_step,
-)
+from resnet import ResNet
+from src.training import GraphedStep, Objective, StepLosses, cuda_graph, repeatable, train_step
 from tests.runs.test_resume import assert_equal, everything, killed, train
-from utils_quantization import attach_weight_quantizers, quantization
+from tests.training.small import optimizer_of, quantized
+from utils_quantization import quantization
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 CUDA = torch.device("cuda")
@@ -44,15 +35,7 @@ def ordered_sums() -> Iterator[None]:
 
 
 def network() -> ResNet:
-    torch.manual_seed(0)
-    model = ResNet(BasicBlock, [1, 1, 1], widths=(4, 8, 16))
-    kwargs = {"init_deadzone_logit": 1.0, "init_bit_logit": 0.8}
-    attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, kwargs)
-    return model.to(CUDA)
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return make_optimizer(parameter_groups(model, learning_rate=0.01, dz_learning_rate=0.02, bit_learning_rate=0.03))
+    return quantized().to(CUDA).train()
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -66,7 +49,6 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
 def trained(model: nn.Module, step: Step, sizes: list[int], coefficients: list[float]) -> list[list[float]]:
     """The parts of every step's loss; `model` is trained in place."""
     optimizer, objective = optimizer_of(model), Objective(coupled_group_lasso(model), 0.01, 0.01)
-    model.train()
     rows = []
     for (images, labels), coefficient in zip(batches(*sizes), coefficients, strict=True):
         losses = step(model, optimizer, images, labels, objective, coefficient)
@@ -91,32 +73,28 @@ def test_switched_quantizers_are_recorded_anew(ordered_sums: None) -> None:
     found = []
     for step in (train_step, GraphedStep()):
         model = network()
-        optimizer, objective = optimizer_of(model), Objective()
-        ((images, labels),) = batches(16)
-        losses = []
+        optimizer, losses = optimizer_of(model), []
         for enabled in (True, False, True):
             with quantization(model, enabled):
-                losses.append(float(step(model, optimizer, images, labels, objective, 0.0).task))
+                losses.append(float(step(model, optimizer, *batches(16)[0], Objective(), 0.0).task))
         found.append(losses)
     assert found[0] == found[1]
 
 
 @on_cuda
 def test_recording_leaves_averages_and_random_numbers_alone() -> None:
-    model = network()
-    other = copy.deepcopy(model)
-    torch.cuda.manual_seed(5)
-    trained(model, GraphedStep(), [16], [0.0])
-    drawn = torch.rand(3, device=CUDA)
-    torch.cuda.manual_seed(5)
-    trained(other, train_step, [16], [0.0])
-    assert torch.equal(drawn, torch.rand(3, device=CUDA))
-    assert model.bn1.num_batches_tracked == other.bn1.num_batches_tracked == 1
-    torch.testing.assert_close(model.bn1.running_mean, other.bn1.running_mean)
+    drawn, models = [], [network(), network()]
+    for model, step in zip(models, (GraphedStep(), train_step), strict=True):
+        torch.cuda.manual_seed(5)
+        trained(model, step, [16], [0.0])
+        drawn.append(torch.rand(3, device=CUDA))
+    assert torch.equal(*drawn)
+    assert models[0].bn1.num_batches_tracked == models[1].bn1.num_batches_tracked == 1
+    torch.testing.assert_close(models[0].bn1.running_mean, models[1].bn1.running_mean)
 
 
 @on_cuda
-def test_a_step_that_cannot_be_recorded_runs_as_it_is() -> None:
+def test_a_step_that_cannot_be_recorded_runs_eagerly() -> None:
     class Deciding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -126,17 +104,10 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is() -> None:
             scores: Tensor = self.linear(x.flatten(1))
             return scores if float(scores.detach().mean()) > 1e9 else 2 * scores  # waits for the device
 
-    heard: list[str] = []
-    torch.manual_seed(0)
-    model = Deciding().to(CUDA)
-    plain, step = copy.deepcopy(model), GraphedStep(heard.append)
-    results = []
-    for net, take in ((model, step), (plain, train_step)):
-        optimizer = optimizer_of(net)
-        results.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for batch in batches(8, 8, 8)])
-    assert results[0] == pytest.approx(results[1])
-    assert len(heard) == 1
-    assert "cannot be recorded as a CUDA graph" in heard[0]
+    told: list[str] = []
+    assert_same_losses(Deciding().to(CUDA), GraphedStep(told.append), *batches(8)[0])
+    assert len(told) == 1
+    assert "cannot be recorded as a CUDA graph" in told[0]
 
 
 @on_cuda
@@ -157,69 +128,20 @@ def test_a_step_does_not_wait_for_the_device(recorded: bool) -> None:
 
 def small_run(seed: int = 0) -> pipeline.Run:
     config = configure("smoke", data="digits", device="cuda", epochs=3, limit=144, delay=1, ramp=1, seed=seed)
-    config, data = pipeline.prepare_data(config)
-    return pipeline.build_run(config, data)
+    return pipeline.build_run(*pipeline.prepare_data(config))
 
 
 @on_cuda
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_a_resumed_run_ends_with_the_same_bits(ordered_sums: None, tmp_path: Path, steps: int) -> None:
     """144 images in batches of 48, 3 steps an epoch: stopped within the first, at its end, within the third."""
-    whole = small_run()
-    train(TrainingLoop.open(whole, tmp_path / "whole"))
+    unbroken = small_run()
+    train(TrainingLoop.open(unbroken, tmp_path / "unbroken"))
     killed(small_run(), tmp_path / "parts", steps + 1, checkpoint_every=1)
     resumed = small_run(seed=7)  # other weights: they all come from the checkpoint
-    resumed.config = whole.config
+    resumed.config = unbroken.config
     train(TrainingLoop.open(resumed, tmp_path / "parts", resume=True))
-    assert_equal(resumed, everything(whole))
-
-
-@pytest.mark.parametrize("problem", ["capture", "memory"])
-def test_where_recording_fails(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No memory for a batch is the user's to know, with its own advice; anything else costs speed alone."""
-    error = torch.OutOfMemoryError("none left") if problem == "memory" else RuntimeError("not permitted\ndetails")
-    tried = []
-
-    def refuse(*arguments: object) -> None:
-        tried.append(arguments)
-        raise error
-
-    monkeypatch.setattr(cuda_graph, "_record", refuse)
-    torch.manual_seed(0)
-    model, heard = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[str]()
-    plain, step = copy.deepcopy(model), GraphedStep(heard.append)
-    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
-    if problem == "memory":
-        with pytest.raises(torch.OutOfMemoryError):
-            step(model, optimizer_of(model), *batch, Objective(), 0.0)
-        return
-    losses = []
-    for net, take in ((model, step), (plain, train_step)):
-        optimizer = optimizer_of(net)
-        losses.append([float(take(net, optimizer, *batch, Objective(), 0.0).total) for _ in range(3)])
-    assert losses[0] == losses[1]
-    assert len(tried) == 1
-    assert heard == ["this step cannot be recorded as a CUDA graph and runs without one: not permitted"]
-
-
-def test_what_watches_the_network_sees_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The doctor puts hooks on the network for one step of an epoch; a replay would run none of them."""
-    tried: list[object] = []
-
-    def refuse(*arguments: object) -> None:
-        tried.append(arguments)
-        raise RuntimeError("not permitted")
-
-    monkeypatch.setattr(cuda_graph, "_record", refuse)
-    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), list[int]()
-    step, optimizer = GraphedStep(), optimizer_of(model)
-    batch = torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
-    hook = model[1].register_forward_hook(lambda *_: seen.append(1))
-    step(model, optimizer, *batch, Objective(), 0.0)
-    hook.remove()
-    assert (seen, tried) == ([1], [])
-    step(model, optimizer, *batch, Objective(), 0.0)
-    assert (len(seen), len(tried)) == (1, 1)
+    assert_equal(resumed, everything(unbroken))
 
 
 @on_cuda
@@ -234,10 +156,61 @@ def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
     assert not report.failed, report.text(passed=False)
 
 
+def assert_same_losses(model: nn.Module, step: Step, images: Tensor, labels: Tensor) -> None:
+    """Three steps of `step` give the losses of three eager ones."""
+    losses = []
+    for net, step_fn in ((copy.deepcopy(model), train_step), (model, step)):
+        optimizer = optimizer_of(net)
+        losses.append([float(step_fn(net, optimizer, images, labels, Objective(), 0.0).total) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Recording fails with the error that is put here; afterwards the list has one entry more per attempt."""
+    attempts: list[object] = []
+
+    def refuse(*arguments: object) -> None:
+        attempts.append(arguments)
+        raise attempts[0]  # type: ignore[misc]
+
+    monkeypatch.setattr(cuda_graph, "_record", refuse)
+    return attempts
+
+
+@pytest.fixture
+def plain() -> tuple[nn.Module, Tensor, Tensor]:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), torch.randn(4, 3, 2, 2), torch.randint(10, (4,))
+
+
+def test_where_recording_fails_steps_are_eager(refused: list[object], plain: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """That costs speed alone, except where the memory is too small for a batch: that is the user's to know."""
+    refused.append(RuntimeError("not permitted\ndetails"))
+    told: list[str] = []
+    assert_same_losses(plain[0], GraphedStep(told.append), *plain[1:])
+    assert len(refused) == 2
+    assert told == ["this step cannot be recorded as a CUDA graph and runs without one: not permitted"]
+    refused[:] = [torch.OutOfMemoryError("none left")]
+    with pytest.raises(torch.OutOfMemoryError):
+        GraphedStep()(plain[0], optimizer_of(plain[0]), *plain[1:], Objective(), 0.0)
+
+
+def test_hooks_run_in_every_step(refused: list[object], plain: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """The doctor puts hooks on the network for one step of an epoch; a replay would run none of them."""
+    refused.append(RuntimeError("not permitted"))
+    (model, *batch), seen = plain, list[int]()
+    step, optimizer = GraphedStep(), optimizer_of(model)
+    hook = model.get_submodule("1").register_forward_hook(lambda *_: seen.append(1))
+    step(model, optimizer, *batch, Objective(), 0.0)
+    hook.remove()
+    assert (len(seen), len(refused)) == (1, 1)
+    step(model, optimizer, *batch, Objective(), 0.0)
+    assert (len(seen), len(refused)) == (1, 2)
+
+
 def test_only_a_cuda_device_records() -> None:
     config = configure("smoke", data="digits", device="cpu", limit=48)
     run = pipeline.build_run(*pipeline.prepare_data(config))
     assert run.step is None
-    elsewhere = replace(run, device=CUDA)
-    assert isinstance(elsewhere.step, GraphedStep), "the notebook builds its run by hand"
+    assert isinstance(replace(run, device=CUDA).step, GraphedStep), "the notebook builds its run by hand"
     assert not torch.are_deterministic_algorithms_enabled()

@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
+from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from src.training import EpochRecord, History, LayerRecord
 from src.training.history import SCALARS
-
-LINE = re.compile(
-    r"Epoch +\d+/\d+ \| Loss: \d+\.\d\d \| Acc: \d+\.\d% \| Unstr: \d+\.\d% \| Struct: \d+\.\d% \| Bits: \d+\.\d"
-)
 
 
 def record(epoch: int = 1, **changes: object) -> EpochRecord:
@@ -48,7 +45,6 @@ def test_the_console_line_is_the_specified_one() -> None:
     assert last.console_line(20) == "Epoch 20/20 | Loss: 2.31 | Acc: 100.0% | Unstr: 0.0% | Struct: 8.8% | Bits: 7.9"
     assert record(7).console_line(300).startswith("Epoch   7/300 |")
     assert record().console_line(1).startswith("Epoch 1/1 |")
-    assert all(LINE.fullmatch(entry.console_line(20)) for entry in history())
 
 
 def test_the_table_gives_every_number_back() -> None:
@@ -99,18 +95,20 @@ def test_errors_say_what_is_wrong() -> None:
     assert History(3).layer_names == ()
 
 
-@pytest.mark.parametrize("damage", ["no epochs", "no records", "missing field", "unknown field", "no layers"])
-def test_a_history_of_another_version_is_refused(damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("epochs"),
+        lambda data: data.pop("records"),
+        lambda data: data["records"][1].pop("loss"),
+        lambda data: data["records"][1].update(colour=1),
+        lambda data: data["records"][0].update(layers=None),
+        lambda data: data["records"].reverse(),
+    ],
+    ids=["no epochs", "no records", "a field less", "a field more", "no layers", "out of order"],
+)
+def test_a_history_of_another_version_is_refused(damage: Callable[[Any], object]) -> None:
     data = history().to_json()
-    if damage == "no epochs":
-        del data["epochs"]
-    elif damage == "no records":
-        del data["records"]
-    elif damage == "missing field":
-        del data["records"][1]["loss"]
-    elif damage == "unknown field":
-        data["records"][1]["colour"] = 1
-    else:
-        data["records"][0]["layers"] = None
+    damage(data)
     with pytest.raises(ValueError, match=r"not a history of this version: .*--resume"):
         History.from_json(data)

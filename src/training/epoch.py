@@ -1,0 +1,143 @@
+"""One epoch of training: its batches, its learning rate, and the means of its steps' losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.data import ImageData, epoch_batches, steps_per_epoch
+from src.training.devices import TrainingError
+from src.training.failures import DIVERGENCE_HINT, first_not_finite, watch_update
+from src.training.interrupts import raise_pending
+from src.training.step import Objective, StepFunction, StepLosses, train_step
+
+LrLambda = Callable[[float], float]
+STEPS_BETWEEN_CHECKS = 16  # reading the loss makes a GPU wait; on a CPU it costs nothing and every step is checked
+MEANS = ("loss", "task_loss", "logit_penalty", "group_penalty")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was taken: number `index` (from 0) of the epoch's `steps`, on a batch of `images` images."""
+
+    index: int
+    steps: int
+    images: int
+    losses: StepLosses
+
+    def loss(self) -> float:
+        """The total loss. Waits for the device."""
+        return float(self.losses.total)
+
+
+class EpochMeans:
+    """Sums of the losses of `steps` steps on the device; their means are read once, when the epoch is over."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._images = 0
+        self.steps = 0
+
+    def add(self, step: Step) -> None:
+        """Add the losses of one step."""
+        parts = step.losses
+        row = torch.stack([parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)])
+        self._sums = row if self._sums is None else self._sums + row
+        self.steps += 1
+        self._images += step.images
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps (`MEANS`) and train_accuracy over the images. Raises TrainingError without a step."""
+        if self._sums is None:
+            raise TrainingError("no step was taken in this epoch: the training set is empty")
+        *losses, correct = self._sums.tolist()
+        means = {name: total / self.steps for name, total in zip(MEANS, losses, strict=True)}
+        return {**means, "train_accuracy": correct / self._images}
+
+    def state(self) -> dict[str, Any]:
+        """The sums as they are, so that a resumed epoch adds up to the same bits."""
+        return {"sums": self._sums, "steps": self.steps, "images": self._images}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> EpochMeans:
+        """The inverse of `state`."""
+        means = cls()
+        means._sums, means.steps, means._images = state["sums"], state["steps"], state["images"]
+        return means
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: ImageData,
+    objective: Objective,
+    *,
+    epoch: int,
+    epochs: int,
+    batch_size: int,
+    coefficient: float,
+    lr_lambda: LrLambda,
+    precision: torch.dtype = torch.float32,
+    seed: int = 0,
+    crop_padding: int = 4,
+    flip: bool = True,
+    start: int = 0,
+    step: StepFunction | None = None,
+) -> Iterator[Step]:
+    """Train epoch `epoch` (from 0) of `epochs`, yielding after each step.
+
+    lr_lambda: progress of the run (0 to 1) -> factor on the learning rate of the group "weights"; the logits' rates
+        stay as they are.
+    start: steps of this epoch that were taken before; they are left out. step: what a step does, with the arguments of
+        `train_step`, which is the default.
+    The order of the images, the crops and the flips depend on `seed` and `epoch` alone, so an epoch can be repeated, or
+    resumed at any step. Raises TrainingError once a loss or gradient is not finite, and between two steps the
+    interruption that `interrupts.between_steps` deferred.
+    """
+    model.train()
+    step_fn = step or train_step
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    steps = steps_per_epoch(data, batch_size)
+    batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip, start=start)
+    parameters = list(model.named_parameters())
+    every = 1 if data.train_images.device.type == "cpu" else STEPS_BETWEEN_CHECKS
+    raise_pending()
+    for index, (images, labels) in enumerate(batches, start):
+        check_now = index % every == 0 or index == steps - 1
+        factor = lr_lambda((epoch + index / steps) / epochs)
+        for group in optimizer.param_groups:
+            if group["name"] == "weights":
+                group["lr"] = group["base_lr"] * factor
+        with watch_update(optimizer, parameters, images, check_now) as found:
+            losses = step_fn(model, optimizer, images, labels, objective, coefficient, precision)
+        if check_now and (found or not torch.isfinite(losses.total)):
+            total, task, logits, groups, _ = (float(part) for part in vars(losses).values())
+            what = "a gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
+            first = found[0] if found else first_not_finite(images, parameters)
+            raise TrainingError(
+                f"{what} at epoch {epoch + 1}, step {index + 1} (loss {total:.4g}: task {task:.4g}, logits "
+                f"{logits:.4g}, groups {groups:.4g}); first tensor that is not finite: "
+                f"{first or 'none of inputs, weights and gradients'}; {DIVERGENCE_HINT}"
+            )
+        yield Step(index, steps, len(labels), losses)
+        raise_pending()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A different seed for every epoch, so that a resumed run draws what an unbroken one does."""
+    return seed * 1_000_003 + epoch
+
+
+def hold_then_linear(hold: float) -> LrLambda:
+    """1 for the first `hold` share of the run, then a straight line to 0 at its end."""
+    return lambda progress: 1.0 if progress < hold else max(0.0, (1 - progress) / (1 - hold))
+
+
+def cosine_to_zero(progress: float) -> float:
+    """(1 + cos(pi progress)) / 2."""
+    return (1 + math.cos(math.pi * progress)) / 2
