@@ -211,7 +211,7 @@ def test_a_notebook_shows_a_line_and_no_traceback(capsys: pytest.CaptureFixture[
 
     shell = InteractiveShell.instance()
     try:
-        result = shell.run_cell("from src.interrupts import Interrupted\nraise Interrupted")
+        result = shell.run_cell("from src.training import Interrupted\nraise Interrupted")
     finally:
         InteractiveShell.clear_instance()
     told = "".join(capsys.readouterr())
