@@ -106,7 +106,7 @@ def _check_quantizer(name: str, layer: nn.Module) -> None:
 
 
 def _on_cpu(network: CompactNetwork) -> CompactNetwork:
-    copied = CompactNetwork(network.description, device="meta")
+    copied = CompactNetwork(network.description)
     state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    copied.load_state_dict(state, assign=True)
+    copied.load_state_dict(state)
     return copied.eval()

@@ -86,10 +86,10 @@ def unpack(path: str | Path) -> CompactNetwork:
         for layer, q, (step, shift) in zip(layers, decoded, grid, strict=True)
     }
     try:
-        network = CompactNetwork(described["network"], device="meta")
+        network = CompactNetwork(described["network"])
     except CompactionError as error:
         raise PackedFileError(f"{str(path)!r} is damaged: {error}") from error
-    network.load_state_dict(_joined(shapes, indexed, tensors), assign=True)
+    network.load_state_dict(_joined(shapes, indexed, tensors))
     return network.eval()
 
 

@@ -5,12 +5,12 @@ One description, read off the torch.fx graph, serves the penalty's groups, the l
 
 from __future__ import annotations
 
-from src.pruning.compact_description import CompactionError, Operation, Shape, state_shapes, value_shapes
-from src.pruning.compact_network import CompactNetwork
+from src.pruning.compact_network import CompactionError, CompactNetwork, state_shapes, value_shapes
 from src.pruning.compaction import compact
 from src.pruning.graph import GraphError, Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
 from src.pruning.liveness import LayerLiveness, analyze_liveness
+from src.pruning.operations import Operation, Shape
 
 __all__ = [
     "ChannelGroups",

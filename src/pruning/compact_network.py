@@ -1,59 +1,56 @@
-"""A network built from a description (src/pruning/compact_description.py): ordinary layers and what joins them.
+"""A network built from a description (src/pruning/operations.py): ordinary layers and what joins them.
 
+A description may come out of a file that somebody else wrote, so every field and every size is checked before anything
+is allocated.
 Axis letters: N batch, C channels, H W space.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+import math
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.pruning.compact_description import CompactionError, Operation, Shape, value_shapes
+from src.pruning.operations import INPUT_SIZE, MAX_CHANNELS, OPERATIONS, Operation, Shape
+from src.quantizer import check_range
+
+FORMAT = 1
+MAX_OPERATIONS = 10_000
+MAX_VALUES = 2**28  # numbers in one operation's result, for one image
+
+
+class CompactionError(ValueError):
+    """A network that cannot be made smaller exactly, or a description that cannot be built."""
 
 
 class CompactNetwork(nn.Module):
-    """The network that `description` says: (N, C, H, W) images of its `input_size` -> what its `output` step gives.
+    """The network that `description` says: (N, C, H, W) images of its `input_size` -> the result of its `output`.
 
     Layers keep the names they had in the network it was made from, and so do the keys of the state dictionary. Restore
-    with `net = CompactNetwork(description); net.load_state_dict(state)`. device, dtype: of the new parameters; on the
-    "meta" device nothing is allocated until `load_state_dict(state, assign=True)`.
-    Raises CompactionError for a description that is damaged, or larger than its limits.
+    with `net = CompactNetwork(description); net.load_state_dict(state)`: until then its parameters are on the "meta"
+    device and nothing is allocated; it takes over the state's tensors, with their device and dtype.
+    Raises CompactionError for a description that is damaged, or larger than the limits of src/pruning/operations.py.
     """
 
-    def __init__(
-        self, description: Mapping[str, Any], device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
         shapes = value_shapes(description)
         self._description = copy.deepcopy(dict(description))
         self._input_size: Shape = shapes[0]
-        self._output = int(description["output"])
-        self._steps: list[Operation] = self._description["steps"]
-        self._finished = _last_uses(self._steps, self._output)
-        # Index lists are part of the description: they are no part of the state, and exist on "meta" too.
-        place = None if device is None or torch.device(device).type == "meta" else device
-        for number, step in enumerate(self._steps, start=1):
-            if step["op"] == "select":
-                available = shapes[step["inputs"][0]][0]  # also the index of the zero channel that `_select` adds
-                indices = [available if channel < 0 else channel for channel in step["channels"]]
-                self.register_buffer(_index_name(number), torch.tensor(indices, device=place), persistent=False)
-        for step in self._steps:
-            if step["op"] in _LAYERS:
-                channels = shapes[step["inputs"][0]][0]
-                layer = _LAYERS[step["op"]](step, channels, {"device": device, "dtype": dtype})
-                _place(self, step["name"], layer)
-
-    @classmethod
-    def from_description(
-        cls, description: Mapping[str, Any], device: torch.device | str | None = None
-    ) -> CompactNetwork:
-        """The network of a description that was read from somewhere. Raises CompactionError (see the class)."""
-        return cls(description, device)
+        self._operations: list[Operation] = self._description["steps"]
+        self._module_names: dict[int, str] = {}
+        for number, operation in enumerate(self._operations, start=1):
+            build = OPERATIONS[operation["op"]].module
+            if build is not None:
+                name = operation.get("name", f"_{operation['op']}_{number}")
+                _place(self, name, build(operation, shapes[operation["inputs"][0]][0]))
+                self._module_names[number] = name
+        # activations are large and most are read once: each goes after the operation that reads it last
+        self._last_use = {value: number for number, each in enumerate(self._operations, 1) for value in each["inputs"]}
+        self._last_use[description["output"]] = len(self._operations) + 1
 
     @property
     def description(self) -> dict[str, Any]:
@@ -72,132 +69,101 @@ class CompactNetwork(nn.Module):
                 f"got images of shape {tuple(x.shape[1:])}: this network was made for {self._input_size}; compact the "
                 "original network with the input_size you need"
             )
-        image = x
         values = {0: x}
-        for number, step in enumerate(self._steps, start=1):
-            sources = [values[value] for value in step["inputs"]]
-            values[number] = self._run(number, step, sources, image)
-            for value in self._finished[number]:
-                del values[value]
-        return values[self._output]
+        for number, operation in enumerate(self._operations, start=1):
+            inputs = [values[value] for value in operation["inputs"]] or [x]
+            if number in self._module_names:
+                values[number] = self.get_submodule(self._module_names[number])(*inputs)
+            else:
+                run = OPERATIONS[operation["op"]].run
+                assert run is not None
+                values[number] = run(operation, *inputs)
+            values = {value: held for value, held in values.items() if self._last_use.get(value, 0) > number}
+        return values[self._description["output"]]
 
-    def _run(self, number: int, step: Operation, sources: list[Tensor], image: Tensor) -> Tensor:
-        kind = step["op"]
-        if kind == "fill":
-            return image.new_full((image.shape[0], *step["size"]), step["value"])
-        if kind == "join":
-            return torch.cat(sources, dim=1)
-        if kind == "add":
-            return sources[0] + sources[1]
-        x = sources[0]
-        if kind in _LAYERS:
-            return cast(Tensor, self.get_submodule(step["name"])(x))
-        if kind == "relu":
-            return F.relu(x)
-        if kind == "flatten":
-            return x.flatten(1)
-        if kind == "stride":
-            return x[:, :, :: step["step"], :: step["step"]]
-        if kind == "select":
-            return self._select(number, step["channels"], x)
-        return _pool(step, x)
-
-    def _select(self, number: int, channels: Sequence[int], x: Tensor) -> Tensor:
-        behind = (0, 0, 0, 0) if x.dim() == 4 else ()
-        padding = _plain_padding(channels, x.shape[1])
-        if padding is not None:
-            return F.pad(x, (*behind, *padding))
-        if min(channels) < 0:
-            x = F.pad(x, (*behind, 0, 1))
-        return x.index_select(1, self.get_buffer(_index_name(number)))
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
+        """As nn.Module does, with `assign=True`, because the parameters of a new network are on the "meta" device."""
+        return super().load_state_dict(state_dict, strict, assign)
 
     def extra_repr(self) -> str:
-        return f"input_size={self._input_size}, {len(self._steps)} steps"
+        """The image size and how many operations there are."""
+        return f"input_size={self._input_size}, {len(self._operations)} operations"
 
 
-class Shift(nn.Module):
-    """x + one learnable constant per channel: what removed channels added to those that stayed."""
-
-    def __init__(
-        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.value.view(-1, *[1] * (x.dim() - 2))
-
-
-def _conv(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
-    settings = {key: _tuple(step[key]) for key in ("stride", "padding", "dilation")}
-    return nn.Conv2d(channels, step["out"], tuple(step["kernel"]), bias=step["bias"], **settings, **at)
-
-
-def _linear(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
-    return nn.Linear(channels, step["out"], bias=step["bias"], **at)
-
-
-def _batchnorm(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
-    return nn.BatchNorm2d(channels, eps=step["eps"], momentum=step["momentum"], affine=step["affine"], **at)
-
-
-def _shift(step: Operation, channels: int, at: dict[str, Any]) -> nn.Module:
-    return Shift(channels, **at)
+def value_shapes(description: Mapping[str, Any]) -> list[Shape]:
+    """Shape of every value for one image, the input first. Allocates nothing; raises CompactionError (all checks)."""
+    if not isinstance(description, Mapping) or set(description) != {"format", "input_size", "steps", "output"}:
+        raise _damaged("the description", "needs exactly format, input_size, steps and output")
+    if description["format"] != FORMAT:
+        raise CompactionError(
+            f"the description has format {description['format']!r:.50}: this version reads format {FORMAT}; compact "
+            "the original network again"
+        )
+    size, operations = description["input_size"], description["steps"]
+    if not isinstance(operations, list) or not 1 <= len(operations) <= MAX_OPERATIONS:
+        raise _damaged("steps", f"need a list of 1 to {MAX_OPERATIONS} operations")
+    where = "input_size"
+    try:
+        INPUT_SIZE("input_size", size)
+        shapes: list[Shape] = [tuple(size)]
+        for number, operation in enumerate(operations, start=1):
+            where = f"step {number}"
+            _check_fields(operation, number)
+            shapes.append(_result(operation, [shapes[value] for value in operation["inputs"]]))
+        where = "output"
+        check_range("output", description["output"], 1, len(operations), error=ValueError)
+    except ValueError as error:
+        raise _damaged(where, str(error)) from error
+    return shapes
 
 
-_LAYERS: dict[str, Callable[[Operation, int, dict[str, Any]], nn.Module]] = {
-    "conv": _conv,
-    "linear": _linear,
-    "batchnorm": _batchnorm,
-    "shift": _shift,
-}
+def state_shapes(description: Mapping[str, Any]) -> dict[str, Shape]:
+    """Name and shape of every entry of the state dictionary. Allocates nothing; raises CompactionError."""
+    return {name: tuple(value.shape) for name, value in CompactNetwork(description).state_dict().items()}
 
 
-def _pool(step: Operation, x: Tensor) -> Tensor:
-    if step["kernel"] is None:
-        return F.adaptive_avg_pool2d(x, 1) if step["average"] else F.adaptive_max_pool2d(x, 1)
-    pool = F.avg_pool2d if step["average"] else F.max_pool2d
-    return pool(x, step["kernel"], step["stride"])
+def _check_fields(operation: Any, number: int) -> None:
+    name = operation.get("op") if isinstance(operation, dict) else operation
+    if not isinstance(operation, dict) or not isinstance(name, str) or name not in OPERATIONS:
+        raise ValueError(f"operation {name!r:.50} is unknown: need one of {', '.join(OPERATIONS)}")
+    kind = OPERATIONS[name]
+    if set(operation) != {"op", "inputs", *kind.fields}:
+        raise ValueError(f"{name} needs exactly the fields {', '.join(('op', 'inputs', *kind.fields))}")
+    inputs = operation["inputs"]
+    if not isinstance(inputs, (list, tuple)) or len(inputs) != kind.inputs:
+        raise ValueError(f"{name} has inputs={inputs!r:.50}: need a list of {kind.inputs}")
+    for value in inputs:
+        check_range(f"{name} has an input", value, 0, number - 1, error=ValueError)
+    for field, check in kind.fields.items():
+        check(f"{name} has {field}", operation[field])
 
 
-def _plain_padding(channels: Sequence[int], available: int) -> tuple[int, int] | None:
-    """(before, after) where the selection is all channels in order between runs of zeros, None where it is not."""
-    before = next((place for place, channel in enumerate(channels) if channel >= 0), 0)
-    after = len(channels) - before - available
-    if after < 0 or list(channels[before : before + available]) != list(range(available)):
-        return None
-    return (before, after) if all(channel < 0 for channel in channels[before + available :]) else None
+def _result(operation: Operation, sources: list[Shape]) -> Shape:
+    """Shape that an operation gives. Raises ValueError where its inputs do not fit, or the result is too large."""
+    kind = OPERATIONS[operation["op"]]
+    if kind.dimensions and any(len(source) != kind.dimensions for source in sources):
+        raise ValueError(f"{operation['op']} cannot read a value of shape {sources[0]}")
+    shape = kind.shape(operation, sources)
+    if math.prod(shape) > MAX_VALUES or shape[0] > MAX_CHANNELS or min(shape) < 1:
+        limits = f"1 to {MAX_CHANNELS} channels and at most {MAX_VALUES} numbers"
+        raise ValueError(f"{operation['op']} gives a value of shape {shape}: need {limits}")
+    return shape
 
 
-def _last_uses(steps: Sequence[Operation], output: int) -> list[list[int]]:
-    """Values that are not needed any more after each step; activations are large, and most are read once."""
-    last = {value: number for number, step in enumerate(steps, start=1) for value in (number, *step["inputs"])}
-    finished: list[list[int]] = [[] for _ in range(len(steps) + 1)]
-    for value, number in last.items():
-        if value != output:
-            finished[number].append(value)
-    return finished
-
-
-def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` the submodule `name` of `root`, with plain modules on the way to it."""
     *path, leaf = name.split(".")
     parent = root
     for part in path:
-        if part not in parent._modules:
-            _add(parent, part, nn.Module(), name)
-        parent = cast(nn.Module, parent._modules[part])
-    _add(parent, leaf, layer, name)
+        if not hasattr(parent, part):
+            parent.add_module(part, nn.Module())
+        parent = getattr(parent, part)
+        if type(parent) is not nn.Module:
+            raise _damaged(f"layer {name!r}", f"{part!r} is an attribute or a layer already")
+    if hasattr(parent, leaf):
+        raise _damaged(f"layer {name!r}", f"{leaf!r} is an attribute or a layer already")
+    parent.add_module(leaf, module)
 
 
-def _add(parent: nn.Module, part: str, module: nn.Module, name: str) -> None:
-    if hasattr(parent, part):
-        raise CompactionError(f"a layer cannot be called {name!r}: {part!r} is an attribute already; rename the module")
-    parent.add_module(part, module)
-
-
-def _index_name(number: int) -> str:
-    return f"_channels_{number}"
-
-
-def _tuple(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(value)
+def _damaged(where: str, what: str) -> CompactionError:
+    return CompactionError(f"{where}: {what}; the description is damaged: compact the original network again")

@@ -17,7 +17,6 @@ Axis letters: N batch, O output channels, I input channels, C channels, k kernel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from src.pruning.compact_description import FORMAT, CompactionError, state_shapes
-from src.pruning.compact_network import CompactNetwork
-from src.pruning.graph import Op
+from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork
+from src.pruning.graph import LAYERS, Op
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, is_padded
+from src.pruning.operations import Operation
 from utils_quantization import shared_quantized_weights
-
-__all__ = ["CompactNetwork", "CompactionError", "compact", "state_shapes"]
 
 Indices = NDArray[np.int64]
 
@@ -54,16 +51,22 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
             "constant; call model.eval() first"
         )
     liveness = analyze_liveness(model, input_size)
-    modules = dict(model.named_modules())
     _check_supported(liveness.ops)
+    modules = dict(model.named_modules())
     with shared_quantized_weights(model):
-        weights = {flow.name: cast(Tensor, modules[flow.name].weight).detach().clone() for flow in liveness.layers}
-    device, dtype = _place_of(weights)
-    removal = _Removal(liveness, modules, weights)
-    description, state = removal.written(input_size)
-    network = CompactNetwork(description, device="meta")
-    network.load_state_dict({name: _to(value, device, dtype) for name, value in state.items()}, assign=True)
-    return network.to(device).eval()
+        own = {layer.name: cast(Tensor, modules[layer.name].weight).detach() for layer in liveness.layers}
+    if not own:
+        raise CompactionError("the network has no convolution and no linear layer: there is nothing to compact")
+    for name, weight in own.items():
+        if not weight.isfinite().all():
+            raise CompactionError(
+                f"layer {name!r} has weights that are not finite: the network diverged; train it again"
+            )
+    first = next(iter(own.values()))
+    writer = _Writer(liveness, modules, {name: weight.cpu() for name, weight in own.items()})
+    network = CompactNetwork(writer.description(input_size))
+    network.load_state_dict({name: value.detach().clone() for name, value in writer.state.items()})
+    return network.to(first.device, first.dtype).eval()  # counters and indices stay whole numbers
 
 
 def _check_supported(ops: tuple[Op, ...]) -> None:
@@ -80,37 +83,25 @@ def _check_supported(ops: tuple[Op, ...]) -> None:
         raise CompactionError("the network must take one image tensor and return one tensor; wrap it so that it does")
 
 
-def _place_of(weights: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise CompactionError(
-                f"layer {name!r} has weights that are not finite: the network diverged; train it again"
-            )
-    if not weights:
-        raise CompactionError("the network has no convolution and no linear layer: there is nothing to compact")
-    first = next(iter(weights.values()))
-    return first.device, first.dtype
+class _Writer:
+    """Walks the traced operations and describes a smaller one for each that still has channels. All on the CPU.
 
-
-class _Removal:
-    """Walks the operations and writes a step for every one that still has channels.
-
-    value[op]: number of the step that gives the kept channels of `op`, in ascending order.
+    value[op]: number of the described operation that gives the kept channels of `op`, in ascending order.
     moving: values that depend on the image; a padded convolution of constants alone varies in space, but not with it.
     """
 
     def __init__(self, liveness: Liveness, modules: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
         self.liveness, self.modules, self.weights = liveness, modules, weights
-        self.flows = {flow.name: flow for flow in liveness.layers}
+        self.layers = {layer.name: layer for layer in liveness.layers}
         self.kept: dict[str, Indices] = {name: np.flatnonzero(flags) for name, flags in liveness.kept.items()}
-        self.steps: list[dict[str, Any]] = []
+        self.ops = {op.name: op for op in liveness.ops}
+        self.operations: list[Operation] = []
         self.state: dict[str, Tensor] = {}
         self.value: dict[str, int] = {}
         self.moving: set[int] = {0}
-        self.ops = {op.name: op for op in liveness.ops}
 
-    def written(self, input_size: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The description and the state dictionary of the smaller network."""
+    def description(self, input_size: tuple[int, int, int]) -> dict[str, Any]:
+        """The description of the smaller network; `self.state` is its state dictionary then."""
         for op in self.liveness.ops:
             if op.kind == "input":
                 self.value[op.name] = 0
@@ -118,68 +109,60 @@ class _Removal:
                 self.value[op.name] = self._write(op)
         output = self.value.get(self.liveness.ops[-1].inputs[0], -1)
         if output not in self.moving:
-            cut = [flow.name for flow in self.liveness.layers if not len(flow.kept_out)]
+            cut = [layer.name for layer in self.liveness.layers if not len(layer.kept_out)]
             where = f"; nothing is left of {', '.join(cut[:5])}{' and others' if len(cut) > 5 else ''}" if cut else ""
             raise CompactionError(
                 f"the network is dead: its output is the same for every image{where}. There is nothing to compact; "
                 "train it with a smaller penalty or a later ramp"
             )
-        size = [int(n) for n in input_size]
-        return {"format": FORMAT, "input_size": size, "steps": self.steps, "output": output}, self.state
+        size = [int(side) for side in input_size]
+        return {"format": FORMAT, "input_size": size, "steps": self.operations, "output": output}
 
     def _write(self, op: Op) -> int:
-        if op.kind in ("conv", "linear"):
-            return self._layer(op, self.flows[cast(str, op.module)])
+        if op.kind in LAYERS:
+            return self._layer(op, self.layers[cast(str, op.module)])
         if op.kind == "add":
             return self._add(op)
-        kept = self.kept[op.name]
-        if op.kind == "pad":  # the channels it adds are zero: left out, or selected as zeros where all must stay
-            return self._select(op.inputs[0], kept - op.settings["before"])
-        if op.kind == "flatten":
-            return self._flatten(op)
-        source = self._select(op.inputs[0], kept)
-        if op.kind == "pass":
-            return source
+        source, kept = op.inputs[0], self.kept[op.name]
+        channels = op.channel_map(len(self.liveness.kept[source]))
+        if op.kind == "flatten":  # of the features of a kept channel, the reader may need only some
+            features = np.flatnonzero(np.isin(channels, self.kept[source]))
+            return self._chosen(self._describe("flatten", self.value[source]), features, kept)
+        value = self._select(source, channels[kept])
+        if op.kind in ("pass", "select"):
+            return value
         if op.kind == "batchnorm":
-            return self._batchnorm(cast(str, op.module), source, kept)
-        if op.kind == "pool":
-            window = {key: op.settings.get(key) for key in ("kernel", "stride")}
-            return self._step("pool", source, average=bool(op.settings["average"]), **window)
-        return self._step(op.kind, source, **op.settings)
+            name = cast(str, op.module)
+            for entry, tensor in self.modules[name].state_dict().items():
+                self.state[f"{name}.{entry}"] = tensor.cpu() if tensor.dim() == 0 else tensor.cpu()[kept]
+            return self._describe("batchnorm", value, name=name, **op.settings)
+        return self._describe(op.kind, value, **op.settings)
 
-    def _layer(self, op: Op, flow: LayerLiveness) -> int:
+    def _layer(self, op: Op, layer: LayerLiveness) -> int:
         """A convolution or linear layer: filters that stay, slices that stay, and the constants it reads."""
-        module, source = self.modules[flow.name], op.inputs[0]
-        weight = self.weights[flow.name][self._index(flow.kept_out)]  # (O, I, ...)
-        own_bias = cast("Tensor | None", module.bias)
-        bias = None if own_bias is None else own_bias.detach()[self._index(flow.kept_out)]
-        constants = _constants(self.liveness.constant[source])
-        carried = torch.tensordot(weight.cpu().double(), torch.from_numpy(constants), dims=([1], [0]))  # (O, ...)
-        weight = weight[:, self._index(flow.kept_in)]
-        value = self._select(source, flow.kept_in) if len(flow.kept_in) else None
-        if flow.carries_constants:
-            weight = torch.cat([weight, carried.unsqueeze(1).to(weight.dtype).to(weight.device)], dim=1)
-            height, width = self.ops[source].height, self.ops[source].width
-            ones = self._step("fill", value=1, size=[1, height, width])
-            value = ones if value is None else self._step("join", value, ones)
+        module, source = self.modules[layer.name], op.inputs[0]
+        weight = self.weights[layer.name][layer.kept_out]  # (O, I, ...)
+        bias = None if module.bias is None else cast(Tensor, module.bias).detach().cpu()[layer.kept_out]
+        constants = torch.from_numpy(_constants(self.liveness.constant[source]))
+        carried = torch.tensordot(weight.double(), constants, dims=([1], [0]))  # (O, ...)
+        weight = weight[:, layer.kept_in]
+        value = self._select(source, layer.kept_in) if len(layer.kept_in) else None
+        if layer.carries_constants:
+            weight = torch.cat([weight, carried.unsqueeze(1).to(weight.dtype)], dim=1)
+            ones = self._describe("fill", value=1, size=[1, self.ops[source].height, self.ops[source].width])
+            value = ones if value is None else self._describe("join", value, ones)
         elif not is_padded(module) and carried.any():
             folded = carried.reshape(len(carried), -1).sum(dim=1)
-            bias = (folded if bias is None else folded + bias.cpu().double()).to(weight.dtype).to(weight.device)
+            bias = folded if bias is None else folded + bias
         if value is None:  # an output that must stay although its weights are zero: its bias is all there is
             space = [op.height, op.width] if op.kind == "conv" else []
-            blank = self._step("fill", value=0, size=[len(flow.kept_out), *space])
-            return blank if bias is None else self._shift(flow.name, blank, bias)
-        settings = _conv_settings(cast(nn.Conv2d, module)) if op.kind == "conv" else {}
-        self.state[f"{flow.name}.weight"] = weight.contiguous()
+            blank = self._describe("fill", value=0, size=[len(layer.kept_out), *space])
+            return blank if bias is None else self._shift(layer.name, blank, bias)
+        self.state[f"{layer.name}.weight"] = weight.contiguous()
         if bias is not None:
-            self.state[f"{flow.name}.bias"] = bias
-        return self._step(op.kind, value, name=flow.name, out=len(flow.kept_out), **settings, bias=bias is not None)
-
-    def _batchnorm(self, name: str, source: int, kept: Indices) -> int:
-        norm = cast(nn.BatchNorm2d, self.modules[name])
-        for entry, tensor in norm.state_dict().items():
-            self.state[f"{name}.{entry}"] = tensor.clone() if tensor.dim() == 0 else tensor[self._index(kept)]
-        return self._step("batchnorm", source, name=name, eps=norm.eps, momentum=norm.momentum, affine=norm.affine)
+            self.state[f"{layer.name}.bias"] = bias
+        fields = {"name": layer.name, "out": len(layer.kept_out), **op.settings, "bias": bias is not None}
+        return self._describe(op.kind, value, **fields)
 
     def _add(self, op: Op) -> int:
         """Each branch is put where its channels belong; what its constant channels add becomes one shift."""
@@ -190,15 +173,8 @@ class _Removal:
             constants += _constants(self.liveness.constant[name])[kept]
             if np.isin(kept, self.kept[name]).any():
                 branches.append(self._select(name, kept))
-        value = branches[0] if len(branches) == 1 else self._step("add", *branches)
+        value = branches[0] if len(branches) == 1 else self._describe("add", *branches)
         return self._shift(f"constant_{op.name}", value, torch.from_numpy(constants)) if constants.any() else value
-
-    def _flatten(self, op: Op) -> int:
-        """Channel c becomes features c * area to (c + 1) * area - 1, of which the reader may need only some."""
-        area, channels = op.settings["area"], self.kept[op.inputs[0]]
-        value = self._step("flatten", self.value[op.inputs[0]])
-        features = (channels[:, None] * area + np.arange(area)).ravel()
-        return self._chosen(value, features, self.kept[op.name])
 
     def _select(self, source: str, wanted: Indices) -> int:
         return self._chosen(self.value[source], self.kept[source], wanted)
@@ -208,39 +184,20 @@ class _Removal:
         if np.array_equal(have, wanted):
             return value
         place = {int(channel): position for position, channel in enumerate(have)}
-        return self._step("select", value, channels=[place.get(int(channel), -1) for channel in wanted])
+        return self._describe("select", value, channels=[place.get(int(channel), -1) for channel in wanted])
 
     def _shift(self, name: str, value: int, constants: Tensor) -> int:
         self.state[f"{name}.value"] = constants
-        return self._step("shift", value, name=name)
+        return self._describe("shift", value, name=name)
 
-    def _step(self, kind: str, *inputs: int, **fields: Any) -> int:
-        self.steps.append({"op": kind, "inputs": list(inputs), **fields})
-        number = len(self.steps)
+    def _describe(self, kind: str, *inputs: int, **fields: Any) -> int:
+        self.operations.append({"op": kind, "inputs": list(inputs), **fields})
+        number = len(self.operations)
         if self.moving.intersection(inputs):
             self.moving.add(number)
         return number
-
-    def _index(self, indices: Indices) -> Tensor:
-        device = next(iter(self.weights.values())).device
-        return torch.from_numpy(indices).to(device)
 
 
 def _constants(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """What constant channels add: their value, and 0 where the channel is live (NaN) and speaks for itself."""
     return np.where(np.isnan(values), 0.0, values)
-
-
-def _conv_settings(conv: nn.Conv2d) -> dict[str, Any]:
-    padding: str | list[int] = conv.padding if isinstance(conv.padding, str) else list(conv.padding)
-    return {
-        "kernel": list(conv.kernel_size),
-        "stride": list(conv.stride),
-        "padding": [0, 0] if padding == "valid" else padding,
-        "dilation": list(conv.dilation),
-    }
-
-
-def _to(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """In the network's dtype, except for counters, which are integers."""
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)

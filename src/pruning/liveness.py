@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from src.pruning.graph import Op, trace
-from src.pruning.groups import CHANNELWISE
+from src.pruning.graph import CHANNELWISE, LAYERS, Op, trace
 from utils_quantization import shared_quantized_weights
 
 Flags = NDArray[np.bool_]
@@ -29,7 +28,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerLiveness:
-    """One convolution or linear layer in the account.
+    """One convolution or linear layer, and what exact removal would leave of it.
 
     in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
     constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
@@ -39,7 +38,6 @@ class LayerLiveness:
     """
 
     name: str
-    kind: str
     out_channels: int
     in_channels: int
     constant_out: Values
@@ -51,6 +49,7 @@ class LayerLiveness:
 
     @property
     def inputs_after_removal(self) -> int:
+        """Input channels of the smaller layer, with the channel of ones."""
         return len(self.kept_in) + int(self.carries_constants)
 
 
@@ -92,54 +91,37 @@ def analyze_liveness(model: nn.Module, input_size: tuple[int, int, int] = (3, 32
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):
         weights = {
-            op.name: _numpy(cast(Tensor, modules[op.module].weight))
+            op.name: _numpy(module.weight)
             for op in ops
-            if op.kind in ("conv", "linear") and op.module
-        }
-        counted_whole = {
-            op.name: _numpy(modules[op.module].weight)
-            for op in ops
-            if op.kind == "opaque" and op.module and isinstance(modules[op.module], (nn.Conv2d, nn.Linear))
+            if isinstance(module := modules.get(op.module or ""), (nn.Conv2d, nn.Linear))
         }
     whole = _whole(ops)
     constant: dict[str, Values] = {}
     for op in ops:
-        value = _constant(
-            op, modules.get(op.module or ""), weights.get(op.name), [constant[name] for name in op.inputs]
-        )
+        sources = [constant[name] for name in op.inputs]
+        value = _constant(op, modules.get(op.module or ""), weights.get(op.name), sources)
         constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
     kept = _kept(ops, constant, weights, whole)
     layers = [
         _layer(op, modules[op.module], weights[op.name], constant, kept)
-        if op.name in weights
-        else _opaque_layer(op, counted_whole[op.name])
         for op in ops
-        if op.module and (op.name in weights or op.name in counted_whole)
+        if op.module and op.name in weights
     ]
     return Liveness(tuple(ops), constant, kept, tuple(layers))
 
 
 def _constant(op: Op, module: nn.Module | None, weight: Values | None, sources: list[Values]) -> Values:
     """The constants of one operation's output, NaN for live channels."""
-    if weight is not None:
-        return _constant_of_layer(cast(nn.Module, module), weight, sources[0])
+    if op.kind in LAYERS:
+        return _constant_of_layer(cast(nn.Module, module), cast(Values, weight), sources[0])
+    if op.kind not in CHANNELWISE:
+        return np.full(op.channels, np.nan)
+    mapped = [np.append(source, 0.0)[op.channel_map(len(source))] for source in sources]  # -1 takes the 0
+    value: Values = sum(mapped[1:], start=mapped[0])
     if op.kind == "batchnorm":
-        norm = cast(nn.BatchNorm2d, module)
-        scale, shift = batchnorm_affine(norm)
-        return np.where(scale == 0, shift, scale * sources[0] + shift)
-    if op.kind == "relu":
-        return np.where(np.isnan(sources[0]), np.nan, np.maximum(sources[0], 0))
-    if op.kind == "add":
-        return sources[0] + sources[1]
-    if op.kind == "pad":
-        padded = np.zeros(op.channels)
-        padded[op.settings["before"] : op.settings["before"] + len(sources[0])] = sources[0]
-        return padded
-    if op.kind == "flatten":
-        return sources[0].repeat(op.settings["area"])
-    if op.kind in CHANNELWISE:
-        return sources[0].copy()
-    return np.full(op.channels, np.nan)
+        scale, shift = batchnorm_affine(cast(nn.BatchNorm2d, module))
+        return np.where(scale == 0, shift, scale * value + shift)
+    return np.maximum(value, 0) if op.kind == "relu" else value
 
 
 def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Values:
@@ -160,52 +142,36 @@ def _kept(
     needed = {op.name: np.full(op.channels, op.kind == "input" or op.name in whole) for op in ops}
     for op in reversed(ops):
         wanted = needed[op.name] & np.isnan(constant[op.name])
-        if op.name in weights:
-            needed[op.inputs[0]] |= _reads(weights[op.name])[wanted].any(axis=0)
-        elif op.kind == "pad":
-            before = op.settings["before"]
-            needed[op.inputs[0]] |= wanted[before : before + len(needed[op.inputs[0]])]
-        elif op.kind == "flatten":
-            needed[op.inputs[0]] |= wanted.reshape(-1, op.settings["area"]).any(axis=1)
-        elif op.kind in CHANNELWISE:
-            for name in op.inputs:
-                needed[name] |= wanted
+        for name in op.inputs:
+            if op.kind in LAYERS:
+                needed[name] |= _reads(weights[op.name])[wanted].any(axis=0)
+            elif op.kind in CHANNELWISE:
+                channels = op.channel_map(len(needed[name]))[wanted]
+                needed[name][channels[channels >= 0]] = True
     return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
 
 
 def _layer(
     op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]
 ) -> LayerLiveness:
-    source = constant[op.inputs[0]]
-    reads = _reads(weight)[kept[op.name]].any(axis=0)  # (I,): by a kept output channel
+    outputs, inputs = weight.shape[:2]
+    reads = _reads(weight)  # (O, I)
+    if op.kind == "opaque":  # a grouped or shared layer: nothing of it is removed, but its cost counts
+        source, result = np.full(inputs, np.nan), np.full(outputs, np.nan)
+        kept_out, read = np.arange(outputs), np.full(inputs, True)
+    else:
+        source, result, kept_out = constant[op.inputs[0]], constant[op.name], np.flatnonzero(kept[op.name])
+        read = np.asarray(reads[kept_out].any(axis=0))  # (I,): by a kept output channel
     live = np.isnan(source)
     return LayerLiveness(
         name=cast(str, op.module),
-        kind=op.kind,
-        out_channels=weight.shape[0],
-        in_channels=weight.shape[1],
-        constant_out=constant[op.name],
-        dead_out=np.asarray(~_reads(weight).any(axis=1)),
-        kept_out=np.flatnonzero(kept[op.name]),
-        kept_in=np.flatnonzero(reads & live),
-        carries_constants=bool(is_padded(module) and (reads & ~live & (source != 0)).any()),
-        pixels=op.height * op.width,
-    )
-
-
-def _opaque_layer(op: Op, weight: Values) -> LayerLiveness:
-    """A grouped or shared layer: nothing of it is removed, but its cost counts."""
-    outputs, inputs = weight.shape[:2]
-    return LayerLiveness(
-        name=cast(str, op.module),
-        kind=op.kind,
         out_channels=outputs,
         in_channels=inputs,
-        constant_out=np.full(outputs, np.nan),
-        dead_out=np.asarray(~_reads(weight).any(axis=1)),
-        kept_out=np.arange(outputs),
-        kept_in=np.arange(inputs),
-        carries_constants=False,
+        constant_out=result,
+        dead_out=~np.asarray(reads.any(axis=1)),
+        kept_out=kept_out,
+        kept_in=np.flatnonzero(read & live),
+        carries_constants=bool(is_padded(module) and (read & ~live & (source != 0)).any()),
         pixels=op.height * op.width,
     )
 

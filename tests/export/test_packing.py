@@ -109,7 +109,7 @@ def test_round_trip_of_small_networks(option: str, bits: tuple[int, ...], max_bi
 
 def test_fresh_process_reads_the_same(model: nn.Module, packed: tuple[Path, PackReport]) -> None:
     program = (
-        "import hashlib, sys; from src.packing import unpack\n"
+        "import hashlib, sys; from src.export import unpack\n"
         "sha = hashlib.sha256()\n"
         "for name, tensor in unpack(sys.argv[1]).state_dict().items():\n"
         "    sha.update(name.encode() + tensor.contiguous().numpy().tobytes())\n"
@@ -452,7 +452,7 @@ def test_errors_say_got_and_allowed(small: Path) -> None:
     data = small.read_bytes()
     damaged(small, forged(data, lambda d: d["quantized"][0].update(bits=17)), r"bits=17, need 2 to 16")
     damaged(small, forged(data, lambda d: d["quantized"][0].update(columns=0)), r"columns=0, need 1 to \d")
-    damaged(small, forged(data, lambda d: _network(d, "conv", out=0)), r"out=0: need a whole number from 1")
+    damaged(small, forged(data, lambda d: _network(d, "conv", out=0)), r"out=0: need 1..65536")
     damaged(small, data[:1000], r"it has 1,000 bytes, its header says [\d,]+")
 
 

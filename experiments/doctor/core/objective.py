@@ -184,7 +184,10 @@ def _cut_adds(ops: list[Op]) -> list[Op]:
 
 
 def _unpadded(op: Op) -> Op:
-    return replace(op, settings={**op.settings, "before": 0}) if op.kind == "pad" else op
+    """Channels that a shortcut pads all come after the others."""
+    if op.kind != "select":
+        return op
+    return replace(op, settings={"channels": sorted(op.settings["channels"], key=lambda channel: channel < 0)})
 
 
 def _only(groups: Grouping, roles: Sequence[str]) -> Grouping:
