@@ -50,8 +50,8 @@ from experiments.pipeline import DEBUG, RunConfig, Take, at_least, spread, time_
 from resnet import NETWORKS
 from src import training
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
-from src.runs import machine, versions
-from src.storage import RunError, check_writable, write_atomic
+from src.runs import RunError, machine, versions
+from src.storage import check_writable, write_atomic
 from src.training import GraphedStep, keep_freed_memory, repeatable
 from utils_quantization import attach_weight_quantizers
 

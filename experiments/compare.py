@@ -20,8 +20,8 @@ from typing import Any
 from experiments.figures import plain_table, png_bytes, run_curves, run_plane
 from experiments.notebook import display, live, widgets
 from experiments.pipeline import SavedRun, comparison, contents
-from src.runs import PREVIOUS
-from src.storage import RunError, fail, write_atomic
+from src.runs import PREVIOUS, RunError
+from src.storage import fail, write_atomic
 
 MANY = 6
 OTHER_IMAGES = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".eps")

@@ -23,7 +23,7 @@ from experiments.notebook import TerminalProgress
 from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, RunFolder
-from src.storage import check_writable, fail, folder_lock, prepare_streams, say, tell
+from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail("the memory does not hold the data; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
-        say("interrupted")
+        log_info("interrupted")
         return _status(stopped)
     finally:
         folder_lock.release(options.output)
@@ -60,19 +60,19 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
         RunFolder(Path(options.output)).check_resumable()
     if options.checkpoint_every is not None and options.checkpoint_every < 1:
         raise ConfigError(f"--checkpoint-every {options.checkpoint_every}: need a whole number of steps, at least 1")
-    config, data = pipeline.prepare_data(config, say)
+    config, data = pipeline.prepare_data(config, log_info)
     run = pipeline.build_run(config, data)
     loop = pipeline.TrainingLoop.open(
         run,
         options.output,
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
-        report=say,
+        report=log_info,
         go_on=GO_ON,
     )
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
-    say(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
-    examination = Examination(run, say) if options.doctor else None
+    log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
+    examination = Examination(run, log_info) if options.doctor else None
     if examination:
         examination.begin()
     progress = TerminalProgress()
@@ -89,7 +89,7 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     try:
         return _conclude(run, loop.folder, examination)
     except KeyboardInterrupt:
-        say(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
+        log_info(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -112,7 +112,7 @@ def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination:
                 if examination:
                     examination.epoch(record)
                 progress.epoch_done(record)
-                tell(record.console_line(epochs))
+                print_result(record.console_line(epochs))
         ended = "trained"
     finally:
         progress.close(ended)
@@ -130,12 +130,12 @@ def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | N
         folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict, diagnosis))
     except OSError as error:  # after hours of training the results are at least told
         failure = f"run.json could not be written ({error.strerror or error}); {GO_ON} and writes it"
-    tell(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
+    print_result(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
     if report:
-        tell(f"\n{report.text()}")
+        print_result(f"\n{report.text()}")
     if run.data.notice:
-        tell(f"\nNOTICE: {run.data.notice}")
-    tell(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
+        print_result(f"\nNOTICE: {run.data.notice}")
+    print_result(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
     if failure:
         return fail(failure)
     return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY
@@ -148,7 +148,7 @@ def _status(stopped: KeyboardInterrupt) -> int:
 
 def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning is one line, without the place in the code that it comes from."""
-    say(f"warning: {message}")
+    log_info(f"warning: {message}")
 
 
 def _parser() -> argparse.ArgumentParser:

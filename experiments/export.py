@@ -22,7 +22,7 @@ from experiments.pipeline import SavedRun
 from src.data import ImageData, normalize
 from src.export import check_onnx, export_onnx, pack, unpack
 from src.pruning import CompactNetwork, compact
-from src.storage import OutputError, check_output, fail, say
+from src.storage import StorageError, check_output, fail, log_info
 from src.training import predict
 
 EQUAL, DIFFERENT = 0, 1
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(saved: SavedRun, packed: Path, onnx: Path, *, data_root: str | None = None, force: bool = False) -> int:
     """Write both files, print what is in them and how each check came out, and return the exit status.
 
-    data_root, force: the command's options. Raises ValueError for a network that cannot be exported, OutputError where
+    data_root, force: the command's options. Raises ValueError for a network that cannot be exported, StorageError where
     a file exists; nothing is written then.
     """
     model = saved.network()
@@ -59,7 +59,7 @@ def export(saved: SavedRun, packed: Path, onnx: Path, *, data_root: str | None =
     data = _test_data(saved, data_root)
     if data is None:
         images = torch.randn(NOISE_IMAGES, *network.input_size, generator=torch.Generator().manual_seed(0))
-        say(f"the run's test set is not here: checking on {NOISE_IMAGES} images of noise")
+        log_info(f"the run's test set is not here: checking on {NOISE_IMAGES} images of noise")
     else:
         images = normalize(data.test_images, data.mean, data.std)
         before, after = (predict(each, data)[0] for each in (model, network))
@@ -92,18 +92,18 @@ def _test_data(saved: SavedRun, data_root: str | None) -> ImageData | None:
     try:
         return saved.load_data(data_root)
     except (ValueError, OSError) as error:
-        say(str(error))
+        log_info(str(error))
         return None
 
 
 def _check_outputs(packed: Path, onnx: Path, force: bool) -> None:
     if packed.absolute() == onnx.absolute():
-        raise OutputError(f"--packed and --onnx are both {str(packed)!r}; name two files")
+        raise StorageError(f"--packed and --onnx are both {str(packed)!r}; name two files")
     for option, path in (("--packed", packed), ("--onnx", onnx)):
         try:
             check_output(path, force)
-        except OutputError as error:
-            raise OutputError(f"{error} ({option}; --force overwrites)") from error
+        except StorageError as error:
+            raise StorageError(f"{error} ({option}; --force overwrites)") from error
 
 
 def _parser() -> argparse.ArgumentParser:

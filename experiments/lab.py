@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.headless import NOTEBOOK, NotebookInputError, write_copy
-from src.storage import BAD_INPUT, fail, say
+from src.storage import BAD_INPUT, fail, log_info
 
 ROOT = Path(__file__).resolve().parent.parent
 USUAL = Path("debug_output")  # the notebook's own OUTPUT_DIR
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None, start: Start | None = None) -> 
             status = start(training_command(OWN))
             if status > 1:  # 1 is a verdict that found a fault: that is worth exploring, too
                 if status == 130:
-                    say("interrupted; the same command goes on where it stopped")
+                    log_info("interrupted; the same command goes on where it stopped")
                 return status
             folder = OWN
         parameters = explorable(folder)
-        say(f"exploring the run in {folder}: {', '.join(f'{name}={value}' for name, value in parameters.items())}")
-        say(write_copy(COPY, parameters))
+        log_info(f"exploring the run in {folder}: {', '.join(f'{name}={value}' for name, value in parameters.items())}")
+        log_info(write_copy(COPY, parameters))
     except (LabRunError, NotebookInputError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
@@ -67,7 +67,7 @@ def _fits(folder: Path) -> bool:
     try:
         explorable(folder)
     except LabRunError as error:
-        say(f"passed over: {error}")
+        log_info(f"passed over: {error}")
         return False
     return True
 
@@ -81,7 +81,7 @@ def server_command(notebook: Path, port: int | None = None, *, show: bool = True
     if is_root():
         command.append("--allow-root")
     if not show or not has_browser():
-        say("open the address that JupyterLab prints below in a browser")
+        log_info("open the address that JupyterLab prints below in a browser")
         command.append("--no-browser")
     return command
 

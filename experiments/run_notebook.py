@@ -33,7 +33,7 @@ from experiments.headless import (
     read_notebook,
     to_html,
 )
-from src.storage import say
+from src.storage import log_info
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values,
             cell_timeout=options.cell_timeout or None,
             startup_timeout=options.startup_timeout,
-            progress=say,
+            progress=log_info,
         )
     except NotebookInputError as error:
-        say(f"run_notebook: {error}")
+        log_info(f"run_notebook: {error}")
         return 2
     from src.storage import write_atomic  # loads torch: here, so that bad input is told at once
 
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     execution.notebook.metadata["run"]["command"] = shlex.join(command)
     files = options.output_notebook, options.html
     if execution.failure:
-        say(f"run_notebook: {execution.failure.message}")
+        log_info(f"run_notebook: {execution.failure.message}")
         if any(file.exists() for file in files):
-            say(f"run_notebook: {' and '.join(map(str, files))} stay as an earlier run left them")
+            log_info(f"run_notebook: {' and '.join(map(str, files))} stay as an earlier run left them")
         files = _failed(options.output_notebook), _failed(options.html)
     try:
         write_atomic(files[0], nbformat.writes(execution.notebook).encode())
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"notebook  {files[0]}")
         _write_page(execution.notebook, files[1], options.notebook.parent)
     except OSError as error:  # a full disk; what the notebook's run wrote into its own folder is kept
-        say(f"run_notebook: not written into {files[0].parent}: {error.strerror or error} ({error.filename})")
+        log_info(f"run_notebook: not written into {files[0].parent}: {error.strerror or error} ({error.filename})")
         return 2
     return execution.exit_status
 

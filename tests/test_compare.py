@@ -16,9 +16,8 @@ from experiments.notebook import display, live
 from experiments.pipeline import RunConfig, comparison, configure
 from experiments.pipeline.comparison import dense_macs, relative_bops
 from resnet import resnet20
-from src.runs import CHECKPOINT, Progress
+from src.runs import CHECKPOINT, RunError, RunProgress
 from src.runs.checkpoint import CHECKPOINT_BEFORE, checkpoint_bytes
-from src.storage import RunError
 from src.training import EpochMeans, EpochRecord, History, LayerRecord, layer_records
 from tests.histories import make_history
 from tests.quantized_networks import mixed_resnet20
@@ -29,7 +28,7 @@ def save(path: Path, config: RunConfig, epochs: int, summary: str = "") -> None:
     model = torch.nn.Sequential()
     model.linear = torch.nn.Linear(4, 10)
     optimizer = torch.optim.AdamW(model.parameters())
-    progress = Progress(make_history(epochs, config.epochs), EpochMeans())
+    progress = RunProgress(make_history(epochs, config.epochs), EpochMeans())
     (path / CHECKPOINT).write_bytes(checkpoint_bytes(model, optimizer, progress, asdict(config)))
     if summary:
         (path / "run.json").write_text(summary)

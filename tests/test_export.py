@@ -15,6 +15,7 @@ from experiments.pipeline import SavedRun
 from src.data import load_data
 from src.export import unpack
 from src.pruning import compact
+from src.runs import load_checkpoint, state_bytes
 from src.training import evaluate
 
 
@@ -72,8 +73,8 @@ def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys:
 
 def test_without_the_runs_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on other data than is here: checked on noise, and said so."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save({**state, "data_digest": "0" * 64}, run / "checkpoint.pt")
+    state = load_checkpoint(run / "checkpoint.pt")
+    (run / "checkpoint.pt").write_bytes(state_bytes({**state, "data_digest": "0" * 64}))
     assert main([str(run)]) == 0
     captured = capsys.readouterr()
     assert "test set is not here" in captured.err
@@ -87,10 +88,10 @@ def test_interrupted_run_has_no_summary(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_cifar10_is_not_downloaded_for_a_check(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = load_checkpoint(run / "checkpoint.pt")
     state["config"]["data"] = "cifar10"
     state["data_digest"] = "0" * 64
-    torch.save(state, run / "checkpoint.pt")
+    (run / "checkpoint.pt").write_bytes(state_bytes(state))
     (run / "run.json").unlink()
     assert main([str(run), "--data-root", str(tmp_path / "empty")]) == 0
     assert "test set is not here" in capsys.readouterr().err
@@ -153,6 +154,6 @@ def test_load_run_gives_the_trained_network(trained: Path) -> None:
 
 
 def _edit(run: Path, part: str, **values: object) -> None:
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = load_checkpoint(run / "checkpoint.pt")
     state[part].update(values)
-    torch.save(state, run / "checkpoint.pt")
+    (run / "checkpoint.pt").write_bytes(state_bytes(state))

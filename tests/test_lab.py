@@ -17,7 +17,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from experiments import debug_run, lab
@@ -151,9 +150,9 @@ def test_run_with_settings_beyond_the_parameters_is_not_taken_up(
     project: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(finished, project / "debug_output")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = load_checkpoint(folder / "checkpoint.pt")
     state["config"]["peak"] = 0.5
-    torch.save(state, folder / "checkpoint.pt")
+    (folder / "checkpoint.pt").write_bytes(state_bytes(state))
     with pytest.raises(LabRunError, match=r"no parameter for \(peak\): explore it in a cell with explorers\.load_run"):
         explorable(folder)
     start = Started(finished)
@@ -164,9 +163,9 @@ def test_run_with_settings_beyond_the_parameters_is_not_taken_up(
 
 def test_unfinished_and_unreadable_runs_are_told_as_such(tmp_path: Path, finished: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = load_checkpoint(folder / "checkpoint.pt")
     shorter = {**state["history"], "records": state["history"]["records"][:1]}
-    torch.save({**state, "history": shorter}, folder / "checkpoint.pt")
+    (folder / "checkpoint.pt").write_bytes(state_bytes({**state, "history": shorter}))
     with pytest.raises(LabRunError, match="stopped after 1 of 2 epochs: finish it first"):
         explorable(folder)
     (folder / "run.json").write_text("{")

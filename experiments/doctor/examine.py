@@ -43,7 +43,7 @@ from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks
 from experiments.pipeline import PRESETS, build_run, configure, load_run, prepare_data
 from src.runs import CHECKPOINT, RunFolder
-from src.storage import check_writable, fail, say
+from src.storage import check_writable, fail, log_info
 from src.training import EpochRecord, History, TrainingError
 
 __all__ = [
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = examine_folder(Path(options.run), options.data_root) if options.run else _own_run(options)
         print(report.text())
-        say(f"{time.perf_counter() - started:.0f} s")
+        log_info(f"{time.perf_counter() - started:.0f} s")
         if options.output:
             RunFolder.open(options.output, keep=True).write_json("doctor.json", report.to_json())
     except ValueError as error:  # every error of the library that bad input can cause is one
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     except KeyboardInterrupt:
-        say("interrupted")
+        log_info("interrupted")
         return INTERRUPTED
     return FAULTY if report.faulty else HEALTHY
 
@@ -207,14 +207,16 @@ def _own_run(options: argparse.Namespace) -> Report:
     changes: dict[str, Any] = {**QUICK} if options.preset == "smoke" else {}
     asked = {name: getattr(options, name) for name in ("data", "data_root", "epochs", "limit", "seed", "device")}
     config = configure(options.preset, **changes | {name: value for name, value in asked.items() if value is not None})
-    config, data = prepare_data(config, say)
+    config, data = prepare_data(config, log_info)
     run = build_run(config, data)
-    say(f"{run.subtitle}; {config.epochs} epochs")
+    log_info(f"{run.subtitle}; {config.epochs} epochs")
 
     def told(stage: str, found: Report) -> None:
-        say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
+        log_info(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
 
-    return examine(Pipeline.of_run(run), on_stage=told, on_epoch=lambda record: say(record.console_line(config.epochs)))
+    return examine(
+        Pipeline.of_run(run), on_stage=told, on_epoch=lambda record: log_info(record.console_line(config.epochs))
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

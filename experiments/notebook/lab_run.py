@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.pipeline import PRESETS, ConfigError, RunConfig, SavedRun, configure, contents
-from src.runs import CHECKPOINT, SUMMARY, RunFolder
-from src.storage import RunError, say
+from src.runs import CHECKPOINT, SUMMARY, RunError, RunFolder
+from src.storage import log_info
 
 # Parameters of the notebook and the settings that they stand for; those equal to the preset's are left out.
 NAMES = {"EPOCHS": "epochs", "BATCH_SIZE": "batch_size", "LIMIT": "limit", "SEED": "seed"}
@@ -44,9 +44,9 @@ def training_command(folder: Path) -> list[str]:
     """The command line that trains the short run into `folder`, or goes on with one that was interrupted; says so."""
     command = [sys.executable, "-m", "experiments.debug_run", "--data", "digits", "--output", str(folder)]
     if RunFolder(folder).has_checkpoint() and not (folder / SUMMARY).is_file():
-        say(f"going on with the training in {folder} (about a minute in all) ...")
+        log_info(f"going on with the training in {folder} (about a minute in all) ...")
         return [*command, "--resume"]
-    say(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")
+    log_info(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")
     return command
 
 

@@ -20,8 +20,7 @@ from experiments.pipeline.config import RunConfig
 from experiments.pipeline.saved_run import SavedRun
 from metrics import FULL_PRECISION_BITS, QuantizationComparison
 from resnet import NETWORKS
-from src.runs import PREVIOUS, RunFolder
-from src.storage import RunError
+from src.runs import PREVIOUS, RunError, RunFolder
 from src.training import History
 
 NOT_COMPARED = frozenset({"given", "data_root"})  # where things are and what was typed, not what is computed

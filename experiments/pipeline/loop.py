@@ -29,8 +29,8 @@ import torch
 from experiments.pipeline.config import RunConfig
 from experiments.pipeline.run import Run
 from src import training
-from src.runs import SNAPSHOTS, RunFolder, SnapshotError, Snapshots
-from src.storage import RunError
+from src.runs import SNAPSHOTS, RunError, RunFolder, SnapshotError, Snapshots
+from src.storage import StorageError
 from src.training import (
     EpochRecord,
     Interrupted,
@@ -260,12 +260,12 @@ class TrainingLoop:
 
     def _keep(self, error: BaseException) -> None:
         """Write what is not written yet, and say how to go on."""
-        if self.run.whole and not isinstance(error, RunError) and self._behind():
+        if self.run.whole and not isinstance(error, StorageError) and self._behind():
             try:
                 self.save()
-            except (RunError, TrainingError) as failure:
+            except (StorageError, TrainingError) as failure:
                 self._report(f"error: {failure}")
-        if isinstance(error, RunError):
+        if isinstance(error, StorageError):
             self._report(f"{self.kept}; {self._go_on}" if self.saved else self.kept)
         ending = isinstance(error, Terminated) and in_notebook()
         if isinstance(error, KeyboardInterrupt):

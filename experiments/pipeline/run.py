@@ -10,7 +10,7 @@ from torch import nn
 
 from experiments.pipeline.config import RunConfig
 from src.data import ImageData
-from src.runs import Progress, Snapshots
+from src.runs import RunProgress, Snapshots
 from src.training import EpochMeans, GraphedStep, History, Objective, StepFunction
 
 
@@ -50,12 +50,12 @@ class Run:
         return f"{self.config.model} on {self.data.title}{part}; preset {self.config.preset}, seed {self.config.seed}"
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """How far it has come."""
-        return Progress(self.history, self.means, self.seconds)
+        return RunProgress(self.history, self.means, self.seconds)
 
     @progress.setter
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: RunProgress) -> None:
         """Go on from there. The history stays the same object: figures that show it go on showing it."""
         self.history.records[:] = progress.history.records
         self.means, self.seconds, self.whole = progress.means, progress.seconds, True

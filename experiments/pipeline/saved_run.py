@@ -16,8 +16,7 @@ from experiments.pipeline.config import ConfigError, RunConfig
 from experiments.pipeline.run import Run
 from resnet import NETWORKS, ResNet
 from src.data import ImageData, load_data
-from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunFolder, Snapshots, load_checkpoint, load_model_state
-from src.storage import RunError
+from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, load_model_state
 from src.training import History, pick_device
 
 

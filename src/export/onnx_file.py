@@ -82,7 +82,7 @@ def export_onnx(
 
     model: as for `src.export.pack`, or a CompactNetwork, whose weights are all float32. integer_weights: store the
     quantized layers as whole numbers; False stores every weight in float32. force: write over an existing file.
-    Raises OutputError for the path, CompactionError or IndexingError for the model; nothing is written then.
+    Raises StorageError for the path, CompactionError or IndexingError for the model; nothing is written then.
     """
     check_output(path, force)
     network, indexed = compact_with_indices(model, input_size)

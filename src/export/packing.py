@@ -28,10 +28,17 @@ from src.export.integer_weights import IndexedWeight, compact_with_indices
 from src.export.pack_report import PackedLayer, PackReport, fp32_state_bytes
 from src.pruning import CompactionError, CompactNetwork, Shape, state_shapes
 from src.quantizer import LARGEST_BITS, MIN_BITS
-from src.storage import PackedFileError, check_output, read_frame, write_frame, write_output
+from src.storage import (
+    StorageError,
+    check_arrays,
+    check_output,
+    container_bytes,
+    read_container,
+    save_arrays,
+    write_output,
+)
 
-__all__ = ["PackReport", "PackedFileError", "PackedLayer", "fp32_state_bytes", "pack", "unpack"]
-
+KIND = "packed"
 # Zeros cost next to nothing, so a short file could stand for endless weights. A file has at least one byte for so many
 # weights (it is filled up where it would be shorter), and a reader believes no more.
 MAX_WEIGHTS_PER_BYTE = 256
@@ -45,8 +52,8 @@ def pack(
 
     model: in eval mode, float32, its quantizers attached and switched on. Without quantizers all is stored in float32,
     and the report says so. input_size: (C, H, W) of one image. force: write over an existing file.
-    Raises OutputError for the path, CompactionError or IndexingError for the model (see `compact_with_indices`),
-    PackedFileError where its description is too long; nothing is written then.
+    Raises StorageError for the path, CompactionError or IndexingError for the model (see `compact_with_indices`);
+    nothing is written then.
     """
     check_output(path, force)
     network, indexed = compact_with_indices(model, input_size)
@@ -59,22 +66,25 @@ def pack(
 def unpack(path: str | Path) -> CompactNetwork:
     """The network in a file that `pack` wrote, on the CPU, in eval mode, ready to run.
 
-    Raises PackedFileError for a file that is damaged, of another version or not a packed network, before more than a
-    few megabytes are used, and also where the file cannot be read.
+    Raises StorageError for a file that is damaged, of another version or not a packed network, before more memory than
+    a few times the file's size is used, and also where the file cannot be read.
     """
     try:
-        described, tensors = read_frame(path, _expected_sizes)
+        described, tensors = read_container(path, KIND)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PackedFileError(f"{str(path)!r} cannot be read ({reason}); name a file that pack() wrote") from error
-    shapes, layers = state_shapes(described["network"]), _layers(described)
-    counts = [(layer["bits"], math.prod(_indexed_shape(shapes, layer))) for layer in layers]
+        raise StorageError(f"{str(path)!r} cannot be read ({reason}); name a file that pack() wrote") from error
+    except StorageError as error:
+        raise StorageError(f"{error}; copy the file again, or pack the network again") from error
     try:
+        shapes, layers = _check_contents(described, tensors, Path(path).stat().st_size)
+        counts = [(layer["bits"], math.prod(_indexed_shape(shapes, layer))) for layer in layers]
         decoded = decode(tensors["stream"], counts)
-    except CodingError as error:
-        raise PackedFileError(f"{str(path)!r} is damaged: {error}; pack the network again") from error
+        network = CompactNetwork(described["network"])
+    except (StorageError, CodingError, CompactionError) as error:
+        raise StorageError(f"{str(path)!r} is damaged: {error}; pack the network again") from error
     if _digest(decoded) != tensors["check"].tobytes():
-        raise PackedFileError(
+        raise StorageError(
             f"{str(path)!r}: its weights decode to others than were encoded; it was written with another version of "
             "the library constriction: read it with that one, or pack the network again"
         )
@@ -85,10 +95,6 @@ def unpack(path: str | Path) -> CompactNetwork:
         )
         for layer, q, (step, shift) in zip(layers, decoded, grid, strict=True)
     }
-    try:
-        network = CompactNetwork(described["network"])
-    except CompactionError as error:
-        raise PackedFileError(f"{str(path)!r} is damaged: {error}") from error
     network.load_state_dict(_joined(shapes, indexed, tensors))
     return network.eval()
 
@@ -116,7 +122,7 @@ def _contents(
         "counters": torch.cat([torch.zeros(0, dtype=torch.int64), *counters]).numpy(),
         "check": np.frombuffer(_digest(flat), dtype=np.uint8),
     }
-    data = write_frame({"network": network.description, "quantized": layers}, tensors)
+    data = container_bytes(KIND, {"network": network.description, "quantized": layers}, save_arrays(tensors))
     raw = b"".join(
         q.astype("<i1" if layer["bits"] <= 8 else "<i2").tobytes() for layer, q in zip(layers, flat, strict=True)
     )
@@ -161,19 +167,20 @@ def _joined(
     return state
 
 
-def _expected_sizes(described: dict[str, Any], file_bytes: int) -> dict[str, int | range]:
-    """How many numbers each tensor of the file holds, from its description alone, which is checked for that.
+def _check_contents(
+    described: dict[str, Any], tensors: dict[str, Any], file_bytes: int
+) -> tuple[dict[str, Shape], list[dict[str, Any]]]:
+    """Shapes of the state dictionary and the quantized layers. Raises StorageError, CompactionError with what is wrong.
 
-    Raises PackedFileError with what is wrong; `read_frame` adds where.
+    The tensors of a file, one-dimensional: stream, the entropy-coded indices; grid, step and shift of every quantized
+    layer; float32 and counters, everything else; check, sha256 of the indices, so that no other version of a library
+    decodes them differently unnoticed.
     """
-    try:
-        shapes = state_shapes(described.get("network") or {})
-    except CompactionError as error:
-        raise PackedFileError(str(error)) from error
+    shapes = state_shapes(described.get("network") or {})
     layers = _layers(described)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if sum(sizes.values()) > MAX_WEIGHTS_PER_BYTE * file_bytes:
-        raise PackedFileError(
+        raise StorageError(
             f"{file_bytes:,} bytes cannot hold {sum(sizes.values()):,} parameters, at most "
             f"{MAX_WEIGHTS_PER_BYTE * file_bytes:,} are allowed"
         )
@@ -181,25 +188,29 @@ def _expected_sizes(described: dict[str, Any], file_bytes: int) -> dict[str, int
         _check_layer(shapes, layer)
     weights = sum(math.prod(_indexed_shape(shapes, layer)) for layer in layers)
     counters = sum(size for name, size in sizes.items() if _pool(name) == "counters")
-    return {
-        "stream": range(2 * weights + 1024 * len(layers) + 1),  # far more than any table and any weight takes
-        "grid": 2 * len(layers),
-        "float32": sum(sizes.values()) - counters - weights,
-        "counters": counters,
-        "check": hashlib.sha256().digest_size,
-    }
+    check_arrays(
+        tensors,
+        {
+            "stream": ("<u4", (None,)),
+            "grid": ("<f4", (2 * len(layers),)),
+            "float32": ("<f4", (sum(sizes.values()) - counters - weights,)),
+            "counters": ("<i8", (counters,)),
+            "check": ("|u1", (hashlib.sha256().digest_size,)),
+        },
+    )
+    return shapes, layers
 
 
 def _layers(described: Mapping[str, Any]) -> list[dict[str, Any]]:
     layers = described.get("quantized")
     if set(described) != {"network", "quantized"} or not isinstance(layers, list):
-        raise PackedFileError("its description needs exactly network and quantized")
+        raise StorageError("its description needs exactly network and quantized")
     for layer in layers:
         whole = isinstance(layer, dict) and set(layer) == {"name", "bits", "columns"}
         if not whole or not isinstance(layer["name"], str):
-            raise PackedFileError(f"quantized layer {layer!r:.100} needs exactly name, bits and columns")
+            raise StorageError(f"quantized layer {layer!r:.100} needs exactly name, bits and columns")
     if len({layer["name"] for layer in layers}) != len(layers):
-        raise PackedFileError("a quantized layer is named twice")
+        raise StorageError("a quantized layer is named twice")
     return layers
 
 
@@ -208,7 +219,7 @@ def _check_layer(shapes: Mapping[str, Shape], layer: Mapping[str, Any]) -> None:
     for field, least, most in (("bits", MIN_BITS, LARGEST_BITS), ("columns", 1, shape[1] if len(shape) > 1 else 0)):
         value = layer[field]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise PackedFileError(f"layer {layer['name']!r:.80} has {field}={value!r:.50}, need {least} to {most}")
+            raise StorageError(f"layer {layer['name']!r:.80} has {field}={value!r:.50}, need {least} to {most}")
 
 
 def _indexed_shape(shapes: Mapping[str, Shape], layer: Mapping[str, Any]) -> Shape:

@@ -5,10 +5,9 @@ An interrupted run is resumed from here, bit for bit; an earlier one moves to pr
 
 from __future__ import annotations
 
-from src.runs.checkpoint import CHECKPOINT, Progress, load_checkpoint, load_model_state
-from src.runs.earlier_runs import PREVIOUS, SUMMARY
+from src.runs.checkpoint import CHECKPOINT, RunError, RunProgress, load_checkpoint, load_model_state, state_bytes
 from src.runs.environment import machine, versions
-from src.runs.folder import RunFolder
+from src.runs.folder import PREVIOUS, SUMMARY, RunFolder
 from src.runs.snapshots import EDGES, REACH, SNAPSHOTS, LayerSnapshot, SnapshotError, Snapshots
 
 __all__ = [
@@ -19,12 +18,14 @@ __all__ = [
     "SNAPSHOTS",
     "SUMMARY",
     "LayerSnapshot",
-    "Progress",
+    "RunError",
     "RunFolder",
+    "RunProgress",
     "SnapshotError",
     "Snapshots",
     "load_checkpoint",
     "load_model_state",
     "machine",
+    "state_bytes",
     "versions",
 ]

@@ -1,6 +1,8 @@
-"""A run's folder: what is written where, whole or not at all, and how a run is taken up again.
+"""A run's folder: what is written where, how a run is resumed, and what happens to the run before it.
 
-One process at a time has the folder. An earlier run's files move to `previous/N`; nothing is ever deleted.
+One process at a time has the folder. An earlier run's files move to `previous/N`; nothing is ever deleted. They are
+moved one by one, and a process can be killed between two of them. So they are gathered in `previous/.moving`, which
+becomes `previous/N` when it is complete; the next process moves the rest, or moves back what was moved already.
 """
 
 from __future__ import annotations
@@ -19,39 +21,23 @@ from src.runs.checkpoint import (
     CHECKPOINT,
     CHECKPOINT_BEFORE,
     CHECKPOINT_DAMAGED,
-    CHECKPOINT_FORMAT,
-    Progress,
-    Report,
-    check_model_state,
+    RunError,
+    RunProgress,
     checkpoint_bytes,
     load_checkpoint,
-    load_model_state,
     restore,
 )
-from src.runs.earlier_runs import FIGURES, HISTORY, MOVING, PREVIOUS, SUMMARY, put_back, set_aside
-from src.runs.environment import machine, versions
-from src.storage import RunError, check_writable, folder_lock, not_writable, remove_leftovers, write_atomic
+from src.runs.snapshots import SNAPSHOTS
+from src.storage import Notify, check_writable, folder_lock, not_writable, remove_leftovers, write_atomic
 from src.training import EpochMeans, History
 
-__all__ = [
-    "CHECKPOINT",
-    "CHECKPOINT_BEFORE",
-    "CHECKPOINT_FORMAT",
-    "FIGURES",
-    "HISTORY",
-    "PREVIOUS",
-    "SUMMARY",
-    "Progress",
-    "RunError",
-    "RunFolder",
-    "check_model_state",
-    "check_writable",
-    "load_checkpoint",
-    "load_model_state",
-    "machine",
-    "versions",
-    "write_atomic",
-]
+PREVIOUS, MOVING = "previous", ".moving"
+HISTORY, SUMMARY = "history.csv", "run.json"
+FIGURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png")
+RUN = frozenset({CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_DAMAGED, HISTORY, SUMMARY})
+"""What only a run leaves: a folder without one of these holds no run."""
+RESULTS = RUN | {SNAPSHOTS, *FIGURES}
+EXPORTS = (".cdq", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class RunFolder:
     def open(cls, path: str | Path, *, keep: bool = False) -> RunFolder:
         """Create the folder, or take it over. An earlier run's files move to `previous/N` unless `keep` is set.
 
-        Raises RunError where the path is a file, cannot be written to, or is in use by another process.
+        Raises StorageError where the path is a file, cannot be written to, or is in use by another process.
         """
         check_writable(path)
         folder = Path(path)
@@ -73,23 +59,23 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             folder_lock.hold(folder)
             remove_leftovers(folder)
-            run = cls(folder)
             (put_back if keep else set_aside)(folder)
         except OSError as error:
             raise not_writable(path, error) from error
-        return run
+        return cls(folder)
 
     def close(self) -> None:
         """Let other processes have the folder. The end of the process does so, too."""
         folder_lock.release(self.path)
 
     def write(self, name: str, data: bytes | str) -> Path:
-        """Write one file of the run, whole or not at all. Raises OSError."""
+        """Write one file of the run, completely or not at all. Raises OSError."""
         target = self.path / name
         write_atomic(target, data.encode() if isinstance(data, str) else data)
         return target
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> Path:
+        """Write strict JSON; what it has no type for is written as text. Raises ValueError for NaN, and OSError."""
         return self.write(name, json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
 
     def try_write(self, name: str, data: bytes | str) -> bool:
@@ -120,7 +106,7 @@ class RunFolder:
         cannot be written, TrainingError where a weight is not finite; both leave the old one. A folder that vanished
         is made again, with a warning, and taken again.
         """
-        progress = Progress(history, means or EpochMeans(), seconds)
+        progress = RunProgress(history, means or EpochMeans(), seconds)
         data = checkpoint_bytes(model, optimizer, progress, config, data_digest)
         try:
             if folder_lock.is_held(self.path) and not self.path.exists():
@@ -142,7 +128,7 @@ class RunFolder:
         return any((self.path / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
 
     def check_resumable(self) -> None:
-        """Raise RunError where there is no checkpoint, nor one that `open` puts back. Changes nothing."""
+        """Raise RunError where there is no checkpoint, nor one that `open` moves back. Changes nothing."""
         if not self.has_checkpoint() and not RunFolder(self.path / PREVIOUS / MOVING).has_checkpoint():
             raise RunError(f"there is no checkpoint at {str(self.path)!r} to resume from; run without --resume first")
 
@@ -153,36 +139,46 @@ class RunFolder:
         config: Mapping[str, Any],
         device: torch.device,
         data_digest: str = "",
-        report: Report | None = None,
-    ) -> Progress:
+        notify: Notify | None = None,
+    ) -> RunProgress:
         """Load the checkpoint into `model`, `optimizer` and the random generators, and return how far the run came.
 
-        Raises RunError where there is none, it cannot be read, or it belongs to another configuration, architecture or
-        (where both digests are known) other data. Nothing is changed before all of that is checked. A damaged file is
-        put out of the way of the good one before it.
+        Raises RunError where there is none, it cannot be read, or it belongs to another run (see
+        `src.runs.checkpoint.restore`). Nothing is changed before all of that is checked. A damaged file is moved away,
+        so that it does not replace the good one before it.
         """
-        heard: list[str] = []
-        state = load_checkpoint(self.path / CHECKPOINT, device, heard.append)
-        progress = restore(state, model, optimizer, config, data_digest, report)
-        for line in heard:
-            if report:
-                report(line)
-        if heard and (self.path / CHECKPOINT).exists():
+        notices: list[str] = []
+        state = load_checkpoint(self.path / CHECKPOINT, device, notices.append)
+        progress = restore(state, model, optimizer, config, data_digest, notify)
+        for line in notices:
+            if notify:
+                notify(line)
+        if notices and (self.path / CHECKPOINT).exists():
             (self.path / CHECKPOINT).replace(self.path / CHECKPOINT_DAMAGED)
         return progress
 
-    def resume(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: Mapping[str, Any],
-        device: torch.device,
-        data_digest: str = "",
-    ) -> History:
-        """`restore` for a loop that goes by whole epochs. Raises RunError, too, for a checkpoint in mid-epoch."""
-        state = load_checkpoint(self.path / CHECKPOINT, device)
-        if state["unfinished"].get("steps"):
-            raise RunError(
-                f"the checkpoint in {str(self.path)!r} is in the middle of an epoch; take it up with `restore`"
-            )
-        return self.restore(model, optimizer, config, device, data_digest).history
+
+def set_aside(folder: Path) -> None:
+    """Move an earlier run, with what was exported from it, to `previous/N`. Everything else in the folder stays."""
+    entries = list(folder.iterdir())
+    moving = folder / PREVIOUS / MOVING
+    if not any(entry.name in RUN for entry in entries) and not moving.exists():
+        return
+    moving.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        if entry.name in RESULTS or entry.suffix in EXPORTS:
+            entry.replace(moving / entry.name)
+    taken = [int(entry.name) for entry in (folder / PREVIOUS).iterdir() if entry.name.isdecimal()]
+    moving.rename(folder / PREVIOUS / str(max(taken, default=0) + 1))
+
+
+def put_back(folder: Path) -> None:
+    """Undo a move that was interrupted, so that the run can be resumed. No existing file is replaced."""
+    moving = folder / PREVIOUS / MOVING
+    if not moving.is_dir():
+        return
+    for entry in moving.iterdir():
+        if not (folder / entry.name).exists():
+            entry.rename(folder / entry.name)
+    if not any(moving.iterdir()):
+        moving.rmdir()

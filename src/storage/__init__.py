@@ -1,40 +1,43 @@
-"""Files that are whole or absent: atomic writes, one process at a time in a folder, and checked containers.
+"""Files that are complete or absent: atomic writes, one process at a time in a folder, and one checked container.
 
-Nothing here knows what a file means. Everything that the project writes goes through `write_atomic`.
+Nothing here knows what a file means, and nothing loads torch. Everything that the project writes goes through here.
 """
 
 from __future__ import annotations
 
 from src.storage import folder_lock
-from src.storage.checked_load import load_checked
-from src.storage.console import BAD_INPUT, fail, prepare_streams, say, tell
-from src.storage.files import RunError, check_writable, not_writable, remove_leftovers, write_atomic
-from src.storage.folder_lock import WITHOUT_LOCKS, check_free, hold, is_held, release
-from src.storage.output_file import OutputError, check_output, write_output
-from src.storage.packed_file import PackedFileError, read_frame, write_frame
+from src.storage.console import BAD_INPUT, Notify, fail, log_info, prepare_streams, print_result
+from src.storage.container import DamagedFileError, check_arrays, container_bytes, read_container, save_arrays
+from src.storage.files import (
+    StorageError,
+    check_output,
+    check_writable,
+    not_writable,
+    remove_leftovers,
+    write_atomic,
+    write_output,
+)
+from src.storage.folder_lock import WITHOUT_LOCKS
 
 __all__ = [
     "BAD_INPUT",
     "WITHOUT_LOCKS",
-    "OutputError",
-    "PackedFileError",
-    "RunError",
-    "check_free",
+    "DamagedFileError",
+    "Notify",
+    "StorageError",
+    "check_arrays",
     "check_output",
     "check_writable",
+    "container_bytes",
     "fail",
     "folder_lock",
-    "hold",
-    "is_held",
-    "load_checked",
+    "log_info",
     "not_writable",
     "prepare_streams",
-    "read_frame",
-    "release",
+    "print_result",
+    "read_container",
     "remove_leftovers",
-    "say",
-    "tell",
+    "save_arrays",
     "write_atomic",
-    "write_frame",
     "write_output",
 ]

@@ -1,16 +1,19 @@
-"""What the commands print. Nobody has to listen: a closed terminal, a broken pipe or a full log ends no training."""
+"""What the commands print. A closed terminal, a broken pipe or a full log ends no training."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 BAD_INPUT = 2
+Notify = Callable[[str], None]
+"""What receives a line of text for the user, such as `log_info` or `print`."""
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr fit for any text, and give the process those that it was started without."""
+    """Make stdout and stderr fit for any text, and replace those that the process was started without."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -19,23 +22,24 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(line: str) -> None:
-    """One line on stderr, at once."""
+def log_info(line: str) -> None:
+    """Print one line on stderr, at once."""
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """Lines on stdout, at once. Once they cannot be written that is said on stderr, and they are left out."""
+def print_result(text: str) -> None:
+    """Print lines on stdout, at once. When stdout cannot be written, one warning on stderr replaces them all."""
     try:
         print(text, flush=True)
     except OSError as error:
-        say(f"warning: the standard output cannot be written ({error.strerror or error}); the run goes on without it")
+        reason = error.strerror or error
+        log_info(f"warning: the standard output cannot be written ({reason}); the run goes on without it")
         with suppress(OSError, ValueError):  # what is buffered would fail again at the end of the process
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> int:
-    """Say what is wrong with the input and return the exit status for it."""
-    say(f"error: {message}")
+    """Print what is wrong with the input on stderr and return the exit status for it."""
+    log_info(f"error: {message}")
     return BAD_INPUT

@@ -25,7 +25,7 @@ from experiments.pipeline.loop import finish_epoch, steps_left, train_epochs
 from resnet import NETWORKS
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
-from src.runs import CHECKPOINT, RunFolder
+from src.runs import CHECKPOINT, RunFolder, load_checkpoint, state_bytes
 from src.storage import folder_lock
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 
@@ -377,9 +377,9 @@ def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pyte
     folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
     folder_lock.release(folder.path)
     assert main(["--run", str(folder.path)]) == 0, capsys.readouterr().out
-    state = torch.load(folder.path / CHECKPOINT, weights_only=True)
+    state = load_checkpoint(folder.path / CHECKPOINT)
     state["history"]["records"][-1]["unstructured_sparsity"] += 0.1
-    torch.save(state, folder.path / CHECKPOINT)
+    (folder.path / CHECKPOINT).write_bytes(state_bytes(state))
     assert main(["--run", str(folder.path)]) == 1
     assert "sparsity" in capsys.readouterr().out
 

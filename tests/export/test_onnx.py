@@ -18,7 +18,7 @@ from src.export.integer_weights import IndexedWeight, compact_with_indices
 from src.export.onnx_file import OnnxCheck, OnnxError
 from src.export.onnx_graph import integer_type
 from src.pruning import CompactionError, CompactNetwork, compact
-from src.storage import OutputError
+from src.storage import StorageError
 from tests.quantized_networks import SMALL_SIZE, as_trained, mixed_resnet20, small_resnet
 from utils_quantization import quantized_layers
 
@@ -209,11 +209,11 @@ def test_check_sees_another_network(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     model, path = small_resnet(), tmp_path / "model.onnx"
     path.write_bytes(b"precious")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(StorageError, match="exists already"):
         export_onnx(model, path, input_size=SMALL_SIZE)
     with pytest.raises(OnnxError, match="cannot read"):
         open_session(path)
-    with pytest.raises(OutputError, match="folder"):
+    with pytest.raises(StorageError, match="folder"):
         export_onnx(model, tmp_path, input_size=SMALL_SIZE, force=True)
     with pytest.raises(CompactionError, match="training mode"):
         export_onnx(model.train(), path, input_size=SMALL_SIZE, force=True)

@@ -19,6 +19,7 @@ from experiments.pipeline import attach
 from metrics import LayerStats, ModelStats
 from src import training
 from src.data import ImageData, augment, normalize
+from src.runs import load_checkpoint, state_bytes
 from src.training import EpochRecord, History, LayerRecord
 from utils_quantization import quantizer_of
 
@@ -194,7 +195,7 @@ def saving(change: Callable[[dict[str, Any], int], dict[str, Any]]) -> Callable[
 
     def save(s: Pipeline, history: History, folder: Path) -> Path:
         path = parts_of.run_save(s, history, folder)
-        torch.save(change(torch.load(path, weights_only=True), len(history)), path)
+        path.write_bytes(state_bytes(change(load_checkpoint(path), len(history))))
         return path
 
     return lambda pipeline: replace(pipeline, save=save)

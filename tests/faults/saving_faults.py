@@ -16,6 +16,7 @@ from experiments.doctor.demonstration import Fault
 from experiments.evaluator import EvalResult
 from metrics import LayerStats
 from src.data import test_batches
+from src.runs import load_checkpoint, state_bytes
 from src.training import EpochRecord, History
 from tests.faults.measure_faults import recording
 
@@ -25,9 +26,9 @@ def saving(change: Callable[[dict[str, Any]], Any]) -> Callable[[Pipeline], Pipe
 
     def save(pipeline: Pipeline, history: History, folder: Path) -> Path:
         path = parts_of.run_save(pipeline, history, folder)
-        state = torch.load(path, weights_only=True)
+        state = load_checkpoint(path)
         change(state)
-        torch.save(state, path)
+        path.write_bytes(state_bytes(state))
         return path
 
     return lambda pipeline: replace(pipeline, save=save)

@@ -18,8 +18,7 @@ from experiments.notebook.image_trace import ThreeNetworks
 from experiments.pipeline import Run, configure, load_run
 from resnet import BasicBlock, ResNet
 from src.data import normalize
-from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunFolder, Snapshots
-from src.storage import RunError
+from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, state_bytes
 from src.training import layer_records
 from tests.histories import make_history
 from tests.quantized_networks import small_resnet
@@ -86,7 +85,7 @@ def test_a_folder_gives_back_the_run(folder: Path, loaded: Run) -> None:
     assert loaded.snapshots.epochs == [0, 1, 2]
     assert len(loaded.data.train_labels) == 40
     assert "preset smoke" in loaded.subtitle
-    state = torch.load(folder / CHECKPOINT, weights_only=True)["model"]
+    state = load_checkpoint(folder / CHECKPOINT)["model"]
     mine = loaded.model.state_dict()
     assert mine.keys() == state.keys()
     assert all(torch.equal(mine[name].cpu(), state[name]) for name in state)
@@ -101,17 +100,17 @@ def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
         load_run(tmp_path)
     copy = tmp_path / "copy"
     copy.mkdir()
-    state = torch.load(folder / CHECKPOINT, weights_only=True)
+    state = load_checkpoint(folder / CHECKPOINT)
     (copy / CHECKPOINT).write_bytes((folder / CHECKPOINT).read_bytes())
     (copy / SUMMARY).write_text("{")
     with pytest.raises(RunError, match=r"run\.json.*cannot be read"):
         load_run(copy)
     (copy / SUMMARY).write_text(json.dumps({"data": {"name": "digits"}}))
     assert load_run(copy).snapshots.epochs == [2], "no snapshots: the trained state alone"
-    torch.save({**state, "data_digest": "0" * 64}, copy / CHECKPOINT)
+    (copy / CHECKPOINT).write_bytes(state_bytes({**state, "data_digest": "0" * 64}))
     with pytest.raises(RunError, match=r"trained on other images.*000000000000 then"):
         load_run(copy)
-    torch.save({**state, "config": {"preset": "smoke", "epochs": 0}}, copy / CHECKPOINT)
+    (copy / CHECKPOINT).write_bytes(state_bytes({**state, "config": {"preset": "smoke", "epochs": 0}}))
     with pytest.raises(RunError, match=r"not one of this version.*epochs=0"):
         load_run(copy)
 

@@ -25,8 +25,8 @@ from experiments.sparsity import coupled_group_lasso
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData, load_data
-from src.runs import load_checkpoint
-from src.storage import RunError, folder_lock
+from src.runs import RunError, RunFolder, load_checkpoint, state_bytes
+from src.storage import folder_lock
 from src.training import History, Step, StepLosses, TrainingError
 
 CPU = torch.device("cpu")
@@ -216,10 +216,9 @@ def test_another_optimizer_is_refused_and_nothing_is_changed(data: ImageData, tm
     [
         (("model", "linear.weight"), 1.5, "of another architecture: .* 1 of another shape"),
         (("model", 7), torch.zeros(1), "of another architecture: .* 1 unknown"),
-        (("config", "peak"), torch.zeros(1), "does not fit this run: Object of type Tensor"),
         (("optimizer", "state", 0, "exp_avg"), torch.zeros(2), r"other parameters \(exp_avg of parameter 0\)"),
         (("optimizer", "state", 0), None, "does not fit this run"),
-        (("optimizer", "param_groups", 0, "weight_decay"), torch.zeros(2), "of another optimizer"),
+        (("optimizer_class",), "SGD", "of another optimizer"),
         (("history", "records", 0, "epoch"), 2, "epoch 2 does not follow 0 recorded epochs"),
         (("history", "records", 0), 3, "not a history of this version"),
         (("random", "torch"), torch.zeros(3), "not the states of random generators"),
@@ -234,7 +233,7 @@ def test_a_checkpoint_with_other_contents_is_refused_and_nothing_is_changed(
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
-    torch.save(state, tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.pt").write_bytes(state_bytes(state))
     run = new_run(data, seed=7)
     before = everything(run)
     with pytest.raises(RunError, match=message):
@@ -409,7 +408,7 @@ def test_a_state_that_is_no_number_is_never_written(where: str, data: ImageData,
     spoiled = dict(run.model.state_dict()).get(where, next(iter(run.optimizer.state.values()))["exp_avg"])
     spoiled.fill_(float("inf"))
     with pytest.raises(TrainingError, match=f"{where} is not finite after epoch 1 of 3 and 1 step of the next: this"):
-        TrainingLoop(run, pipeline.RunFolder(tmp_path)).save()
+        TrainingLoop(run, RunFolder(tmp_path)).save()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
@@ -499,20 +498,12 @@ def test_where_nothing_could_be_written_no_resuming_is_promised(
     assert said == ["nothing was written yet"]
 
 
-def test_a_checkpoint_in_mid_epoch_is_refused_by_a_loop_over_whole_epochs(data: ImageData, tmp_path: Path) -> None:
-    killed(new_run(data), tmp_path, 6, checkpoint_every=1)
-    run = new_run(data)
-    with pytest.raises(RunError, match="in the middle of an epoch; take it up with `restore`"):
-        pipeline.RunFolder(tmp_path).resume(run.model, run.optimizer, asdict(CONFIG), CPU, data.digest)
-    assert not run.optimizer.state
-
-
 def test_another_machine_or_library_is_said(data: ImageData, tmp_path: Path) -> None:
     killed(new_run(data), tmp_path, 5)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     state["versions"]["torch"], state["machine"]["threads"] = "1.0", 64
     state["machine"] |= {"device_name": "Abacus", "precision": "bfloat16"}
-    torch.save(state, tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.pt").write_bytes(state_bytes(state))
     said: list[str] = []
     TrainingLoop.open(new_run(data), tmp_path, resume=True, report=said.append)
     now = f"torch 1.0 then, {torch.__version__.partition('+')[0]}"

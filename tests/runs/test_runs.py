@@ -17,8 +17,8 @@ from torch import nn
 
 from resnet import BasicBlock, ResNet
 from src.quantizer import DeadZoneLDZCompander
-from src.runs import RunFolder, load_checkpoint, load_model_state, machine, versions
-from src.storage import RunError, check_writable, folder_lock, write_atomic
+from src.runs import RunError, RunFolder, load_checkpoint, load_model_state, machine, state_bytes, versions
+from src.storage import StorageError, check_writable, folder_lock, write_atomic
 from src.training import EpochRecord, History, LayerRecord, make_optimizer, parameter_groups
 from utils_quantization import attach_weight_quantizers
 
@@ -117,9 +117,9 @@ class _Full:
 def test_a_path_that_cannot_be_a_folder_is_refused_and_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for check in (check_writable, RunFolder.open):
-        with pytest.raises(RunError, match="is a file; name a folder"):
+        with pytest.raises(StorageError, match="is a file; name a folder"):
             check(tmp_path / "file")
-        with pytest.raises(RunError, match=r"cannot be written \(Not a directory\); name another folder"):
+        with pytest.raises(StorageError, match=r"cannot be written \(Not a directory\); name another folder"):
             check(tmp_path / "file" / "below")
     assert contents(tmp_path) == {"file": b"mine"}
 
@@ -129,11 +129,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", denied)
-    with pytest.raises(RunError, match=r"run' cannot be written \(Permission denied\)"):
+    with pytest.raises(StorageError, match=r"run' cannot be written \(Permission denied\)"):
         RunFolder.open(tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(RunError, match=r"run' cannot be written \(Permission denied\)"):
+    with pytest.raises(StorageError, match=r"run' cannot be written \(Permission denied\)"):
         RunFolder.open(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -143,9 +143,9 @@ def test_a_folder_without_a_name_or_behind_a_broken_link(tmp_path: Path) -> None
     (tmp_path / "circle").symlink_to("circle")
     for take in (check_writable, RunFolder.open):
         for name in ("nowhere", "circle"):
-            with pytest.raises(RunError, match=f"{name}' is a link to nowhere; name a folder, or repair the link"):
+            with pytest.raises(StorageError, match=f"{name}' is a link to nowhere; name a folder, or repair the link"):
                 take(tmp_path / name)
-        with pytest.raises(RunError, match="has no name; name a folder"):
+        with pytest.raises(StorageError, match="has no name; name a folder"):
             take("")
     folder_lock.release(tmp_path / "circle")  # it was not held
 
@@ -243,8 +243,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     model, optimizer = trained()
     folder.save_progress(model, optimizer, history(), CONFIG, data_digest="a" * 64)
     with pytest.raises(RunError, match="other images or labels"):
-        folder.resume(model, optimizer, CONFIG, CPU, data_digest="b" * 64)
-    assert folder.resume(model, optimizer, CONFIG, CPU, data_digest="a" * 64) == history()
+        folder.restore(model, optimizer, CONFIG, CPU, data_digest="b" * 64)
+    assert folder.restore(model, optimizer, CONFIG, CPU, data_digest="a" * 64).history == history()
 
 
 def test_a_checkpoint_gives_model_optimizer_and_history_back(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_checkpoint_gives_model_optimizer_and_history_back(tmp_path: Path) -> 
     other, other_optimizer = trained(seed=7)
     assert not torch.equal(state_of(model, optimizer)[0], state_of(other, other_optimizer)[0])
     elsewhere = {**CONFIG, "device": "cpu", "data_root": "/elsewhere"}  # where things are may differ
-    assert folder.resume(other, other_optimizer, elsewhere, CPU) == history()
+    assert folder.restore(other, other_optimizer, elsewhere, CPU).history == history()
     for mine, theirs in zip(state_of(model, optimizer), state_of(other, other_optimizer), strict=True):
         assert torch.equal(mine, theirs)
     assert (folder.path / "history.csv").read_text() == history().csv_text()
@@ -265,7 +265,7 @@ def refused(folder: RunFolder, message: str, config: dict[str, Any] | None = Non
     before, files = state_of(model, optimizer), contents(folder.path)
     rates = [group["lr"] for group in optimizer.param_groups]
     with pytest.raises(RunError, match=message):
-        folder.resume(model, optimizer, config or CONFIG, CPU)
+        folder.restore(model, optimizer, config or CONFIG, CPU)
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(model, optimizer), strict=True))
     assert [group["lr"] for group in optimizer.param_groups] == rates
     assert contents(folder.path) == files
@@ -286,10 +286,9 @@ def test_a_damaged_checkpoint(tmp_path: Path, share: float, how: str) -> None:
     if how == "cut":
         path.write_bytes(data[:position])
     else:
-        for index in range(position, min(position + 70, len(data))):  # the gaps between tensors are shorter
-            data[index] ^= 0xFF
+        data[position] ^= 0xFF
         path.write_bytes(data)
-    refused(folder, "cannot be read .*damaged or not a checkpoint; start without --resume")
+    refused(folder, r"cannot be read: .*is damaged.*; start without --resume")
 
 
 def test_one_wrong_byte_in_a_weight_is_found(tmp_path: Path) -> None:
@@ -314,26 +313,18 @@ class _Harmful:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     folder = RunFolder.open(tmp_path / "run")
-    torch.save({"format": 1, "config": _Harmful(tmp_path / "harm")}, folder.path / "checkpoint.pt")
-    refused(folder, "cannot be read")
+    torch.save({"format": 2, "config": _Harmful(tmp_path / "harm")}, folder.path / "checkpoint.pt")
+    refused(folder, "written by an earlier version of the project")
     (folder.path / "checkpoint.pt").write_bytes(pickle.dumps(_Harmful(tmp_path / "harm")))
-    refused(folder, "cannot be read")
+    refused(folder, "damaged, or not a checkpoint file")
     assert not (tmp_path / "harm").exists()
 
 
 def altered(folder: RunFolder, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder.path / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
+    state = load_checkpoint(path)
     changed = change(state)
-    torch.save(state if changed is None else changed, path)
-
-
-def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
-    folder, _, _ = saved(tmp_path)
-    altered(folder, lambda state: state.update(format=1))
-    refused(folder, "has format 1, this version reads 2; start without --resume")
-    altered(folder, lambda state: [1, 2])
-    refused(folder, "has format None")
+    path.write_bytes(state_bytes(state if changed is None else changed))
 
 
 @pytest.mark.parametrize("part", ["config", "model", "optimizer", "history", "unfinished", "random"])

@@ -14,10 +14,16 @@ import filelock
 import pytest
 
 from src.runs import RunFolder
-from src.storage import RunError, folder_lock, remove_leftovers
+from src.storage import StorageError, folder_lock, remove_leftovers
 
 ROOT = Path(__file__).parents[2]
-HOLD = "import sys, time; from src.storage import hold; hold(sys.argv[1]); print('held', flush=True); time.sleep(99)"
+HOLD = """
+import sys, time
+from src.storage import folder_lock
+folder_lock.hold(sys.argv[1])
+print("held", flush=True)
+time.sleep(99)
+"""
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def test_the_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -
     with another_process(tmp_path) as first:
         for take in (folder_lock.check_free, folder_lock.hold, RunFolder.open):
             with pytest.raises(
-                RunError, match=rf"in use by another run \(process {first.pid} on .*wait for it or stop it"
+                StorageError, match=rf"in use by another run \(process {first.pid} on .*wait for it or stop it"
             ):
                 take(tmp_path)
         assert not folder_lock.is_held(tmp_path)
@@ -67,7 +73,7 @@ def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path: Path) -> None:
     folder_lock.hold(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    with another_process(folder), pytest.raises(RunError, match="in use by another run"):
+    with another_process(folder), pytest.raises(StorageError, match="in use by another run"):
         folder_lock.hold(folder)
     folder_lock.hold(folder)
     assert (folder / ".lock").exists()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from src.export import pack
-from src.storage import OutputError
+from src.storage import StorageError
 from src.training.failures import short_name
 from tests.torture.damaged_files import small_network
 from tests.torture.disks import SIZE, small_disk
@@ -123,7 +123,7 @@ def full_at_packing(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
         before = path.read_bytes()
         for free in [rng.randrange(len(before)) for _ in range(rounds)]:
             with outcome.trial(f"{free} bytes free"), _room(tmp / "disk", free, mounted):
-                with pytest.raises(OutputError, match=path.name):
+                with pytest.raises(StorageError, match=path.name):
                     pack(network, path, force=True)
                 assert path.read_bytes() == before
                 assert {entry.name for entry in path.parent.iterdir()} <= {path.name, FILLER}

@@ -22,7 +22,7 @@ from src.export import pack, unpack
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder, SnapshotError, Snapshots, load_checkpoint
 from src.runs.checkpoint import DamagedCheckpoint
-from src.storage import PackedFileError
+from src.storage import StorageError
 from src.training import EpochRecord, History, LayerRecord, make_optimizer, parameter_groups
 from tests.data.fake_archive import FILES, FOLDER, PAYLOAD, described
 from tests.torture.damage import damaged, read_damaged, told
@@ -165,7 +165,7 @@ def packed_network(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
         network = unpack(path)
         return {"description": network.description, "state": dict(network.state_dict())}
 
-    return read_damaged(path, rng, rounds, read, equal, PackedFileError)
+    return read_damaged(path, rng, rounds, read, equal, StorageError)
 
 
 @fault("snapshots damaged", survived=REFUSED, rounds=200, quick=10)

@@ -25,9 +25,9 @@ from src.data.cifar10 import read_batches, unpack
 from src.data.download import DataError
 from src.data.image_sources import MAX_PIXELS, read_folder
 from src.export import unpack as unpack_network
-from src.runs import SnapshotError, Snapshots, load_checkpoint
-from src.storage import PackedFileError, RunError
-from src.storage.packed_file import MARK
+from src.runs import RunError, SnapshotError, Snapshots, load_checkpoint
+from src.storage import StorageError
+from src.storage.container import MARK
 from tests.data.fake_archive import FILES, FOLDER, described, packed
 from tests.export.test_packing import forged
 from tests.torture.damaged_files import small_packed
@@ -126,7 +126,7 @@ def _read_batch(path: Path) -> object:
 READERS: dict[str, tuple[Callable[[Path], object], type[Exception], tuple[Callable[[bytes], bytes], ...]]] = {
     "checkpoint": (load_checkpoint, RunError, (lambda payload: payload, _as_checkpoint)),
     "dataset file with the right md5": (_read_batch, DataError, (lambda payload: payload,)),
-    "packed network": (unpack_network, PackedFileError, (lambda payload: payload, lambda payload: MARK + payload)),
+    "packed network": (unpack_network, StorageError, (lambda payload: payload, lambda payload: MARK + payload)),
     "snapshots": (Snapshots.load, SnapshotError, (lambda payload: payload, _as_arrays)),
     "notebook": (read_notebook, NotebookInputError, (lambda payload: payload,)),
 }
@@ -247,13 +247,13 @@ def absurd_packed_network(rng: random.Random, tmp: Path, rounds: int) -> Outcome
 
         path.write_bytes(forged(data, enlarge))
         with outcome.trial(str(described)[:200]):
-            refused_cheaply(unpack_network, path, PackedFileError)
+            refused_cheaply(unpack_network, path, StorageError)
     for length in [rng.randrange(2**20, 2**62) for _ in range(rounds)]:
         head = bytearray(data[:56])
         head[16:24] = length.to_bytes(8, "little")
         path.write_bytes(bytes(head) + data[56:])
         with outcome.trial(f"{length} bytes of tensors"):
-            refused_cheaply(unpack_network, path, PackedFileError)
+            refused_cheaply(unpack_network, path, StorageError)
     return outcome
 
 
