@@ -22,6 +22,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from experiments import debug_run, lab
 from experiments.headless import NotebookInputError, lab_copy
 from experiments.notebook import LabRunError, explorable, training_command
+from src.runs import load_checkpoint, state_bytes
 
 PARAMETERS = 'PRESET = "debug"\nDATA = "auto"\nDATA_ROOT = "data"\nEPOCHS = None\nBATCH_SIZE = None\nLIMIT = None\n'
 PARAMETERS += 'SEED = 0\nDEVICE = "auto"\nOUTPUT_DIR = "debug_output"\nRESUME = False'
