@@ -9,34 +9,21 @@ N images, 3 colour channels (RGB), H = W = 32 pixels, C classes, B batch, p crop
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD, obtain, read_images
-from src.data.download import DataError, Report
-from src.data.image_sources import SIZE, ImageSet, Statistics, read_digits, read_folder, statistics
-
-__all__ = [
-    "CIFAR10_MEAN",
-    "CIFAR10_STD",
-    "DataError",
-    "ImageData",
-    "augment",
-    "epoch_batches",
-    "load_data",
-    "normalize",
-    "steps_per_epoch",
-    "test_batches",
-]
+from src.data.image_sources import SIZE, DataError, Statistics, read_digits, read_folder, statistics
+from src.storage import Notify
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +49,9 @@ class ImageData:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE) or not len(images):
-                got = f"{images.dtype} {tuple(images.shape)}"
-                raise DataError(f"{part} images: got {got}, need uint8 (N, 3, {SIZE}, {SIZE}), at least one")
+                raise DataError(f"{part} images: {images.dtype} {tuple(images.shape)}: need uint8 (N > 0, 3, 32, 32)")
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                got = f"{labels.dtype} {tuple(labels.shape)}"
-                raise DataError(f"{part} labels: got {got}, need int64 ({len(images)},), one an image")
+                raise DataError(f"{part} labels: {labels.dtype} {tuple(labels.shape)}: need int64 ({len(images)},)")
             low, high = (int(value) for value in labels.aminmax())
             if low < 0 or high >= self.num_classes:
                 raise DataError(f"{part} labels: got {low}..{high}, need 0..{self.num_classes - 1}, one name a class")
@@ -77,6 +62,7 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
+        """C, the number of class names."""
         return len(self.class_names)
 
     @cached_property
@@ -92,10 +78,7 @@ class ImageData:
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on another device."""
         parts = ("train_images", "train_labels", "test_images", "test_labels")
-        moved = replace(self, **{part: getattr(self, part).to(device) for part in parts})
-        if "digest" in self.__dict__:
-            moved.__dict__["digest"] = self.digest
-        return moved
+        return replace(self, **{part: getattr(self, part).to(device) for part in parts})
 
     def limited(self, limit: int | None) -> ImageData:
         """`limit` training and at most `limit` test images: of every class its first ones, as evenly as they allow.
@@ -121,39 +104,38 @@ class ImageData:
 
 
 def load_data(
-    data: str = "auto", root: str | Path = "data", limit: int | None = None, report: Callable[[str], None] | None = None
+    data: str = "auto", root: str | Path = "data", limit: int | None = None, notify: Notify | None = None
 ) -> ImageData:
-    """Load a dataset into memory. `report` receives progress and notices, a line at a time.
+    """Load a dataset into memory. `notify` receives progress and notices, a line at a time.
 
     auto: CIFAR-10 where it is complete under `root` (unpacked, or as its tar.gz), else the digits with a notice.
     cifar10: CIFAR-10, downloaded to `root` where missing. digits: scikit-learn's handwritten digits.
     folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class.
     Raises DataError for an unknown name, damaged or missing files, or a limit out of range.
     """
-    say: Report = report or (lambda line: None)
-    kind, colon, path = data.partition(":") if isinstance(data, str) else ("", "", "")
-    if kind == "folder" and colon:
-        found = read_folder(path, say)
-        title = f"images of {Path(path).expanduser().resolve().name}"
-        loaded = _image_data("folder", title, found, statistics(found[0][0]))
-    elif data == "digits":
-        loaded = _digits()
-    elif data in ("auto", "cifar10"):
-        root = Path(os.path.expanduser(root))  # unlike Path.expanduser it leaves a home that nobody has as it is
-        if obtain(root, say, download=data == "cifar10"):
-            loaded = _image_data("cifar10", "CIFAR-10", read_images(root), (CIFAR10_MEAN, CIFAR10_STD))
-        else:
+    notify = notify or (lambda line: None)
+    root = Path(os.path.expanduser(root))  # unlike Path.expanduser it leaves a home that nobody has as it is
+    notice = ""
+    if isinstance(data, str) and data.startswith("folder:"):
+        path = data.removeprefix("folder:")
+        name, found = "folder", read_folder(path, notify)
+        title = f"images of {Path(os.path.expanduser(path)).resolve().name}"
+    elif data in ("auto", "cifar10") and obtain(root, notify, download=data == "cifar10"):
+        name, title, found = "cifar10", "CIFAR-10", read_images(root)
+    elif data in ("auto", "digits"):
+        name, title, found = "digits", "handwritten digits (embedded stand-in for CIFAR-10)", read_digits()
+        if data == "auto":
             notice = (
                 f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "
-                "(1,797 small images); its numbers say nothing "
-                "about CIFAR-10; DATA=cifar10 (or --data cifar10) downloads that (170 MB)."
+                "(1,797 small images); its numbers say nothing about CIFAR-10; DATA=cifar10 (or --data cifar10) "
+                "downloads that (170 MB)."
             )
-            loaded = replace(_digits(), notice=notice)
-            say(f"NOTICE: {notice}")
+            notify(f"NOTICE: {notice}")
     else:
-        near = difflib.get_close_matches(str(data).lower(), ("auto", "cifar10", "digits"), 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "; give one of these names"
-        raise DataError(f"unknown data {data!r}: choose auto, cifar10, digits or folder:PATH{hint}")
+        raise DataError(f"unknown data {data!r}: choose auto, cifar10, digits or folder:PATH")
+    train, test, classes = found
+    mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else statistics(train[0])
+    loaded = ImageData(name, title, *_tensors(*train), *_tensors(*test), tuple(classes), mean, std, notice)
     return loaded.limited(limit)
 
 
@@ -173,10 +155,6 @@ def epoch_batches(
     neither the device nor `start`, the number of batches to skip, changes the draw. Raises DataError for bad options.
     """
     count, steps = len(data.train_labels), steps_per_epoch(data, batch_size)
-    if generator.device.type != "cpu":
-        raise DataError(f"generator on {generator.device}: need a CPU generator, so that devices draw alike")
-    if not 0 <= crop_padding <= SIZE:
-        raise DataError(f"crop_padding={crop_padding}: need 0 (no crop) to {SIZE}; 4 is usual")
     if not 0 <= start <= steps:
         raise DataError(f"start={start}: need 0..{steps}, the batches of an epoch; resume with the same batch size")
     order = torch.randperm(count, generator=generator)
@@ -184,12 +162,13 @@ def epoch_batches(
     flips = torch.rand(count, generator=generator) < 0.5
     # One transfer an epoch. Column 0 picks the image, 1 and 2 the crop, 3 whether to flip.
     draws = torch.cat([order[:, None], offsets, (flips & flip)[:, None]], dim=1).to(data.train_images.device)
+    rows = data.train_images.permute(0, 2, 3, 1).reshape(count, -1)  # (N, H W 3), a view
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start, steps):
             picked = draws[step * batch_size : (step + 1) * batch_size]
             index = picked[:, 0]
-            images = _rows(data.train_images).index_select(0, index).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
+            images = rows.index_select(0, index).view(-1, SIZE, SIZE, 3).permute(0, 3, 1, 2)
             if crop_padding or flip:
                 images = augment(images, picked[:, 1:3], picked[:, 3].bool(), crop_padding)
             yield normalize(images, data.mean, data.std), data.train_labels.index_select(0, index)
@@ -211,9 +190,6 @@ def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[Tensor, Ten
     for first in range(0, len(data.test_labels), batch_size):
         part = slice(first, first + batch_size)
         yield normalize(data.test_images[part], data.mean, data.std), data.test_labels[part]
-
-
-test_batches.__test__ = False  # type: ignore[attr-defined]  # its name does not make it a test for pytest
 
 
 def augment(images_uint8: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
@@ -261,16 +237,9 @@ def _affine(
     return scale.repeat(pixels).to(device), shift.repeat(pixels).to(device)
 
 
-def _rows(images: Tensor) -> Tensor:
-    """(N, 3, H, W) in channels_last as (N, 3 H W), without a copy."""
-    return images.permute(0, 2, 3, 1).reshape(len(images), -1)
-
-
 def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
     """Indices, in order, of `limit` images: round after round the next image of every class that has one left."""
     values = labels.cpu()
-    if limit >= len(values):
-        return torch.arange(len(values), device=labels.device)
     turn = torch.empty_like(values)
     for label in range(classes):
         own = values == label
@@ -279,16 +248,6 @@ def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
     return chosen.sort().values.to(labels.device)
 
 
-def _digits() -> ImageData:
-    found = read_digits()
-    return _image_data("digits", "handwritten digits (embedded stand-in for CIFAR-10)", found, statistics(found[0][0]))
-
-
-def _image_data(name: str, title: str, found: ImageSet, mean_and_std: tuple[Statistics, Statistics]) -> ImageData:
-    """What a source gave, its images (N, H, W, 3), as an ImageData."""
-    *parts, class_names = found
-    tensors = [
-        (torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), torch.from_numpy(labels))
-        for images, labels in parts
-    ]
-    return ImageData(name, title, *tensors[0], *tensors[1], tuple(class_names), *mean_and_std)
+def _tensors(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W, 3) and labels of a source as tensors, the images as (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)

@@ -17,11 +17,9 @@ from src.storage.files import (
     write_atomic,
     write_output,
 )
-from src.storage.folder_lock import WITHOUT_LOCKS
 
 __all__ = [
     "BAD_INPUT",
-    "WITHOUT_LOCKS",
     "DamagedFileError",
     "Notify",
     "StorageError",

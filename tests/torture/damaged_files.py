@@ -15,8 +15,7 @@ from PIL import Image
 
 from experiments.headless import NotebookInputError, parameter_defaults, read_notebook, to_html
 from resnet import BasicBlock, ResNet
-from src.data.cifar10 import obtain, read_batches
-from src.data.download import DataError
+from src.data import DataError
 from src.data.image_sources import read_folder
 from src.export import pack, unpack
 from src.quantizer import DeadZoneLDZCompander
@@ -24,7 +23,6 @@ from src.runs import RunFolder, SnapshotError, Snapshots, load_checkpoint
 from src.runs.checkpoint import DamagedCheckpoint
 from src.storage import StorageError
 from src.training import EpochRecord, History, LayerRecord, make_optimizer, parameter_groups
-from tests.data.fake_archive import FILES, FOLDER, PAYLOAD, described
 from tests.torture.damage import damaged, read_damaged, told
 from tests.torture.fault import Outcome, fault
 from utils_quantization import attach_weight_quantizers
@@ -111,48 +109,6 @@ def checkpoint_before(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
             found = load_checkpoint(path, report=heard.append)
             assert equal(found, before if heard else newest)
             assert all("checkpoint.previous.pt" in line for line in heard)
-    return outcome
-
-
-@fault("dataset file (CIFAR-10 batch) damaged", survived=REFUSED, rounds=200, quick=10)
-def dataset_file(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
-    archive = described(b"", FILES)
-    (tmp / FOLDER).mkdir()
-    for name, payload in FILES.items():
-        (tmp / FOLDER / name).write_bytes(payload)
-
-    def read(path: Path) -> dict[str, list[Any]]:
-        content = read_batches(tmp, list(FILES), archive)
-        return {name: [batch["data"].tolist(), batch["labels"]] for name, batch in content.items()}
-
-    return read_damaged(tmp / FOLDER / "second", rng, rounds, read, equal, DataError)
-
-
-@fault("dataset archive (tar.gz) damaged", survived=REFUSED, rounds=200, quick=10)
-def dataset_archive(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
-    archive = described(PAYLOAD, FILES)
-    (tmp / "fake.tar.gz").write_bytes(PAYLOAD)
-
-    def read(path: Path) -> bool:
-        return obtain(tmp, lambda line: None, download=False, archive=archive)
-
-    outcome = Outcome()
-    for _ in range(rounds):
-        what, bad = damaged(PAYLOAD, rng)
-        (tmp / "fake.tar.gz").write_bytes(bad)
-        with outcome.trial(what):
-            try:
-                read(tmp / "fake.tar.gz")
-            except DataError as error:
-                told(error, tmp / "fake.tar.gz")
-                assert bad != PAYLOAD
-                assert [entry.name for entry in tmp.iterdir()] == ["fake.tar.gz"]
-            else:
-                assert bad == PAYLOAD
-                for name, payload in FILES.items():
-                    assert (tmp / FOLDER / name).read_bytes() == payload
-                    (tmp / FOLDER / name).unlink()
-                (tmp / FOLDER).rmdir()
     return outcome
 
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import struct
-import tarfile
 import warnings
 import zipfile
 import zlib
@@ -21,14 +20,12 @@ from PIL import Image
 
 from experiments.benchmarks import peak_memory
 from experiments.headless import NotebookInputError, read_notebook
-from src.data.cifar10 import read_batches, unpack
-from src.data.download import DataError
-from src.data.image_sources import MAX_PIXELS, read_folder
+from src.data import DataError
+from src.data.image_sources import read_folder
 from src.export import unpack as unpack_network
 from src.runs import RunError, SnapshotError, Snapshots, load_checkpoint
 from src.storage import StorageError
 from src.storage.container import MARK
-from tests.data.fake_archive import FILES, FOLDER, described, packed
 from tests.export.test_packing import forged
 from tests.torture.damaged_files import small_packed
 from tests.torture.fault import Outcome, fault
@@ -44,43 +41,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f'echo ran > "{self.marker}"',)
-
-
-@fault(
-    "archive that writes outside of its folder",
-    survived="nothing is written but the named files, to names of our own, in the folder",
-    rounds=70,
-    quick=7,
-)
-def escaping_archive(rng: random.Random, tmp: Path, rounds: int) -> Outcome:
-    outcome = Outcome()
-    for number in range(rounds):
-        base = tmp / str(number)
-        root = base / "a" / "root"
-        root.mkdir(parents=True)
-        (base / "outside").write_text("as it was")
-        names = [
-            ("../" * rng.randrange(1, 4) + "escaped", {"size": 4}),
-            (str(base / "escaped"), {"size": 4}),
-            (f"{FOLDER}/../../first", {"size": 4}),
-            (f"{FOLDER}/first", {"type": tarfile.SYMTYPE, "linkname": str(base / "outside")}),
-            (f"{FOLDER}/first", {"type": tarfile.LNKTYPE, "linkname": "../../outside"}),
-            (f"{FOLDER}/first", {"type": rng.choice((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE))}),
-            (FOLDER, {"type": tarfile.SYMTYPE, "linkname": str(base)}),
-        ]
-        name, changes = names[number % len(names)]
-        member = tarfile.TarInfo(name)
-        for field, value in changes.items():
-            setattr(member, field, value)
-        payload = packed(FILES, extra=(member,))
-        (root / "fake.tar.gz").write_bytes(payload)
-        with outcome.trial(f"{name} {changes}"):
-            unpack(root / "fake.tar.gz", root, described(payload, FILES))
-            found = {str(path.relative_to(base)) for path in base.rglob("*") if not path.is_dir()}
-            assert found == {"outside", "a/root/fake.tar.gz", *(f"a/root/{FOLDER}/{name}" for name in FILES)}
-            assert (base / "outside").read_text() == "as it was"
-            assert not any(path.is_symlink() for path in base.rglob("*"))
-    return outcome
 
 
 def torch_file(content: Any) -> bytes:
@@ -115,17 +75,8 @@ def _as_arrays(payload: bytes) -> bytes:
     return out.getvalue()
 
 
-def _read_batch(path: Path) -> object:
-    """As a dataset file whose md5 is the official one, so that it is really opened."""
-    payload = path.read_bytes()
-    (path.parent / FOLDER).mkdir(exist_ok=True)
-    (path.parent / FOLDER / path.name).write_bytes(payload)
-    return read_batches(path.parent, [path.name], described(b"", {path.name: payload}))
-
-
 READERS: dict[str, tuple[Callable[[Path], object], type[Exception], tuple[Callable[[bytes], bytes], ...]]] = {
     "checkpoint": (load_checkpoint, RunError, (lambda payload: payload, _as_checkpoint)),
-    "dataset file with the right md5": (_read_batch, DataError, (lambda payload: payload,)),
     "packed network": (unpack_network, StorageError, (lambda payload: payload, lambda payload: MARK + payload)),
     "snapshots": (Snapshots.load, SnapshotError, (lambda payload: payload, _as_arrays)),
     "notebook": (read_notebook, NotebookInputError, (lambda payload: payload,)),
@@ -200,7 +151,7 @@ def _harmful_image(kind: str, path: Path, rng: random.Random) -> None:
     elif kind == "postscript":
         path.write_bytes(EPS)
     else:
-        path.write_bytes(_png_of(side, side if kind == "large" else MAX_PIXELS // side + 1))
+        path.write_bytes(_png_of(side, side if kind == "large" else Image.MAX_IMAGE_PIXELS // side + 1))
 
 
 @fault(

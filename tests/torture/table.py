@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from src.runs import versions
-from tests.torture import broken_runs, damaged_files, downloads, harmful, harmful_snapshots, long_runs, stops
+from tests.torture import broken_runs, damaged_files, harmful, harmful_snapshots, long_runs, stops
 from tests.torture.fault import FAULTS, Fault, Outcome
 
 __all__ = ["BEGIN", "DOCUMENT", "END", "ROWS", "console_line", "document", "markdown", "rows_of"]
 
 ROWS: dict[str, Fault] = {
     name: row
-    for module in (stops, broken_runs, damaged_files, downloads, harmful, harmful_snapshots, long_runs)
+    for module in (stops, broken_runs, damaged_files, harmful, harmful_snapshots, long_runs)
     for name, row in FAULTS.items()
     if row.run.__module__ == module.__name__
 }

@@ -1,0 +1,189 @@
+"""The digits, folders of images, and the names under which data is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from src.data import CIFAR10_MEAN, CIFAR10_STD, DataError, load_data, normalize
+
+REAL = Path(__file__).parents[2] / "data"
+
+
+def test_digits_are_pillows_enlargement_of_the_originals_in_their_order() -> None:
+    """Pillow's bicubic filter is the same kernel; it treats only the outermost pixels in another way."""
+    data, digits, inner = load_data("digits"), load_digits(), slice(6, 26)
+    pictures = [Image.fromarray((original * (255 / 16)).astype(np.float32)) for original in digits.images]
+    enlarged = np.stack([picture.resize((32, 32), Image.Resampling.BICUBIC) for picture in pictures]).clip(0, 255)
+    originals = torch.from_numpy(enlarged[:, inner, inner]).flatten(1)
+    seen = []
+    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+        found = images[:, 1, inner, inner].flatten(1).float()
+        nearest = torch.cdist(found, originals).argmin(dim=1)
+        assert (found - originals[nearest]).abs().max() <= 0.51
+        assert labels.tolist() == digits.target[nearest].tolist()
+        assert nearest.tolist() == sorted(nearest.tolist())
+        seen += nearest.tolist()
+    assert sorted(seen) == list(range(1797))
+
+
+def test_digits_are_the_same_everywhere_in_a_balanced_and_normalized_split() -> None:
+    data = load_data("digits")
+    # All arithmetic of the enlargement is exact, so this may differ only if scikit-learn ships other digits.
+    assert data.digest == "f79c8ccdafa3fe129e2a822780918b5f0992bb0893af6958d17bb425ad2c7fa5"
+    assert (data.name, data.title) == ("digits", "handwritten digits (embedded stand-in for CIFAR-10)")
+    share = torch.bincount(data.test_labels).numpy() / np.bincount(load_digits().target)
+    assert len(data.test_labels) == 360
+    assert np.abs(share - 360 / 1797).max() < 1 / 174  # within one image of the smallest class
+    images = normalize(data.train_images, data.mean, data.std).double()
+    np.testing.assert_allclose(images.mean(dim=(0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(images.std(dim=(0, 2, 3), correction=0), 1, atol=1e-5)
+
+
+@pytest.mark.skipif(not (REAL / "cifar-10-batches-py").is_dir(), reason="the real CIFAR-10 is not under data/")
+def test_the_statistics_of_the_real_cifar10() -> None:
+    images = load_data("auto", REAL).train_images.permute(1, 0, 2, 3).flatten(1)
+    counts = np.stack([np.bincount(channel.numpy(), minlength=256) for channel in images])
+    values = np.arange(256, dtype=np.float64) / 255
+    mean = counts @ values / counts.sum(axis=1)
+    std = np.sqrt(counts @ values**2 / counts.sum(axis=1) - mean**2)
+    assert np.round(mean, 4).tolist() == list(CIFAR10_MEAN)
+    assert np.round(std, 4).tolist() == list(CIFAR10_STD)
+
+
+@pytest.mark.parametrize("root", ["empty", "~nobody-has-this-name/data"])
+def test_auto_without_cifar10_warns_that_it_uses_the_digits(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    data = load_data("auto", root, limit=50, notify=lines.append)
+    assert data.notice.startswith(f"CIFAR-10 is not under '{root}', so this run uses the handwritten digits")
+    assert "--data cifar10" in data.notice
+    assert lines == [f"NOTICE: {data.notice}"]
+    assert list(tmp_path.iterdir()) == []
+    assert torch.bincount(data.train_labels).tolist() == torch.bincount(data.test_labels).tolist() == [5] * 10
+
+
+@pytest.mark.parametrize("name", ["cifar", "Digits", "", "folder", 7])
+def test_unknown_data_is_refused(name: Any) -> None:
+    with pytest.raises(DataError, match=f"unknown data {name!r}: choose auto, cifar10, digits or folder:PATH"):
+        load_data(name)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """train/ and test/ with the classes cat and dog; cats are red, dogs blue."""
+    root = tmp_path / "pets"
+    for part in ("train", "test"):
+        for name, colour in (("dog", (0, 0, 200)), ("cat", (200, 0, 0))):
+            (root / part / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40 + index, 60), colour).save(root / part / name / f"{index}.png")
+    return root
+
+
+def test_a_folder_becomes_images_and_sorted_classes(tree: Path) -> None:
+    (tree / "test").rename(tree / "val")
+    (tree / "train" / "cat" / "notes.txt").write_text("not a picture")
+    (tree / "train" / "cat" / ".hidden.png").write_bytes(b"")
+    (tree / "train" / ".cache").mkdir()
+    (tree / "train" / "cat" / "more").mkdir()
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(tree / "train" / "cat" / "more" / "nested.png")
+    (tree / "train" / "dog" / "0.png").rename(tree / "train" / "dog" / "more.PNG")
+    shutil.copy(tree / "train" / "dog" / "more.PNG", tree / "train" / "dog" / "most.png")
+    data = load_data(f"folder:{tree}")
+    assert (data.name, data.title, data.class_names) == ("folder", "images of pets", ("cat", "dog"))
+    assert data.train_labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert data.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.train_images[0, :, 3, 3].tolist() == [200, 0, 0]
+    assert data.train_images[7, :, 31, 0].tolist() == [0, 0, 200]
+    np.testing.assert_allclose(data.mean, (100 / 255, 0, 100 / 255), rtol=1e-12)
+    np.testing.assert_allclose(data.std, (100 / 255, 1 / 255, 100 / 255), rtol=1e-12)
+
+
+# PostScript under another name: Pillow would hand it to another program.
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 96, 3), dtype=np.uint8)
+WHITE_ABOVE = np.repeat(np.uint8([255, 0]), 16)[:, None].repeat(32, axis=1)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # asks for a quarter turn to the right
+
+
+@pytest.mark.parametrize(
+    ("picture", "name", "options", "expected"),
+    [
+        (Image.fromarray(NOISE), "0.png", {}, NOISE[:, 32:64]),  # the centre square, which needs no resizing
+        (Image.fromarray(WHITE_ABOVE), "0.png", {"exif": TURNED}, np.rot90(WHITE_ABOVE, -1)[..., None]),
+        (Image.new("L", (32, 32), 7), "0.jpg", {"quality": 100}, 7),
+        (Image.fromarray(np.full((40, 40), 0x80FF, np.uint16)), "0.png", {}, 0x80),
+        (Image.new("RGB", (40, 40), (10, 200, 30)).quantize(2), "0.gif", {}, (10, 200, 30)),
+    ],
+    ids=["cropped", "turned upright", "grey", "16 bits", "palette"],
+)
+def test_pictures_keep_their_colours(
+    picture: Image.Image, name: str, options: dict[str, Any], expected: Any, tree: Path
+) -> None:
+    (tree / "train" / "cat" / "0.png").unlink()
+    picture.save(tree / "train" / "cat" / name, **options)
+    found = load_data(f"folder:{tree}").train_images[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found, np.broadcast_to(expected, (32, 32, 3)))
+
+
+def save(array: Any, name: str = "train/cat/0.tif") -> Callable[[Path], None]:
+    return lambda root: Image.fromarray(array).save(root / name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda root: os.truncate(root / "test/dog/1.png", 60),
+            r"test/dog/1\.png is not a readable image: .* remove it",
+        ),
+        (lambda root: (root / "train/dog/1.png").write_bytes(EPS), r"1\.png is not .*: cannot identify image file"),
+        (save(np.zeros((9_000, 10_000), bool)), r"0\.tif is not a readable image: Image size \(90000000 .* shrink"),
+        (save(np.zeros((20_000, 10_000), bool)), r"0\.tif is not a readable image: Image size \(200000000 pixels\)"),
+        (save(np.full((40, 40), 0.5, np.float32)), r"0\.tif .* has 32 bits a pixel, need 8, or a PNG or TIFF of 16"),
+        (save(np.full((40, 40), 30_000, np.int32)), r"0\.tif .* has 32 bits a pixel"),
+        (lambda root: os.mkfifo(root / "train/cat/9.png"), r"cat/9\.png is not an ordinary file: remove it"),
+        (lambda root: shutil.rmtree(root / "train"), r"pets/train is missing: need train/ and test/ \(or val/\)"),
+        (lambda root: shutil.rmtree(root / "test"), r"pets/test is missing: need"),
+        (lambda root: shutil.rmtree(root / "train/dog"), r"train has 1 class folders \(cat\): need at least 2"),
+        (lambda root: [file.unlink() for file in root.glob("train/dog/*")], r"train/dog holds no image: add at least"),
+        (lambda root: (root / "test/dog").rename(root / "test/wolf"), r"train: \['dog'\], only in .*test: \['wolf'\]"),
+    ],
+)
+def test_a_bad_folder_is_refused(tree: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(tree)
+    with pytest.raises(DataError, match=message):
+        load_data(f"folder:{tree}")
+
+
+@pytest.mark.parametrize("name", ["", "absent", "x" * 300, "~nobody-has-this-name/pictures", "a\0b"])
+def test_a_folder_that_does_not_exist_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="no such folder; give folder:PATH with PATH/train/CLASS"):
+        load_data(f"folder:{name}")
+
+
+def test_many_images_are_counted_and_many_classes_remarked(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    for part in ("train", "test"):
+        for index in range(1001):
+            folder = tmp_path / part / f"{index:04}"
+            folder.mkdir(parents=True)
+            for copy in range(5 if part == "train" else 1):
+                os.link(tmp_path / "picture.png", folder / f"{copy}.png")
+    lines: list[str] = []
+    assert load_data(f"folder:{tmp_path}", notify=lines.append).num_classes == 1001
+    assert "has 1001 classes" in lines[0]
+    assert lines[1:] == [f"{tmp_path / 'train'}: 5000 images read"]
