@@ -12,7 +12,7 @@ A ratio is baseline over compressed, so larger is smaller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from src.pruning import LayerLiveness, analyze_liveness
+from src.quantizer import check_range
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
 FULL_PRECISION_BITS = 32
@@ -39,18 +40,8 @@ class NullChannels:
 
     @property
     def count(self) -> int:
+        """How many channels are taken out."""
         return len(self.indices)
-
-    @property
-    def ratio(self) -> float:
-        """Share of channels taken out, 0 to 1."""
-        return self.count / self.total if self.total else 0.0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self.indices))
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,7 @@ class LayerStats:
     macs, bops: per image, counted as the whole `ModelStats` says.
     bitwidth: of the weights, 32 without quantizer. pruning_ratio: share of the weights that are exactly 0.
     null_in, null_out: input and output channels that exact removal takes out.
-    dead_out: output channels whose filter is entirely 0; constant_out: those that are the same for every image and
-    pixel; zero_out: those of them whose constant is 0.
+    dead_out: output channels whose filter is entirely 0. weights: their number. quantized: whether a quantizer is on.
     """
 
     name: str
@@ -72,8 +62,6 @@ class LayerStats:
     null_in: NullChannels
     null_out: NullChannels
     dead_out: frozenset[int]
-    constant_out: frozenset[int]
-    zero_out: frozenset[int]
     weights: int
     quantized: bool
 
@@ -86,10 +74,12 @@ class ModelStats:
 
     @property
     def total_macs(self) -> int:
+        """MACs of all layers, per image."""
         return sum(layer.macs for layer in self.layers)
 
     @property
     def total_bops(self) -> float:
+        """BOPs of all layers, per image."""
         return sum(layer.bops for layer in self.layers)
 
     def __getitem__(self, name: str) -> LayerStats:
@@ -111,8 +101,7 @@ class QuantizationComparison:
             raise MetricsError(
                 f"input_size={input_size}: need channels, height and width of one image, such as (3, 32, 32)"
             )
-        if not 1 <= b_a <= 64:
-            raise MetricsError(f"b_a={b_a}: need activation bits from 1 to 64")
+        check_range("b_a", b_a, 1, 64, remedy="bits of the activations", error=MetricsError)
         self.input_size = input_size
         self.b_a = b_a
         self.baseline: ModelStats | None = None
@@ -122,25 +111,23 @@ class QuantizationComparison:
 
         With quantizers attached their bits count, so hand over a full-precision network to compare with FP32.
         """
-        layers = self._layers(model)
-        self.baseline = ModelStats(tuple(self._stats(layer, info, _dense_macs(layer, info)) for layer, info in layers))
+        self.baseline = self._count(model, lambda layer, weight: weight.numel() * layer.pixels)
         return self.baseline
 
     def calculate_stats(self, model: nn.Module) -> ModelStats:
         """Structured: MACs and BOPs of the network that exact removal leaves, quantizers as they are switched."""
         return self._matching(
-            ModelStats(
-                tuple(self._stats(layer, info, _removed_macs(layer, info)) for layer, info in self._layers(model))
+            self._count(
+                model,
+                lambda layer, weight: (
+                    len(layer.kept_out) * layer.inputs_after_removal * weight[0, 0].numel() * layer.pixels
+                ),
             )
         )
 
     def calculate_unstructured_stats(self, model: nn.Module) -> ModelStats:
-        """Unstructured: every non-zero weight is one MAC per output pixel, wherever it stands."""
-        return self._matching(
-            ModelStats(
-                tuple(self._stats(layer, info, info.nonzero * layer.pixels) for layer, info in self._layers(model))
-            )
-        )
+        """Unstructured: every non-zero weight is one MAC per output pixel, wherever it is."""
+        return self._matching(self._count(model, lambda layer, weight: int(weight.count_nonzero()) * layer.pixels))
 
     def mac_compression_ratio(self, stats: ModelStats) -> float:
         """Baseline MACs over `stats`' MACs; infinite where nothing is left. Raises MetricsError without a baseline."""
@@ -153,27 +140,32 @@ class QuantizationComparison:
     unstructured_compression_ratio = compression_ratio
     unstructured_mac_compression_ratio = mac_compression_ratio
 
-    def _layers(self, model: nn.Module) -> list[tuple[LayerLiveness, _WeightInfo]]:
-        layers = analyze_liveness(model, self.input_size).layers
-        info = _weight_info(model, [layer.name for layer in layers])
-        return [(layer, info[layer.name]) for layer in layers]
-
-    def _stats(self, layer: LayerLiveness, info: _WeightInfo, macs: int) -> LayerStats:
-        constant = np.flatnonzero(~np.isnan(layer.constant_out))
-        return LayerStats(
-            name=layer.name,
-            macs=macs,
-            bops=float(macs) * info.bits * self.b_a,
-            bitwidth=info.bits,
-            pruning_ratio=1 - info.nonzero / info.count,
-            null_in=_missing(layer.kept_in, layer.in_channels),
-            null_out=_missing(layer.kept_out, layer.out_channels),
-            dead_out=_indices(np.flatnonzero(layer.dead_out)),
-            constant_out=_indices(constant),
-            zero_out=_indices(np.flatnonzero(layer.constant_out == 0)),
-            weights=info.count,
-            quantized=info.quantized,
-        )
+    @torch.no_grad()
+    def _count(self, model: nn.Module, macs_of: Callable[[LayerLiveness, Tensor], int]) -> ModelStats:
+        """`macs_of`: MACs of a layer, given its (quantized) weight."""
+        liveness, quantized, layers = analyze_liveness(model, self.input_size), quantized_layers(model), []
+        with shared_quantized_weights(model):
+            for live in liveness.layers:
+                layer = cast(Any, model.get_submodule(live.name))
+                weight: Tensor = layer.weight
+                on = live.name in quantized and bool(layer.parametrizations.weight[0].enabled)
+                bits = float(cast(Any, quantizer_of(layer)).get_bitwidth()) if on else float(FULL_PRECISION_BITS)
+                macs = macs_of(live, weight)
+                layers.append(
+                    LayerStats(
+                        name=live.name,
+                        macs=macs,
+                        bops=float(macs) * bits * self.b_a,
+                        bitwidth=bits,
+                        pruning_ratio=1 - int(weight.count_nonzero()) / weight.numel(),
+                        null_in=_missing(live.kept_in, live.in_channels),
+                        null_out=_missing(live.kept_out, live.out_channels),
+                        dead_out=frozenset(np.flatnonzero(live.dead_out).tolist()),
+                        weights=weight.numel(),
+                        quantized=on,
+                    )
+                )
+        return ModelStats(tuple(layers))
 
     def _baseline(self) -> ModelStats:
         if self.baseline is None:
@@ -192,45 +184,9 @@ class QuantizationComparison:
         return stats
 
 
-@dataclass(frozen=True)
-class _WeightInfo:
-    count: int
-    nonzero: int
-    kernel: int
-    bits: float
-    quantized: bool
-
-
-@torch.no_grad()
-def _weight_info(model: nn.Module, names: Iterable[str]) -> dict[str, _WeightInfo]:
-    quantized = quantized_layers(model)
-    found = {}
-    with shared_quantized_weights(model):
-        for name in names:
-            layer = model.get_submodule(name)
-            weight = cast(Tensor, layer.weight)
-            on = name in quantized and bool(cast(Any, layer).parametrizations.weight[0].enabled)
-            bits = float(cast(Any, quantizer_of(layer)).get_bitwidth()) if on else float(FULL_PRECISION_BITS)
-            kernel = weight[0, 0].numel()
-            found[name] = _WeightInfo(weight.numel(), int(weight.count_nonzero()), kernel, bits, on)
-    return found
-
-
-def _dense_macs(layer: LayerLiveness, info: _WeightInfo) -> int:
-    return layer.out_channels * layer.in_channels * info.kernel * layer.pixels
-
-
-def _removed_macs(layer: LayerLiveness, info: _WeightInfo) -> int:
-    return len(layer.kept_out) * layer.inputs_after_removal * info.kernel * layer.pixels
-
-
 def _ratio(baseline: float, compressed: float) -> float:
     return baseline / compressed if compressed else float("inf")
 
 
 def _missing(kept: np.ndarray, total: int) -> NullChannels:
-    return NullChannels(frozenset(range(total)) - _indices(kept), total)
-
-
-def _indices(array: np.ndarray) -> frozenset[int]:
-    return frozenset(int(index) for index in array)
+    return NullChannels(frozenset(range(total)) - frozenset(kept.tolist()), total)

@@ -17,21 +17,19 @@ STAGE_CHANNELS = (16, 32, 64)
 
 
 class PadShortcut(nn.Module):
-    """Option A: every second pixel, and `channels` zero channels added on both sides.
-
-    (N, C, H, W) -> (N, C + 2 channels, ceil(H / 2), ceil(W / 2)); input channel c becomes channel c + `channels`.
-    """
+    """Option A: every second pixel, and `channels` zero channels added on both sides."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C + 2 channels, ceil(H / 2), ceil(W / 2)); channel c becomes channel c + `channels`."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.channels, self.channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm beside a shortcut: relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)).
+    """Two 3x3 convolutions with BatchNorm beside a shortcut.
 
     option: "A" or "B", how the shortcut changes shape where stride or width do. Raises ValueError for another one, or
     where option A cannot split the added channels evenly.
@@ -48,13 +46,14 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_planes, planes, stride, option)
 
     def forward(self, x: Tensor) -> Tensor:
+        """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)); (N, C, H, W) -> (N, planes, H / stride, W / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """A CIFAR residual network. `num_blocks`: blocks in each of the three stages; (N, 3, H, W) -> (N, num_classes).
+    """A CIFAR residual network. `num_blocks`: blocks in each of the three stages.
 
     Depth = 2 sum(num_blocks) + 2. `ResNet(BasicBlock, [1, 1, 1])` is the smallest. `widths`: channels of the stages.
     """
@@ -88,6 +87,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_classes)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,13 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 CANDIDATES = (nn.modules.conv._ConvNd, nn.Linear)
-NORMALISATION = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-)
 NORMALISATION_PATTERN = "bn"
+MOST_LISTED = 40  # modules that an error message lists
 
 
 class AttachmentError(ValueError):
@@ -41,6 +36,7 @@ class FakeQuantParametrization(nn.Module):
         self._shared: Tensor | None = None  # this step's quantized weight, see `shared_quantized_weights`
 
     def forward(self, w: Tensor) -> Tensor:
+        """The weight that the network reads, same shape as the latent weight `w`."""
         if not self.enabled:
             return w
         return cast(Tensor, self.quantizer(w)) if self._shared is None else self._shared
@@ -59,7 +55,7 @@ def attach_weight_quantizers(
 ) -> list[str]:
     """Attach one `quantizer(**quantizer_kwargs)` to the weight of every convolution and linear layer not excluded.
 
-    exclude_layers: patterns. A pattern names a module path from the root by whole components and takes in all that is
+    exclude_layers: patterns. A pattern names a module path from the root by whole components and includes everything
         below it: "conv1" is the stem and not layer1.0.conv1, "layer1" is the whole first stage. Shell wildcards are
         allowed ("layer*.conv1", "*.downsample"). "bn" stands for the normalisation layers, which are never quantized.
     enabled: whether the quantizers are on.
@@ -71,16 +67,13 @@ def attach_weight_quantizers(
         raise AttachmentError(f"exclude_layers={exclude_layers!r} is one string: give a list, [{exclude_layers!r}]")
     modules = {name: module for name, module in model.named_modules() if name and ".parametrizations" not in name}
     for pattern in exclude_layers:
-        _check_pattern(pattern, modules)
+        _check_pattern(pattern, list(modules))
     candidates = {name: module for name, module in modules.items() if isinstance(module, CANDIDATES)}
-    chosen = {
-        name: module
-        for name, module in candidates.items()
-        if not any(matches(name, pattern) for pattern in exclude_layers)
-    }
+    excluded = {name for name in candidates for pattern in exclude_layers if matches(name, pattern)}
+    chosen = {name: module for name, module in candidates.items() if name not in excluded}
     if not chosen:
         raise AttachmentError(
-            f"nothing to quantize: the network's convolution and linear layers are {_listing(candidates)} and "
+            f"nothing to quantize: the network's convolution and linear layers are {_listing(list(candidates))} and "
             f"exclude_layers={list(exclude_layers)} leaves none of them; exclude less"
         )
     attached_before = [name for name, module in chosen.items() if parametrize.is_parametrized(module, "weight")]
@@ -97,20 +90,29 @@ def attach_weight_quantizers(
 
 def toggle_quantization(model: nn.Module, enabled: bool) -> None:
     """Switch all quantizers on or off. Raises AttachmentError where the network has none."""
-    for fake_quant in _fake_quants(model).values():
+    fake_quants = _fake_quants(model)
+    if not fake_quants:
+        raise AttachmentError(
+            f"{type(model).__name__} has no quantizer to switch; attach some with attach_weight_quantizers first"
+        )
+    for fake_quant in fake_quants.values():
         fake_quant.enabled = enabled
 
 
 @contextmanager
 def quantization(model: nn.Module, enabled: bool) -> Iterator[None]:
     """`with quantization(model, enabled=False): ...` switches, and restores what was there, also after an exception."""
-    before = {fake_quant: fake_quant.enabled for fake_quant in _fake_quants(model).values()}
-    toggle_quantization(model, enabled)
-    try:
+    with _restored(_fake_quants(model).values(), "enabled"):
+        toggle_quantization(model, enabled)
         yield
-    finally:
-        for fake_quant, state in before.items():
-            fake_quant.enabled = state
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module is in the mode it was in, also after an exception."""
+    with _restored(model.modules(), "training"):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -120,30 +122,25 @@ def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
     A parametrized weight is otherwise recomputed at every access: by the forward pass, by the penalty, by each metric.
     Gradients flow as usual. The weights must not change inside. Without quantizers this does nothing.
     """
-    fake_quants = [fake_quant for fake_quant in _find_fake_quants(model).values() if fake_quant.enabled]
-    layers = {id(_fake_quant(layer)): layer for layer in _parametrized(model).values()}
-    quantizers = [fake_quant.quantizer for fake_quant in fake_quants]
-    latent = [latent_weight(layers[id(fake_quant)]) for fake_quant in fake_quants]
+    enabled = {layer: fake_quant for layer, fake_quant in _fake_quants(model).items() if fake_quant.enabled}
+    quantizers = [fake_quant.quantizer for fake_quant in enabled.values()]
+    latent = [latent_weight(layer) for layer in enabled]
     kinds = {type(quantizer) for quantizer in quantizers}
-    before = [fake_quant._shared for fake_quant in fake_quants]
-    try:
-        if len(kinds) == 1 and hasattr(many := kinds.pop(), "quantize_many"):
+    with _restored(enabled.values(), "_shared"):
+        if len(kinds) == 1 and hasattr(kind := kinds.pop(), "quantize_many"):
             # float32 whatever the autocast mode: a step of 1/127 of the range is below bfloat16's resolution
             with torch.autocast(latent[0].device.type, enabled=False):
-                values = many.quantize_many(quantizers, latent)
+                values = kind.quantize_many(quantizers, latent)
         else:
             values = [quantizer(w) for quantizer, w in zip(quantizers, latent, strict=True)]
-        for fake_quant, value in zip(fake_quants, values, strict=True):
+        for fake_quant, value in zip(enabled.values(), values, strict=True):
             fake_quant._shared = value
         yield
-    finally:
-        for fake_quant, value in zip(fake_quants, before, strict=True):
-            fake_quant._shared = value
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with a quantizer on their weight, by name, in the network's order."""
-    return {name: layer for name, layer in _parametrized(model).items() if _fake_quant(layer) is not None}
+    return {name: layer for name, layer in model.named_modules() if _fake_quant(layer) is not None}
 
 
 def quantizer_of(layer: nn.Module) -> nn.Module:
@@ -167,40 +164,35 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _parametrized(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if parametrize.is_parametrized(module, "weight")}
+@contextmanager
+def _restored(modules: Iterable[nn.Module], attribute: str) -> Iterator[None]:
+    before = {module: getattr(module, attribute) for module in modules}
+    try:
+        yield
+    finally:
+        for module, value in before.items():
+            setattr(module, attribute, value)
 
 
 def _fake_quant(layer: nn.Module) -> FakeQuantParametrization | None:
     if not parametrize.is_parametrized(layer, "weight"):
         return None
-    for parametrization in layer.parametrizations.weight:  # type: ignore[union-attr]
-        if isinstance(parametrization, FakeQuantParametrization):
-            return parametrization
-    return None
+    first = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+    return first if isinstance(first, FakeQuantParametrization) else None
 
 
-def _find_fake_quants(model: nn.Module) -> dict[str, FakeQuantParametrization]:
-    found = {name: _fake_quant(layer) for name, layer in _parametrized(model).items()}
-    return {name: fake_quant for name, fake_quant in found.items() if fake_quant is not None}
+def _fake_quants(model: nn.Module) -> dict[nn.Module, FakeQuantParametrization]:
+    found = {layer: _fake_quant(layer) for layer in model.modules()}
+    return {layer: fake_quant for layer, fake_quant in found.items() if fake_quant is not None}
 
 
-def _fake_quants(model: nn.Module) -> dict[str, FakeQuantParametrization]:
-    found = _find_fake_quants(model)
-    if not found:
-        raise AttachmentError(
-            f"{type(model).__name__} has no quantizer to switch; attach some with attach_weight_quantizers first"
-        )
-    return found
-
-
-def _check_pattern(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+def _check_pattern(pattern: str, modules: Sequence[str]) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise AttachmentError(f"exclude_layers holds {pattern!r}: each entry is a module path or a pattern of one")
     if pattern == NORMALISATION_PATTERN or any(matches(name, pattern) for name in modules):
         return
     near = difflib.get_close_matches(pattern, modules, n=1, cutoff=0)
-    nested = [name for name in modules if name.endswith("." + pattern)]
+    nested = any(name.endswith("." + pattern) for name in modules)
     nearest = f"*.{pattern}" if nested else near[0] if near else "none"
     raise AttachmentError(
         f"exclude_layers pattern {pattern!r} matches no module; did you mean {nearest!r}? "
@@ -208,19 +200,6 @@ def _check_pattern(pattern: str, modules: Mapping[str, nn.Module]) -> None:
     )
 
 
-def _listing(names: Mapping[str, object], most: int = 40) -> str:
-    shown = list(names)[:most]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(shown) or "none") + more
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards every module is in the mode it was in, also after an exception."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return (", ".join(names[:MOST_LISTED]) or "none") + more

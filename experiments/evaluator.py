@@ -28,23 +28,21 @@ class EvalResult:
 
     def rows(self) -> list[dict[str, str | int | float]]:
         """One row per layer, for a table: weights, bits, sparsity, channels before and after, MACs dense and left."""
-        rows: list[dict[str, str | int | float]] = []
-        for structured, unstructured in zip(self.structured_stats.layers, self.unstructured_stats.layers, strict=True):
-            kept = structured.null_out.total - structured.null_out.count
-            rows.append(
-                {
-                    "layer": structured.name,
-                    "weights": structured.weights,
-                    "bits": structured.bitwidth,
-                    "zeros": structured.pruning_ratio,
-                    "dead filters": len(structured.dead_out),
-                    "channels": structured.null_out.total,
-                    "channels left": kept,
-                    "MACs, non-zero weights": unstructured.macs,
-                    "MACs, after removal": structured.macs,
-                }
-            )
-        return rows
+        pairs = zip(self.structured_stats.layers, self.unstructured_stats.layers, strict=True)
+        return [
+            {
+                "layer": structured.name,
+                "weights": structured.weights,
+                "bits": structured.bitwidth,
+                "zeros": structured.pruning_ratio,
+                "dead filters": len(structured.dead_out),
+                "channels": structured.null_out.total,
+                "channels left": structured.null_out.total - structured.null_out.count,
+                "MACs, non-zero weights": unstructured.macs,
+                "MACs, after removal": structured.macs,
+            }
+            for structured, unstructured in pairs
+        ]
 
 
 class Evaluator:

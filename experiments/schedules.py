@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+
+from src.quantizer import check_range
 
 Schedule = Callable[[int, int], float]
 
@@ -16,14 +19,18 @@ class ScheduleError(ValueError):
     """A schedule's argument is out of range."""
 
 
+_check_epochs = partial(check_range, lowest=0, remedy="a number of epochs", error=ScheduleError)
+_check_coefficient = partial(check_range, lowest=0, whole=False, error=ScheduleError)
+
+
 def linear_warmup(delay: int, ramp: int, peak: float = 1.0) -> Schedule:
     """0 up to epoch `delay`, then a straight line that reaches `peak` at epoch `delay + ramp`, then `peak`.
 
     With delay=5, ramp=5: epochs 0 to 5 give 0, epoch 6 gives peak / 5, epoch 10 and later give peak. ramp=0 is a jump.
     """
-    _whole("delay", delay)
-    _whole("ramp", ramp)
-    _finite("peak", peak)
+    _check_epochs("delay", delay)
+    _check_epochs("ramp", ramp)
+    _check_coefficient("peak", peak)
 
     def coefficient(epoch: int, total_epochs: int) -> float:
         if epoch < delay:
@@ -35,7 +42,7 @@ def linear_warmup(delay: int, ramp: int, peak: float = 1.0) -> Schedule:
 
 def constant(value: float) -> Schedule:
     """`value` in every epoch."""
-    _finite("value", value)
+    _check_coefficient("value", value)
     return lambda epoch, total_epochs: value
 
 
@@ -44,8 +51,8 @@ def cosine_anneal(delay: int = 0, peak: float = 1.0) -> Schedule:
 
     coefficient = peak / 2 (1 - cos(pi t)), t = (epoch - delay) / (total_epochs - delay).
     """
-    _whole("delay", delay)
-    _finite("peak", peak)
+    _check_epochs("delay", delay)
+    _check_coefficient("peak", peak)
 
     def coefficient(epoch: int, total_epochs: int) -> float:
         if epoch < delay:
@@ -54,13 +61,3 @@ def cosine_anneal(delay: int = 0, peak: float = 1.0) -> Schedule:
         return peak / 2 * (1 - math.cos(math.pi * progress))
 
     return coefficient
-
-
-def _whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ScheduleError(f"{name}={value!r}: need a whole number of epochs, 0 or more")
-
-
-def _finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise ScheduleError(f"{name}={value!r}: need a finite number, 0 or more")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from src.pruning import ChannelGroups, channel_groups
-
-Penalty = Callable[[nn.Module], Tensor]
+from src.quantizer import check_range
+from src.training import Penalty
 
 
 class PenaltyError(ValueError):
@@ -24,7 +24,7 @@ class PenaltyError(ValueError):
 def coupled_group_lasso(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Penalty:
     """sum over channels g of || all parameters that removing channel g takes away ||_2.
 
-    The groups come from src.channels: the filters that make the channel, their BatchNorm scale and shift, and the
+    The groups come from src.pruning: the filters that make the channel, their BatchNorm scale and shift, and the
     slices that read it, over all layers that a residual connection ties together. Scale and shift belong in the group
     because a filter before BatchNorm is scale-free: without them nothing distinguishes an important channel from
     another, and none ever dies (docs/experiments.md). The groups are found once, here; the function returned computes
@@ -38,12 +38,11 @@ def group_lasso(groups: ChannelGroups) -> Penalty:
     if not len(groups):
         raise PenaltyError(
             "no removable channel was found: the network has no convolution followed by a layer that reads it, or an "
-            "operation that cannot be followed stands in between; see src/graph.py for what is recognised"
+            "operation that cannot be followed stands in between; see src/pruning/graph.py for what is recognised"
         )
     index = torch.cat([torch.from_numpy(member.groups) for member in groups.members])
-    inside = index >= 0
-    index = index.clamp(min=0)
-    on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    index[index < 0] = len(groups)  # what is in no group is summed behind the last one
+    on_device: dict[torch.device, Tensor] = {}
 
     def penalty(network: nn.Module) -> Tensor:
         squares: dict[str, Tensor] = {}
@@ -56,17 +55,16 @@ def group_lasso(groups: ChannelGroups) -> Penalty:
             parts.append(squares[key].sum(others) if others else squares[key])
         sums = torch.cat(parts)
         if sums.device not in on_device:
-            on_device[sums.device] = (index.to(sums.device), inside.to(sums.device))
-        group, counted = on_device[sums.device]
-        totals = sums.new_zeros(len(groups)).index_add(0, group, sums * counted)
-        return safe_sqrt(totals).sum()
+            on_device[sums.device] = index.to(sums.device)
+        totals = sums.new_zeros(len(groups) + 1).index_add(0, on_device[sums.device], sums)
+        return safe_sqrt(totals[:-1]).sum()
 
     return penalty
 
 
 def group_lasso_channels(model: nn.Module) -> Tensor:
     """sum over convolutions and their output channels o of ||W[o]||_2."""
-    return _total(model, lambda weight: weight.square().flatten(1).sum(1))
+    return _total(model, lambda weight: safe_sqrt(weight.square().flatten(1).sum(1)).sum())
 
 
 def group_lasso_blocks(block_size: int = 4) -> Penalty:
@@ -75,21 +73,19 @@ def group_lasso_blocks(block_size: int = 4) -> Penalty:
     The last block of a layer is smaller where the size does not divide its filters. Raises PenaltyError for a size
     below 1.
     """
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise PenaltyError(f"block_size={block_size!r}: need a whole number of filters, 1 or more")
+    check_range("block_size", block_size, 1, remedy="a number of filters", error=PenaltyError)
 
     def blocks(weight: Tensor) -> Tensor:
         filters = weight.square().flatten(1).sum(1)
         padded = nn.functional.pad(filters, (0, -len(filters) % block_size))
-        return padded.view(-1, block_size).sum(1)
+        return safe_sqrt(padded.view(-1, block_size).sum(1)).sum()
 
     return lambda model: _total(model, blocks)
 
 
 def l1_kernel_sparsity(model: nn.Module) -> Tensor:
     """sum over all k x k kernels of the convolutions of ||W[o, i]||_1, which is the sum of all |w|."""
-    convolutions = _convolutions(model)
-    return torch.stack([layer.weight.abs().sum() for layer in convolutions]).sum()
+    return _total(model, lambda weight: weight.abs().sum())
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -98,13 +94,9 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, x, 1).sqrt() * positive
 
 
-def _total(model: nn.Module, group_sums: Callable[[Tensor], Tensor]) -> Tensor:
-    weights = [layer.weight for layer in _convolutions(model)]
-    return torch.stack([safe_sqrt(group_sums(weight)).sum() for weight in weights]).sum()
-
-
-def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    if not found:
+def _total(model: nn.Module, penalty: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of `penalty` over the weights of all convolutions."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if not weights:
         raise PenaltyError(f"{type(model).__name__} has no convolution to penalise")
-    return found
+    return torch.stack([penalty(weight) for weight in weights]).sum()

@@ -78,10 +78,10 @@ class DeadZoneLDZCompander(nn.Module):
         learnable_deadzone: bool = True,
     ) -> None:
         super().__init__()
-        for name, bits in (("fixed_bit_val", fixed_bit_val), ("max_bits", max_bits)):
-            check_range(name, bits, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
-        for name, logit in (("init_bit_logit", init_bit_logit), ("init_deadzone_logit", init_deadzone_logit)):
-            check_range(name, logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
+        check_range("fixed_bit_val", fixed_bit_val, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
+        check_range("max_bits", max_bits, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
+        check_range("init_bit_logit", init_bit_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
+        check_range("init_deadzone_logit", init_deadzone_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
         self.logit_dz = nn.Parameter(torch.tensor(float(init_deadzone_logit)), requires_grad=bool(learnable_deadzone))
         self.logit_bit = nn.Parameter(torch.tensor(float(init_bit_logit)), requires_grad=bool(learnable_bit))
         self.register_buffer("fixed_bit", torch.tensor(float(fixed_bit_val)))
@@ -118,14 +118,14 @@ class DeadZoneLDZCompander(nn.Module):
     @torch.no_grad()
     def grid(self, w: Tensor) -> Grid:
         """The grid for the weights `w`: range, dead zone, step and shift in weight units, levels on each side of 0."""
-        flat = _checked([w])
-        grid = _grid(weight_ranges(flat), self.logit_dz[None], self.get_bitwidth()[None])
+        grid = _grids([w], self.logit_dz[None], self.get_bitwidth()[None])
         return Grid(*(field[0] for field in grid))
 
     @torch.no_grad()
     def indices(self, w: Tensor) -> Tensor:
         """The index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
-        return _indices(w, self.grid(w)).to(torch.int32)
+        grid = self.grid(w)
+        return _indices(w, grid.levels, grid.step, grid.shift).to(torch.int32)
 
     @staticmethod
     def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -142,6 +142,7 @@ class DeadZoneLDZCompander(nn.Module):
         quantizer.logit_dz.requires_grad_(bool(quantizer.learnable_deadzone.item()))
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the quantizer."""
         bits = f"2..{self.max_bits.item():.0f} learned" if self._learns_bits else f"{self.fixed_bit.item():.0f} fixed"
         return f"bits {bits}, dead zone {'learned' if self.logit_dz.requires_grad else 'fixed'}"
 
@@ -152,19 +153,17 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
     All weights are laid end to end, (T,), so that the number of operations does not grow with L: a small network on
     a GPU is bound by launches, not by arithmetic. Raises QuantizerError on an empty or non-floating tensor.
     """
-    flat = _checked(weights)
-    grid = _grid(weight_ranges(flat), logit_dz, bits)
-    sizes = [w.numel() for w in flat]
-    if len(flat) == 1:
-        values = dequantize(_indices(flat[0], Grid(*(field[0] for field in grid))), grid.step[0], grid.shift[0])
-        return [values.view_as(weights[0])]
+    grid = _grids(weights, logit_dz, bits)
+    sizes = [w.numel() for w in weights]
 
     def spread(field: Tensor) -> Tensor:
         """(L,) to (T,): each layer's number for all of its weights. Backward sums layer by layer, in a fixed order."""
+        if len(sizes) == 1:
+            return field[0]
         return torch.cat([number.expand(size) for number, size in zip(field.unbind(), sizes, strict=True)])
 
-    wide = grid._replace(levels=spread(grid.levels), step=spread(grid.step), shift=spread(grid.shift))
-    values = dequantize(_indices(torch.cat(flat), wide), wide.step, wide.shift)
+    levels, step, shift = spread(grid.levels), spread(grid.step), spread(grid.shift)
+    values = dequantize(_indices(torch.cat([w.flatten() for w in weights]), levels, step, shift), step, shift)
     return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
 
 
@@ -224,16 +223,6 @@ def check_range(
     raise error(f"{name}={value!r:.80}: need {need}{kind}{'; ' if remedy else ''}{remedy}")
 
 
-def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
-    for w in weights:
-        if w.numel() == 0 or not w.is_floating_point():
-            raise QuantizerError(
-                f"cannot quantize a tensor of shape {tuple(w.shape)} and dtype {w.dtype}: need at least one "
-                "floating-point weight; leave this layer out with `exclude_layers`"
-            )
-    return [w.flatten() for w in weights]
-
-
 # Asked for in every step with the same sizes; to build the tensors there would make a GPU wait for the copies.
 @lru_cache(maxsize=64)
 def _quantile_ranks(
@@ -248,17 +237,25 @@ def _quantile_ranks(
     return int(low.max()) + 1, low.to(device), (low - 1).clamp(min=0).to(device), fraction.to(device)
 
 
-def _grid(range_: Tensor, logit_dz: Tensor, bits: Tensor) -> Grid:
+def _grids(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> Grid:
+    """The grids of L layers, every field (L,)."""
+    for w in weights:
+        if w.numel() == 0 or not w.is_floating_point():
+            raise QuantizerError(
+                f"cannot quantize a tensor of shape {tuple(w.shape)} and dtype {w.dtype}: need at least one "
+                "floating-point weight; leave this layer out with `exclude_layers`"
+            )
+    range_ = weight_ranges(weights)
     dead_zone = 2 * range_ * (1 - logit_dz.tanh().abs())
     levels = torch.exp2(bits - 1) - 1
     step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
     return Grid(range_, dead_zone, levels, step, dead_zone / 2 - step / 2)
 
 
-def _indices(w: Tensor, grid: Grid) -> Tensor:
-    outside = w.sign() * relu_ste(w.abs() - grid.shift)
+def _indices(w: Tensor, levels: Tensor, step: Tensor, shift: Tensor) -> Tensor:
+    outside = w.sign() * relu_ste(w.abs() - shift)
     # + 0.0 makes -0.0 (a small negative weight) an ordinary zero, so that equal weights have equal bits
-    return clip_ste(round_ste(outside / grid.step), grid.levels) + 0.0
+    return clip_ste(round_ste(outside / step), levels) + 0.0
 
 
 class _StraightThrough(torch.autograd.Function):
