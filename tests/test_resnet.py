@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet import NETWORKS, BasicBlock, PadShortcut, ResNet, resnet20, resnet32
+from tests.networks import randomize
 
 
 def parameters(model: nn.Module) -> int:
@@ -27,17 +30,17 @@ def test_resnet20_parameters_by_hand() -> None:
     assert parameters(resnet20()) == 269_722
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet20", 3), ("resnet32", 5), ("resnet44", 7), ("resnet56", 9)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("resnet20", 3), ("resnet32", 5), ("resnet44", 7), ("resnet56", 9), ("resnet110", 18)]
+)
 def test_parameters_of_the_deeper_ones(name: str, blocks: int) -> None:
     """Each further block per stage adds two convolutions at each width: 2 (9 C^2 + 2 C)."""
     added = sum(2 * (9 * c * c + 2 * c) for c in (16, 32, 64))
     assert added == 97_216
-    assert parameters(NETWORKS[name]()) == 269_722 + (blocks - 3) * added
-    assert sum(isinstance(m, nn.Conv2d) for m in NETWORKS[name]().modules()) == 6 * blocks + 1
-
-
-def test_resnet110_parameters() -> None:
-    assert parameters(NETWORKS["resnet110"]()) == 269_722 + 15 * 97_216 == 1_727_962
+    model = NETWORKS[name](num_classes=10)
+    assert parameters(model) == 269_722 + (blocks - 3) * added
+    assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 6 * blocks + 1
+    assert [child for child, _ in model.named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "linear"]
 
 
 def test_resnet20_macs_by_hand_and_by_flop_counter() -> None:
@@ -54,10 +57,6 @@ def test_resnet20_macs_by_hand_and_by_flop_counter() -> None:
     assert counter.get_total_flops() == 2 * macs
 
 
-def test_module_names() -> None:
-    assert [name for name, _ in resnet20().named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "linear"]
-
-
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 1)])
 def test_option_a_against_numpy(height: int, width: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, 4, height, width))
@@ -68,35 +67,20 @@ def test_option_a_against_numpy(height: int, width: int) -> None:
     np.testing.assert_array_equal(ours.numpy(), expected)
 
 
-def test_option_a_pads_a_quarter_of_the_planes() -> None:
-    """planes // 4 zero channels on both sides: 16 -> 32 pads 8, 32 -> 64 pads 16."""
-    model = resnet20()
-    assert model.get_submodule("layer2.0.shortcut").channels == 32 // 4
-    assert model.get_submodule("layer3.0.shortcut").channels == 64 // 4
-    assert parameters(model.get_submodule("layer3.0.shortcut")) == 0
-
-
-def test_option_b_parameters() -> None:
-    """Two 1x1 convolutions with BatchNorm: 16 * 32 + 2 * 32 and 32 * 64 + 2 * 64."""
+def test_parameters_of_the_shortcuts() -> None:
+    """A pads planes // 4 on both sides; B has a 1x1 convolution with BatchNorm: 16 * 32 + 2 * 32, 32 * 64 + 2 * 64."""
+    assert resnet20().get_submodule("layer2.0.shortcut").channels == 32 // 4
+    assert resnet20().get_submodule("layer3.0.shortcut").channels == 64 // 4
     assert parameters(resnet20(option="B")) == 269_722 + 16 * 32 + 64 + 32 * 64 + 128
 
 
 def test_forward_by_its_formula() -> None:
     """The block's formula, written with functions alone and the statistics of the batch put in by hand."""
-    torch.manual_seed(0)
-    block = BasicBlock(4, 8, stride=2).double().eval()
-    for bn in (block.bn1, block.bn2):
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        nn.init.normal_(bn.running_mean)
-        nn.init.uniform_(bn.running_var, 0.5, 2)
-        nn.init.normal_(bn.weight)
-        nn.init.normal_(bn.bias)
+    block = BasicBlock(4, 8, stride=2)
+    randomize(block, 0)
     x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
 
-    def normalised(y: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
+    def normalised(y: torch.Tensor, bn: Any) -> torch.Tensor:
         mean, deviation = bn.running_mean[:, None, None], (bn.running_var + 1e-5).sqrt()[:, None, None]
         return (y - mean) / deviation * bn.weight[:, None, None] + bn.bias[:, None, None]
 
@@ -125,12 +109,8 @@ def test_output_shape_and_classes() -> None:
         ({"widths": (8, 4, 2)}, "from 8 to 4 channels"),
     ],
 )
-def test_bad_arguments(settings: dict[str, object], said: str) -> None:
-    arguments = {"num_blocks": [1, 1, 1], **settings}
+def test_bad_arguments(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        ResNet(BasicBlock, **arguments)
-
-
-def test_option_a_needs_stride_2() -> None:
+        ResNet(BasicBlock, **{"num_blocks": [1, 1, 1], **settings})
     with pytest.raises(ValueError, match="stride 1"):
         BasicBlock(4, 8)
