@@ -28,8 +28,7 @@ from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander, dequantize
-from src.training import EpochRecord, LayerRecord
-from src.training.evaluation import summary
+from src.training import EpochRecord, LayerRecord, summarize_layers
 from utils_quantization import attach_weight_quantizers, latent_weight, quantization, quantized_layers
 
 HEALTHY = "nothing"
@@ -210,7 +209,7 @@ def layers(change: Callable[[nn.Module, LayerRecord], LayerRecord]) -> Callable[
         found = quantized_layers(s.model)
         changed = tuple(change(found[layer.name], layer) for layer in record.layers)
         sizes = {name: latent_weight(layer).numel() for name, layer in found.items()}
-        return replace(record, layers=changed, **summary(changed, sizes))
+        return replace(record, layers=changed, **summarize_layers(changed, sizes))  # type: ignore[arg-type]
 
     return recording(apply)
 

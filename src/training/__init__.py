@@ -18,7 +18,7 @@ from src.training.devices import (
     repeatable,
 )
 from src.training.epoch import EpochMeans, LrLambda, Step, cosine_to_zero, epoch_seed, hold_then_linear, train_epoch
-from src.training.evaluation import evaluate, layer_records, measure_epoch, predict
+from src.training.evaluation import evaluate, layer_records, measure_epoch, predict, summarize_layers
 from src.training.failures import batch_size_advice, is_out_of_memory, not_finite
 from src.training.history import EpochRecord, History, LayerRecord
 from src.training.interrupts import Interrupted, Terminated, between_steps, in_notebook, raise_pending, terminations
@@ -71,6 +71,7 @@ __all__ = [
     "raise_pending",
     "repeatable",
     "squared_logits",
+    "summarize_layers",
     "terminations",
     "train_epoch",
     "train_step",

@@ -30,10 +30,10 @@ from src.training import (
     parameter_groups,
     predict,
     squared_logits,
+    summarize_layers,
     train_epoch,
     train_step,
 )
-from src.training.evaluation import summary
 from tests.training.small import RATES, batch, images, network, optimizer_of, quantized
 from utils_quantization import attach_weight_quantizers, quantized_layers, toggle_quantization
 
@@ -245,7 +245,7 @@ def test_summary_by_hand() -> None:
     )
     # zeros: (0.5 * 10 + 0.25 * 90) / 100; dead filters: 4 of 10; bits: (4 + 7) / 2
     expected = {"unstructured_sparsity": 0.275, "structured_sparsity": 0.4, "mean_bits": 5.5}
-    assert summary(layers, {"a": 10, "b": 90}) == pytest.approx(expected)
+    assert summarize_layers(layers, {"a": 10, "b": 90}) == pytest.approx(expected)
 
 
 def test_the_record_of_an_epoch_holds_what_was_measured() -> None:
