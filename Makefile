@@ -39,7 +39,7 @@ help:
 	@echo 'make debug         the same pipeline as a script, one line an epoch'
 	@echo 'make doctor        examine a short run of the pipeline, check by check'
 	@echo 'make doctor-power  break the pipeline in every known way, write docs/measured/doctor.md (within an hour)'
-	@echo 'make torture       kill, damage and starve runs, write docs/reliability.md (about 20 minutes)'
+	@echo 'make torture       kill, damage and starve runs, write docs/measured/reliability.md (about 20 minutes)'
 	@echo 'make bench         time a training step'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make clean         remove build/ and caches (.venv, data and runs stay)'
@@ -78,7 +78,7 @@ doctor-power: venv
 	@$(PYTHON_IN_VENV) -m tests.faults.power
 
 torture: venv
-	@$(PYTHON_IN_VENV) -m tests.torture
+	@$(PYTHON_IN_VENV) -m tests.reliability
 
 bench: venv
 	@$(PYTHON_IN_VENV) -m experiments.bench

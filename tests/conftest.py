@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import TYPE_CHECKING
 
 # Before torch is loaded: a worker has one core, and so have the processes that its tests start.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.reliability.small_run import Unbroken
 
 # Deadlines measure the machine, not the code; the same examples every time make a failure repeatable.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50, database=None)
@@ -28,3 +32,11 @@ for _name in ("SIGTERM", "SIGHUP"):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    """The small run of tests/reliability, trained once. Copy its folder before changing anything in it."""
+    from tests.reliability.small_run import train_unbroken
+
+    return train_unbroken(tmp_path_factory.mktemp("tiny") / "deep" / "run")

@@ -129,7 +129,7 @@ def read_notebook(path: str | Path) -> NotebookNode:
         nbformat.validate(notebook)
     except OSError as error:
         raise NotebookInputError(f"cannot read the notebook {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, AttributeError, TypeError, nbformat.ValidationError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, nbformat.ValidationError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotebookInputError(f"{path} is not a Jupyter notebook: {first_line[:200]}") from error
     return notebook

@@ -1,0 +1,352 @@
+"""Every kind of file that is read: with bytes changed or cut off, replaced by a foreign one, or forged to do harm."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.benchmarks import peak_memory
+from experiments.headless import NotebookInputError, parameter_defaults, read_notebook, to_html
+from src.data import DataError, cifar10
+from src.data.image_sources import read_folder
+from src.export import pack, unpack
+from src.runs import RunError, SnapshotError, Snapshots, load_checkpoint
+from src.storage import StorageError, container_bytes, read_container
+from tests.data.fake_archive import FILES, PAYLOAD, pretend
+from tests.quantized_networks import small_resnet
+from tests.reliability.row import Row, Trial
+from tests.reliability.small_run import Unbroken, equal
+
+MOST_BYTES = 64 * 2**20  # of memory that refusing a file may take
+IMAGES = ("png", "jpeg", "gif", "bmp", "tiff", "webp")
+
+
+def same(found: Any, whole: Any) -> None:
+    assert equal(found, whole), "read without an error, with other contents"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file. build: lays it out in a folder and returns where. read: of the product; raises `refusal`.
+
+    check: what may be read from a damaged file, compared with what was read from the whole one.
+    container: what the container calls it, if it is one.
+    """
+
+    build: Callable[[Path, Unbroken], Path]
+    read: Callable[[Path], Any]
+    refusal: type[Exception]
+    check: Callable[[Any, Any], None] = field(default=same)
+    container: str = ""
+
+
+def _of_run(name: str, folder: Path, unbroken: Unbroken) -> Path:
+    return Path(shutil.copy(unbroken.folder / name, folder / name))
+
+
+def _packed(folder: Path, unbroken: Unbroken) -> Path:
+    path = folder / "model.cdq"
+    path.write_bytes(_packed_bytes(folder / "first.cdq"))
+    return path
+
+
+@cache
+def _packed_bytes(path: Path) -> bytes:
+    pack(small_resnet(), path)
+    return path.read_bytes()
+
+
+def _read_packed(path: Path) -> dict[str, Any]:
+    network = unpack(path)
+    return {"description": network.description, "state": dict(network.state_dict())}
+
+
+def _batches(folder: Path, unbroken: Unbroken) -> Path:
+    (folder / cifar10.FOLDER).mkdir()
+    for name, payload in FILES.items():
+        (folder / cifar10.FOLDER / name).write_bytes(payload)
+    return folder / cifar10.FOLDER / "data_batch_2"
+
+
+def _read_batches(path: Path) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        train, test, names = cifar10.read_images(path.parents[1])
+    return [array.tolist() for array in (*train, *test)] + names
+
+
+def _archive(folder: Path, unbroken: Unbroken) -> Path:
+    path = folder / cifar10.NAME
+    path.write_bytes(PAYLOAD)
+    return path
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    unpacked = path.parent / cifar10.FOLDER
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        try:
+            cifar10.obtain(path.parent, lambda line: None, download=False)
+        except DataError:
+            assert not unpacked.exists()
+            raise
+    content = {file.name: file.read_bytes() for file in unpacked.iterdir()}
+    shutil.rmtree(unpacked)
+    return content
+
+
+def _image(kind: str, folder: Path, unbroken: Unbroken) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for place in ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png", f"train/a/1.{kind}"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / place)
+    return folder / f"train/a/1.{kind}"
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow says by the way what it makes of a damaged file
+        return read_folder(str(path.parents[2]), lambda line: None)[0][0]
+
+
+def _still_images(found: np.ndarray, whole: np.ndarray) -> None:
+    assert found.shape == whole.shape == (3, 32, 32, 3)
+
+
+def _notebook(folder: Path, unbroken: Unbroken) -> Path:
+    """With parameters, a formula, text, a figure and a table, as one that was executed."""
+    v4, path = nbformat.v4, folder / "lesson.ipynb"
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+    outputs = [
+        v4.new_output("stream", name="stdout", text="Epoch 1/3\n"),
+        v4.new_output("display_data", {"image/png": png, "text/plain": "figure"}, metadata={"image/png": {"alt": "x"}}),
+        v4.new_output("display_data", {"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"}),
+    ]
+    cells = [
+        v4.new_markdown_cell("# Title\n\nText with $x^2$ and a [link](#part).\n\n## Part\n"),
+        v4.new_code_cell('DATA = "digits"\nEPOCHS = 3', metadata={"tags": ["parameters"]}),
+        v4.new_code_cell("print(EPOCHS)", outputs=outputs, execution_count=2),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+    path.write_text(nbformat.writes(v4.new_notebook(cells=cells, metadata=kernel)))
+    return path
+
+
+def _read_notebook(path: Path) -> Any:
+    found = read_notebook(path)
+    parameter_defaults(found)
+    return found
+
+
+def _still_a_notebook(found: Any, whole: Any) -> None:
+    nbformat.validate(found)
+    assert "</html>" in to_html(found)
+
+
+KINDS = {
+    "checkpoint": Kind(partial(_of_run, "checkpoint.pt"), load_checkpoint, RunError, container="checkpoint"),
+    "snapshots": Kind(
+        partial(_of_run, "snapshots.npz"),
+        lambda path: [Snapshots.load(path).to_bytes()],
+        SnapshotError,
+        container="snapshots",
+    ),
+    "packed network": Kind(_packed, _read_packed, StorageError, container="packed"),
+    "dataset file (CIFAR-10 batch)": Kind(_batches, _read_batches, DataError),
+    "dataset archive (tar.gz)": Kind(_archive, _read_archive, DataError),
+    **{f"{kind} image": Kind(partial(_image, kind), _read_image, DataError, _still_images) for kind in IMAGES},
+    "notebook": Kind(_notebook, _read_notebook, NotebookInputError, _still_a_notebook),
+}
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """A bit or byte changed, some bytes overwritten with zeros or noise, or the end cut off."""
+    way, place = rng.choice(("bit", "byte", "zeros", "noise", "cut")), rng.randrange(len(data))
+    if way == "cut":
+        return data[:place]
+    length = 1 if way in ("bit", "byte") else rng.randrange(1, 65)
+    old = data[place : place + length]
+    if way == "bit":
+        new = bytes([old[0] ^ 1 << rng.randrange(8)])
+    elif way == "byte":
+        new = bytes([old[0] ^ rng.randrange(1, 256)])
+    else:
+        new = bytes(len(old)) if way == "zeros" else rng.randbytes(len(old))
+    return data[:place] + new + data[place + len(old) :]
+
+
+def read_or_refused(kind: Kind, path: Path) -> Any:
+    """What is read; None where it is refused. The refusal is for a person: it names the file, in a few lines."""
+    try:
+        return kind.read(path)
+    except kind.refusal as error:
+        text = str(error)
+    assert path.name in text, f"the message does not name {path.name}: {text}"
+    assert len(text) < 2000, "the message is too long to be read"
+    assert "Traceback" not in text, "the message holds a traceback"
+    return None
+
+
+def damage(name: str) -> Trial:
+    """The file with damage at a random place."""
+
+    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+        kind = KINDS[rng.choice([f"{image} image" for image in IMAGES]) if name == "image" else name]
+        path = kind.build(tmp, unbroken)
+        data, whole = path.read_bytes(), kind.read(path)
+        path.write_bytes(bad := damaged(data, rng))
+        found = read_or_refused(kind, path)
+        if found is None:
+            assert bad != data
+            return "refused"
+        kind.check(found, whole)
+        return "read"
+
+    return trial
+
+
+def damage_with_one_before(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """checkpoint.pt damaged or gone, checkpoint.previous.pt there."""
+    path, before = (_of_run(name, tmp, unbroken) for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+    whole, earlier = load_checkpoint(path), load_checkpoint(before)
+    assert not equal(whole, earlier)
+    path.write_bytes(damaged(path.read_bytes(), rng))
+    if rng.random() < 0.1:
+        path.unlink()
+    said: list[str] = []
+    found = load_checkpoint(path, "cpu", said.append)
+    assert equal(found, earlier if said else whole)
+    assert all("checkpoint.previous.pt" in line for line in said)
+    return "the one before it" if said else "read"
+
+
+class Code:
+    """A pickle of it makes the file `marker` when it is loaded without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f'echo ran > "{self.marker}"',)
+
+
+def foreign_files(marker: Path, protocol: int, good: bytes) -> dict[str, bytes]:
+    """Contents that are something else, most of them made to run code that writes `marker`."""
+    pickled, archive, arrays = pickle.dumps(Code(marker), protocol), io.BytesIO(), io.BytesIO()
+    torch.save({"format": 2, "model": Code(marker)}, archive)
+    np.savez(arrays, layers=np.array([Code(marker)], dtype=object))
+    return {
+        "nothing": b"",
+        "pickle": pickled,
+        "pickle behind a mark": good[:8] + pickled,
+        "pickle in an archive of PyTorch": archive.getvalue(),
+        "pickle in an archive of NumPy": arrays.getvalue(),
+        "nested beyond all": b"[" * 200_000,
+    }
+
+
+def replace_by_foreign(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """Each kind of file replaced by each foreign one."""
+    marker = tmp / "marker"
+    pickle.loads(pickle.dumps(Code(marker)))
+    assert marker.exists(), "the pickle is meant to run code where nobody takes care"
+    marker.unlink()
+    for name, kind in KINDS.items():
+        folder = tmp / name
+        folder.mkdir()
+        path = kind.build(folder, unbroken)
+        for what, data in foreign_files(marker, rng.randrange(6), path.read_bytes()).items():
+            path.write_bytes(data)
+            assert read_or_refused(kind, path) is None, f"{name}: {what}: was read as if nothing were wrong"
+            assert not marker.exists(), f"{name}: {what}: the code was run"
+    return ""
+
+
+def enlarge_a_number(value: Any, rng: random.Random) -> str:
+    """Change one of the whole numbers in nested JSON to an absurd one."""
+    places: list[tuple[Any, Any]] = []
+
+    def collect(inner: Any) -> None:
+        for key, part in inner.items() if isinstance(inner, dict) else enumerate(inner):
+            if type(part) is int:
+                places.append((inner, key))
+            elif isinstance(part, (dict, list)):
+                collect(part)
+
+    collect(value)
+    inner, key = rng.choice(places)
+    inner[key] = 10 ** rng.randrange(5, 18) * rng.choice((1, 1, 1, -1))
+    return f"{key}={inner[key]}"
+
+
+def claim_absurd_sizes(name: str) -> Trial:
+    """A container with an absurd number in its description, or in the header of its tensors; its checksum fits."""
+
+    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+        kind = KINDS[name]
+        path = kind.build(tmp, unbroken)
+        description, body = read_container(path, kind.container, lambda data: {"body": data})
+        data = body["body"]
+        if rng.random() < 0.5:
+            description = copy.deepcopy(description)
+            what = enlarge_a_number(description, rng)
+        else:
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + length])
+            what = enlarge_a_number(header, rng)
+            text = json.dumps(header).encode()
+            data = len(text).to_bytes(8, "little") + text + data[8 + length :]
+        path.write_bytes(container_bytes(kind.container, description, data))
+        found: list[Any] = []
+        used = peak_memory(lambda: found.append(read_or_refused(kind, path)), torch.device("cpu"))["step_bytes"]
+        assert found, what
+        assert used < MOST_BYTES, f"{what}: reading took {used / 2**20:.0f} MiB"
+        return "read" if found[0] is not None else "refused"
+
+    return trial
+
+
+REFUSED = "refused with one clear error that names the file, or read with the same contents as before"
+ROWS = {
+    **{f"{name} damaged": Row(REFUSED, damage(name)) for name in KINDS if not name.endswith(("image", "notebook"))},
+    "checkpoint damaged or gone, the one before it there": Row(
+        "the one before it is read in its place and said so, or the same contents are read", damage_with_one_before
+    ),
+    "image of a folder damaged": Row(
+        "refused with one clear error that names the file, or read as a picture of the right size", damage("image")
+    ),
+    "notebook damaged": Row(
+        "refused with one clear error that names the file, or still a notebook whose page can be written; a changed "
+        "letter in a cell's text is an edit like any other",
+        damage("notebook"),
+    ),
+    "every kind of file replaced by nothing, a pickle that runs code, or nonsense": Row(
+        "refused with the project's own error that names the file, and the code was not run",
+        replace_by_foreign,
+        share=0.1,
+    ),
+    **{
+        f"{name} that claims absurd sizes, with a checksum that fits": Row(
+            "refused with the file's name, or read, taking no more than a few megabytes", claim_absurd_sizes(name)
+        )
+        for name, kind in KINDS.items()
+        if kind.container
+    },
+}

@@ -1,0 +1,160 @@
+"""Runs of many epochs: their memory stays flat, and what they leave to be read stays small."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import psutil
+
+from experiments import figures
+from experiments.notebook.display import figure_bundle
+from src.training import History
+from tests.histories import make_history
+from tests.reliability.processes import Started
+from tests.reliability.row import Row
+from tests.reliability.small_run import Unbroken
+
+MEGABYTE = 10**6
+LARGEST = 5 * MEGABYTE
+# The history grows by a record an epoch: 14 numbers and a flag for each of ResNet-20's 688 channels, with Python's own
+# overhead about 10 kB, so 2 MB in 150 epochs, and once more while a checkpoint of it is being written.
+MOST_GROWTH = 10 * MEGABYTE
+# A live figure is drawn once a second. On the way to a PNG its 2.7 million pixels are whole numbers of 8 bytes: 21 MB
+# an array, and where the garbage collector stands decides whether one of them is still there. A figure that was kept
+# each time would be hundreds of megabytes.
+MOST_GROWTH_DRAWING = 25 * MEGABYTE
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "notebooks" / "codeq_walkthrough.ipynb"
+EPOCHS, STEPS_PER_EPOCH = 200, 3
+
+
+def growth(samples: list[tuple[int, int]]) -> int:
+    """Bytes by which the median of the last tenth of the epochs is above that of the tenth after the first quarter.
+
+    samples: (epoch, resident bytes). A median, because a figure that is being drawn takes memory for a moment.
+    """
+    tenth = EPOCHS // 10
+
+    def median(first: int) -> float:
+        return statistics.median([size for epoch, size in samples if first <= epoch < first + tenth])
+
+    return round(median(EPOCHS - tenth) - median(EPOCHS // 4))
+
+
+def watch(process: psutil.Process, epoch: Callable[[], int], running: Callable[[], bool]) -> list[tuple[int, int]]:
+    """(epoch, resident bytes) of a process, twenty times a second while it is running."""
+    samples: list[tuple[int, int]] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while running():
+            samples.append((epoch(), process.memory_info().rss))
+            time.sleep(0.05)
+    return samples
+
+
+def script_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """The command in a process of its own."""
+    run = Started(tmp / "run", f"--epochs={EPOCHS}", "--limit=40", f"--checkpoint-every={STEPS_PER_EPOCH - 1}")
+    samples = watch(psutil.Process(run.pid), lambda: run.steps // STEPS_PER_EPOCH, lambda: run.wait(0) is None)
+    assert run.end() in (0, 1), run.told[-500:]
+    grown = growth(samples)
+    assert grown < MOST_GROWTH, f"grown by {grown:,} bytes"
+    return f"{grown / MEGABYTE:+.1f} MB"
+
+
+def notebook_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """The walkthrough, executed headless: the kernel's memory, and the size of notebook and page."""
+    output, executed, page = tmp / "run", tmp / "executed.ipynb", tmp / "page.html"
+    settings = {"DATA": "digits", "EPOCHS": EPOCHS, "LIMIT": 100, "BATCH_SIZE": 50, "OUTPUT_DIR": output}
+    command = [sys.executable, "-m", "experiments.run_notebook", f"--output-notebook={executed}", f"--html={page}"]
+    command += [f"--set={name}={value}" for name, value in settings.items()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def epoch() -> int:
+        history = output / "history.csv"
+        return max(0, history.read_bytes().count(b"\n") - 1) if history.exists() else 0
+
+    def training() -> bool:
+        return process.poll() is None and epoch() < EPOCHS
+
+    while process.poll() is None and not output.exists():
+        time.sleep(0.1)
+    kernels = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    samples = watch(kernels[0], epoch, training) if kernels else []
+    told = process.communicate()[0]
+    assert process.returncode == 0, told[-1000:]
+    grown, sizes = growth(samples), [path.stat().st_size for path in (executed, page)]
+    assert grown < MOST_GROWTH_DRAWING, f"grown by {grown:,} bytes"
+    assert max(sizes) < LARGEST, f"notebook and page have {sizes} bytes"
+    return f"{grown / MEGABYTE:+.1f} MB; notebook {sizes[0] / MEGABYTE:.1f} MB, page {sizes[1] / MEGABYTE:.1f} MB"
+
+
+def long_histories(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """Made-up histories, up to the longest that a run may have."""
+    largest = max(size_of_history(epochs, rng) for epochs in (20, 300, 3_000, 20_000, 100_000))
+    return f"the largest has {largest / MEGABYTE:.1f} MB"
+
+
+def size_of_history(epochs: int, rng: random.Random) -> int:
+    """Bytes of what the walkthrough shows of such a history: figures as a page holds them, and the printed lines."""
+    history, subtitle = _noisy_history(epochs, rng), "a subtitle"
+    drawn = [
+        figures.dashboard(history, coefficient_plan=[0.01] * history.epochs, subtitle=subtitle),
+        figures.accuracy_curve(history, subtitle=subtitle, chance=0.1),
+        figures.sparsity_curves(history, subtitle=subtitle),
+        figures.channel_liveness(history.last.layers, subtitle=subtitle),
+        figures.per_layer_channels(history.last.layers, subtitle=subtitle),
+    ]
+    size = sum(len(str(figure_bundle(figure))) for figure in drawn) + len(_printed(history))
+    assert size < LARGEST, f"{epochs:,} epochs: {size:,} bytes"
+    return size
+
+
+def _noisy_history(epochs: int, rng: random.Random) -> History:
+    """A history of ResNet-20 whose curves compress badly."""
+    history, (record,) = History(epochs), make_history(1).records
+    numbers = ("loss", "task_loss", "accuracy", "train_accuracy", "test_loss", "unstructured_sparsity")
+    for epoch in range(1, epochs + 1):
+        changes = {name: rng.random() for name in numbers}
+        history.append(replace(record, epoch=epoch, coefficient=0.01 * epoch / epochs, **changes))
+    return history
+
+
+def _printed(history: History) -> str:
+    """What the walkthrough's own cell prints of it: one line an epoch, but not of all."""
+    cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    code = next(source for source in cells if "console_line" in source)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {"history": history, "config": SimpleNamespace(epochs=history.epochs)})
+    return out.getvalue()
+
+
+ROWS = {
+    f"memory over {EPOCHS} epochs of the script": Row(
+        f"resident memory grows by less than {MOST_GROWTH // MEGABYTE} MB from epoch 50 to the end",
+        script_memory,
+        share=0,
+    ),
+    f"memory over {EPOCHS} epochs of the notebook, and the size of what it leaves": Row(
+        f"the kernel grows by less than {MOST_GROWTH_DRAWING // MEGABYTE} MB from epoch 50 to the end, figures and "
+        f"outputs included; executed notebook and page are below {LARGEST // MEGABYTE} MB each",
+        notebook_memory,
+        share=0,
+    ),
+    "histories of 20 to 100,000 epochs as figures and text": Row(
+        f"every figure can be drawn; all of them, as a page holds them, are below {LARGEST // MEGABYTE} MB",
+        long_histories,
+        share=0,
+    ),
+}

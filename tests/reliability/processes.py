@@ -1,0 +1,207 @@
+"""The command in a process of its own, which is killed, stopped and sabotaged at random moments, and resumed.
+
+A process that has everything imported is forked for each run: importing takes seconds, and a run less than one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sklearn.datasets  # noqa: F401  (with torch._dynamo: imported before the fork, so that no run waits for them)
+import torch
+import torch._dynamo
+
+from src.export import pack, unpack
+from src.storage import StorageError
+from tests.quantized_networks import small_resnet
+from tests.reliability.failures import FAILURES, RESUMED, STATUSES, Moment, short_files
+from tests.reliability.row import Row, Trial
+from tests.reliability.small_run import (
+    EVERY,
+    STEPS,
+    Unbroken,
+    differences,
+    prepare,
+    run_command,
+    seed_generators,
+    steps_kept,
+)
+
+LONGEST = 60.0  # seconds that a run may take on a busy machine
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+
+class Started:
+    """The command on the folder `output`, in a process of its own. words: more of the command line."""
+
+    def __init__(self, output: Path, *words: str, failure: str = "", moment: Moment | None = None) -> None:
+        self._log = output.with_name(f"{output.name}-{time.monotonic_ns()}.log")
+        self._done = CONTEXT.RawValue("q", 0)
+        given = (str(output), words, str(self._log), self._done, failure, moment)
+        self._process = CONTEXT.Process(target=_run, args=given)
+        self._process.start()
+
+    @property
+    def steps(self) -> int:
+        """Training steps that it has done."""
+        return int(self._done.value)
+
+    @property
+    def told(self) -> str:
+        """What it has printed."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None where it is still running."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def end(self) -> int:
+        """The exit status of a run that ends by itself. One that does not is killed, and that is an error."""
+        status = self.wait(LONGEST)
+        if status is None:
+            self._process.kill()
+            raise AssertionError(f"the run does not end: {self.told[-300:]}")
+        assert "Traceback" not in self.told, f"the run ends with a traceback: {self.told[-800:]}"
+        return status
+
+
+def _run(output: str, words: tuple[str, ...], log: str, done: Any, failure: str, moment: Moment | None) -> None:
+    """What the new process does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup may have switched them off
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        torch.set_num_threads(1)
+        # A resumed run begins with other states of the generators that nothing seeds: it has to bring them back.
+        seed_generators(os.getpid() if "--resume" in words else 0)
+
+        def count() -> None:
+            done.value += 1
+
+        patch = pytest.MonkeyPatch()
+        prepare(patch, count)
+        if moment:
+            FAILURES[failure].inject(patch, moment)
+        sys.exit(run_command(Path(output), *words))
+    except KeyboardInterrupt:  # it came before the command began
+        sys.exit(130)
+
+
+def _check_end(folder: Path, known: int, unbroken: Unbroken) -> None:
+    """Resume the run, or begin anew where nothing was kept, and compare the end."""
+    again = Started(folder, *(("--resume",) if known else ()))
+    assert again.end() == unbroken.status, again.told[-500:]
+    assert not differences(folder, unbroken.folder)
+
+
+def strike(name: str) -> Trial:
+    """The failure of this name at a random step."""
+
+    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+        failure, folder = FAILURES[name], tmp / "run"
+        moment = Moment(rng.randrange(1, STEPS + 1), rng.choice(list(failure.kinds)), folder)
+        run = Started(folder, failure=name, moment=moment)
+        status = run.end()
+        where = f"{moment.kind}, step {moment.step}: status {status}: {run.told[-800:]}"
+        assert status in ({2} if moment.kind.endswith("run.json") else STATUSES[failure.ends]), where
+        assert re.search(failure.kinds[moment.kind], run.told), where
+        assert sum(line.startswith("error: ") for line in run.told.splitlines()) == (status == 2), where
+        failure.mend(folder)
+        kept = steps_kept(folder) if folder.is_dir() else 0
+        assert run.steps - kept <= failure.loses, f"{kept} of {run.steps} steps are kept; {where}"
+        _check_end(folder, kept, unbroken)
+        return ""
+
+    return trial
+
+
+def strike_any_time(*numbers: signal.Signals) -> Trial:
+    """A signal at random times: the run and up to two that resume it are struck, the one after those is compared."""
+
+    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+        folder, known = tmp / "run", 0
+        for _ in range(3):
+            number = rng.choice(numbers)
+            run = Started(folder, *(("--resume",) if known else ()))
+            if run.wait(rng.uniform(0.0, 1.2 * unbroken.seconds)) is None:
+                os.kill(run.pid, number)
+            status = run.end()
+            kept, done = steps_kept(folder), known + run.steps
+            where = f"{number.name} after {done} steps, {kept} kept: status {status}: {run.told[-500:]}"
+            if number == signal.SIGKILL:
+                assert status in (-number, unbroken.status), where
+                assert kept >= max(known, done - EVERY), where
+            else:
+                # Before its handlers are in place the system's own end the process: no step was taken then.
+                assert status in (128 + number, -number, unbroken.status), where
+                assert kept == done, where
+                told_all = "Figures, history.csv" in run.told  # it came after the very last line
+                assert not run.steps or told_all or "--resume" in run.told, where
+            known = kept
+        _check_end(folder, known, unbroken)
+        return ""
+
+    return trial
+
+
+def two_runs(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """Two commands on one folder."""
+    folder, begun = tmp / "run", rng.randrange(1, STEPS)
+    first = Started(folder)
+    while first.steps < begun and first.wait(0.002) is None:
+        pass
+    second = Started(folder, *rng.choice(((), ("--resume",))))
+    assert second.end() == 2, second.told
+    assert "in use" in second.told
+    assert second.told.count("\n") == 1, second.told
+    assert first.end() == unbroken.status, first.told
+    assert not differences(folder, unbroken.folder)
+    assert not (folder / "previous").exists()
+    return ""
+
+
+def full_at_packing(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+    """A packed network that does not fit, over one that is there."""
+    path, network = tmp / "model.cdq", small_resnet()
+    pack(network, path)
+    before = path.read_bytes()
+    with short_files(rng.randrange(len(before))), pytest.raises(StorageError, match=path.name):
+        pack(network, path, force=True)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp.iterdir()] == [path.name]
+    unpack(path)
+    return ""
+
+
+KEPT = f"the state can be read and lacks at most the {EVERY} steps since the last checkpoint; {RESUMED}"
+STOPPED = f"it ends with status 130, 143 or 129 and says how to continue; no step is lost; {RESUMED}"
+REFUSED = "the second refuses in one line and touches nothing; the first ends as the unbroken run"
+STAYS = "refused with one error that names the file; the file that was there stays as it was, nothing beside it"
+ROWS = {
+    "kill -9 at any time, of resumed runs too": Row(KEPT, strike_any_time(signal.SIGKILL)),
+    "SIGINT, SIGTERM or SIGHUP at any time": Row(
+        STOPPED, strike_any_time(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ),
+    "two runs started on one output folder": Row(REFUSED, two_runs, share=0.2),
+    **{name: Row(f.survived, strike(name), share=0.3) for name, f in FAILURES.items() if f.ends in STATUSES},
+    "disk full at a packed network": Row(STAYS, full_at_packing),
+}
