@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from resnet import BasicBlock, ResNet
 from src.export import check_onnx, export_onnx, open_session, pack, run_onnx, unpack
-from src.export.integer_weights import IndexedWeight, compact_with_indices
-from src.export.onnx_file import OnnxCheck, OnnxError
-from src.export.onnx_graph import integer_type
+from src.export.integer_weights import compact_with_indices
+from src.export.onnx_file import OnnxCheck, OnnxError, integer_type
 from src.pruning import CompactionError, CompactNetwork, compact
 from src.storage import StorageError
 from tests.quantized_networks import SMALL_SIZE, as_trained, mixed_resnet20, small_resnet
@@ -96,7 +95,7 @@ def test_dequantized_weights_bit_for_bit(evaluator: str, tmp_path: Path) -> None
 
 def test_narrowest_type() -> None:
     def of(*indices: int) -> str:
-        return integer_type(IndexedWeight(16, torch.tensor(1.0), torch.tensor(0.0), torch.tensor(indices)))
+        return integer_type(torch.tensor(indices))
 
     assert [of(-7, 7), of(-8, 0), of(8), of(-9), of(-127, 127), of(128), of(-129)] == [
         "int4", "int4", "int8", "int8", "int8", "int16", "int16"
