@@ -6,42 +6,31 @@ Nothing here is shown, saved or closed, and no model or file is known; alt text 
 from __future__ import annotations
 
 from experiments.figures import style
-from experiments.figures.channel_diagram import channel_group_diagram
+from experiments.figures.bars import before_after, class_balance, cost_bars, layer_sparsity_bars, per_layer_channels
+from experiments.figures.channels import channel_group_diagram, channel_liveness, removal_map
 from experiments.figures.comparison import Series, run_curves, run_plane
-from experiments.figures.explorer_figures import (
+from experiments.figures.curves import accuracy_curve, decay_forms, schedule_curve, sparsity_curves
+from experiments.figures.dashboard import dashboard
+from experiments.figures.images import (
     COMPACTED,
     FLOAT,
     QUANTIZED,
     ImageTrace,
     Stage,
+    augmentation_grid,
     image_figure,
-    layer_figure,
+    image_grid,
 )
-from experiments.figures.lesson_figures import augmentation_grid, class_balance, decay_forms, image_grid, schedule_curve
-from experiments.figures.overview import dashboard
-from experiments.figures.run_figures import (
-    accuracy_curve,
-    before_after,
-    channel_liveness,
-    cost_bars,
-    layer_sparsity_bars,
-    per_layer_channels,
-    removal_map,
-    sparsity_curves,
-    sparsity_map,
-)
-from experiments.figures.staircases import Curve, staircase_explorer_figure, staircase_family
-from experiments.figures.style import BLUE, GREEN, SCREEN_DPI, VERMILLION, png_bytes, wash
+from experiments.figures.style import BLUE, SCREEN_DPI, png_bytes, wash
 from experiments.figures.tables import left_aligned, names_left, plain_table, result_css
+from experiments.figures.weights import Curve, layer_figure, sparsity_map, staircase_explorer_figure, staircase_family
 
 __all__ = [
     "BLUE",
     "COMPACTED",
     "FLOAT",
-    "GREEN",
     "QUANTIZED",
     "SCREEN_DPI",
-    "VERMILLION",
     "Curve",
     "ImageTrace",
     "Series",

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from experiments.figures import style
-from experiments.figures.style import percent
+from experiments.figures.style import count_epochs, percent
 
 PANELS = (
     ("accuracy", "Test accuracy", 100.0),
@@ -21,8 +21,6 @@ PANELS = (
     ("structured_sparsity", "Dead filters", 100.0),
     ("mean_bits", "Bits, mean of the layers", 1.0),
 )
-LEAST_DEAD = 5.0
-"""Per cent; an axis of shares that are all 0 still says so."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +32,37 @@ class Series:
     columns: Mapping[str, NDArray[np.float64]]
     relative_bops: NDArray[np.float64]
 
+    @property
+    def short(self) -> str:
+        """The label, of which the end is kept where it is long."""
+        return self.label if len(self.label) <= 40 else f"…{self.label[-39:]}"
+
+    def at_the_end(self, name: str) -> str:
+        """A share in per cent, as of the last epoch."""
+        return percent(self.columns[name][-1])
+
 
 @style.styled
 def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     """Accuracy, zeros, dead filters and bits by epoch, a line a run."""
     _check(runs)
     best = max(runs, key=lambda run: run.columns["accuracy"][-1])
-    ends = {percent(run.columns["accuracy"][-1]) for run in runs}
-    title = f"{_quoted(best)} ends at {percent(best.columns['accuracy'][-1])} accuracy"
-    title += f", the best of {len(runs)} runs" if len(runs) > 1 else f" after {_epochs(best)}"
-    if len(runs) > 1 and len(ends) == 1:
-        title = f"All {len(runs)} runs end at {ends.pop()} accuracy"
-    figure = style.canvas(title, subtitle, height=5.2 + 0.24 * _legend_rows(runs))
-    panels = figure.subplot_mosaic(
-        [["keys", "keys"], [PANELS[0][0], PANELS[1][0]], [PANELS[2][0], PANELS[3][0]]],
-        height_ratios=[0.1 * _legend_rows(runs), 1, 1],
-    )
-    for name, heading, scale in PANELS:
-        axes = panels[name]
-        style.grid(axes)
+    title = f"“{best.short}” ends at {best.at_the_end('accuracy')} after {count_epochs(len(best.relative_bops))}"
+    title += f"; none of the {len(runs)} runs does better" if len(runs) > 1 else ""
+    columns, rows = _legend_shape(runs)
+    alt = f"Four line charts by epoch, a line a run. {title}. {_ends(runs)}"
+    figure = style.canvas(title, subtitle, alt, height=5.2 + 0.24 * rows)
+    for axes, (name, heading, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for number, run in enumerate(runs):
-            values = run.columns[name]
-            axes.plot(np.arange(1, len(values) + 1), scale * values, marker=style.marker(len(values)), **_look(number))
+            style.epoch_line(axes, scale * run.columns[name], **_look(number))
         axes.set_title(heading, pad=5)
         style.epoch_axis(axes, max(run.epochs for run in runs))
         if scale == 100:
             style.percent_axis(axes.yaxis)
-        axes.set_ylim(0, None)
-    for name in (PANELS[0][0], PANELS[1][0]):
-        panels[name].set_ylim(0, style.FULL)
-    dead = panels[PANELS[2][0]]
-    dead.set_ylim(0, max(dead.get_ylim()[1], LEAST_DEAD))
-    for name in (PANELS[0][0], PANELS[1][0]):
-        panels[name].set_xlabel("")
-    style.legend_row(panels["keys"], _keys(runs), columns=_columns(runs))
-    return style.finish(figure, f"Four line charts by epoch, a line a run. {title}. {_ends(runs)}")
+        whole = name in ("accuracy", "unstructured_sparsity")
+        axes.set_ylim(0, style.FULL if whole else max(axes.get_ylim()[1], 5.0))  # also where no filter is dead
+    style.legend_below(figure, _keys(runs), columns)
+    return figure
 
 
 @style.styled
@@ -77,47 +71,33 @@ def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     _check(runs)
     cheapest = min(runs, key=lambda run: run.relative_bops[-1])
     title = (
-        f"{_quoted(cheapest)} ends at {percent(cheapest.relative_bops[-1])} of the dense network's bit operations, "
-        f"zeros left out, with {percent(cheapest.columns['accuracy'][-1])} accuracy"
+        f"“{cheapest.short}” ends at {percent(cheapest.relative_bops[-1])} of the dense network's bit operations, "
+        f"zeros left out, with {cheapest.at_the_end('accuracy')} accuracy"
     )
-    figure = style.canvas(title, subtitle, height=4.5 + 0.24 * _legend_rows(runs))
-    panels = figure.subplot_mosaic([["keys"], ["plane"]], height_ratios=[0.05 * _legend_rows(runs), 1])
-    axes = panels["plane"]
-    style.grid(axes, "both")
-    low = min(float(run.relative_bops.min()) for run in runs)
+    columns, rows = _legend_shape(runs)
+    alt = f"Every epoch of every run, accuracy over relative bit operations. {title}. {_ends(runs)}"
+    figure = style.canvas(title, subtitle, alt, height=4.5 + 0.24 * rows)
+    axes = figure.subplots()
+    axes.grid(True, axis="both")
+    end: dict[str, Any] = {"marker": "o", "ms": 11, "mec": style.INK, "mew": 1.2}
     for number, run in enumerate(runs):
-        cost, accuracy = 100 * run.relative_bops, 100 * run.columns["accuracy"]
-        look = _look(number)
-        axes.plot(cost, accuracy, lw=1.2, color=look["color"], ls=look["ls"], marker=style.marker(len(cost)), ms=3.5)
-        axes.plot(
-            cost[-1:],
-            accuracy[-1:],
-            marker="o",
-            ms=11,
-            mec=style.INK,
-            mew=1.2,
-            color=look["color"],
-            zorder=4,
-            clip_on=False,
-        )
+        cost, accuracy, look = 100 * run.relative_bops, 100 * run.columns["accuracy"], _look(number)
+        axes.plot(cost, accuracy, **{**look, "lw": 1.2}, marker="." if len(cost) <= 40 else "", ms=3.5)
+        axes.plot(cost[-1:], accuracy[-1:], **end, color=look["color"], zorder=4, clip_on=False)
+    costs = np.concatenate([100 * run.relative_bops for run in runs])
+    left = max(0.85 * costs.min(), 1e-3)
     axes.set_xscale("log")
-    left = 100 * low * 0.85
-    axes.set(
-        xlim=(max(left, 1e-3), 105 * max(1.0, *(float(r.relative_bops.max()) for r in runs))), ylim=(0, style.FULL)
-    )
+    axes.set(xlim=(left, 1.05 * max(100.0, costs.max())), ylim=(0, style.FULL), ylabel="test accuracy")
     axes.set_xticks([tick for tick in (0.1, 0.3, 1, 2, 3, 5, 10, 20, 30, 50, 100) if tick >= left])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(
-        xlabel="BOPs relative to dense FP32 (log scale)\ndensity × MACs × bits × 32; unquantized layers at 32 bits"
+    axes.set_xlabel(
+        "BOPs relative to dense FP32 (log scale)\ndensity × MACs × bits × 32; unquantized layers at 32 bits"
     )
-    axes.set_ylabel("test accuracy")
+    style.percent_axis(axes.xaxis)
     style.percent_axis(axes.yaxis)
-    last = Line2D([], [], ls="", marker="o", ms=9, mfc=style.PAPER, mec=style.INK, mew=1.2, label="last epoch")
-    style.legend_row(panels["keys"], [*_keys(runs), last], columns=_columns(runs))
-    return style.finish(
-        figure, f"Every epoch of every run, accuracy over relative bit operations. {title}. {_ends(runs)}"
-    )
+    last = Line2D([], [], ls="", **{**end, "ms": 9}, mfc=style.PAPER, label="last epoch")
+    style.legend_above(axes, columns=columns, handles=[*_keys(runs), last])
+    return figure
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -126,40 +106,24 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _keys(runs: Sequence[Series]) -> list[Line2D]:
-    return [Line2D([], [], label=_short(run.label), **_look(number)) for number, run in enumerate(runs)]
+    return [Line2D([], [], label=run.short, **_look(number)) for number, run in enumerate(runs)]
 
 
-def _columns(runs: Sequence[Series]) -> int:
-    longest = max(len(_short(run.label)) for run in runs)
-    return max(1, min(4, 62 // (longest + 7)))
-
-
-def _legend_rows(runs: Sequence[Series]) -> int:
-    return -(-(len(runs) + 1) // _columns(runs))
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 40 else f"…{label[-39:]}"
-
-
-def _quoted(run: Series) -> str:
-    return f"“{_short(run.label)}”"
-
-
-def _epochs(run: Series) -> str:
-    count = len(run.relative_bops)
-    return "1 epoch" if count == 1 else f"{count} epochs"
+def _legend_shape(runs: Sequence[Series]) -> tuple[int, int]:
+    """Columns and rows of a legend with a name for each run and one entry more."""
+    longest = max(len(run.short) for run in runs)
+    columns = max(1, min(4, 62 // (longest + 7)))
+    return columns, -(-(len(runs) + 1) // columns)
 
 
 def _ends(runs: Sequence[Series]) -> str:
     parts = [
-        f"{run.label}: {percent(run.columns['accuracy'][-1])} accuracy, "
-        f"{percent(run.columns['unstructured_sparsity'][-1])} zeros, {percent(run.columns['structured_sparsity'][-1])} "
-        f"dead filters, {run.columns['mean_bits'][-1]:.1f} bits, {percent(run.relative_bops[-1])} of the BOPs"
-        for run in runs[:8]
+        f"{run.label}: {run.at_the_end('accuracy')} accuracy, {run.at_the_end('unstructured_sparsity')} zeros, "
+        f"{run.at_the_end('structured_sparsity')} dead filters, {run.columns['mean_bits'][-1]:.1f} bits, "
+        f"{percent(run.relative_bops[-1])} of the BOPs"
+        for run in runs
     ]
-    more = f"; and {len(runs) - 8} more runs" if len(runs) > 8 else ""
-    return f"At the end: {'; '.join(parts)}{more}."
+    return f"At the end: {'; '.join(parts)}."
 
 
 def _check(runs: Sequence[Series]) -> None:

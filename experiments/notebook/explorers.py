@@ -57,7 +57,7 @@ def quantizer_figure(weights: Tensor, dead_zone: float, bits: int, *, subtitle: 
         quantized = fixed(weights) / range_
     _, w, q = lessons.staircase_curve("", dead_zone, bits)
     return figures.staircase_explorer_figure(
-        w, q, (weights / range_).numpy(), bits, dead_zone, 1.0, quantized_weights=quantized.numpy(), subtitle=subtitle
+        w, q, (weights / range_).numpy(), quantized.numpy(), bits, dead_zone, 1.0, subtitle=subtitle
     )
 
 

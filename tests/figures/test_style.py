@@ -20,8 +20,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from experiments import figures
-from experiments.figures import ImageTrace, Stage, staircases, style
-from experiments.notebook import display
+from experiments.figures import ImageTrace, Stage, style
 from src.runs import EDGES, LayerSnapshot
 from src.training import History, LayerRecord
 from tests.histories import make_history
@@ -30,6 +29,21 @@ LEAST_DIFFERENCE = 20.0
 LEAST_LIGHTNESS = 10.0  # L* between areas that only their colour tells apart, for a greyscale print
 PHONE = 390  # CSS pixels
 LEAST_TEXT = 9.0  # CSS pixels
+
+TOGETHER = {
+    "accuracy": (style.ACCURACY, style.TRAIN, style.MUTED),
+    "loss": (style.LOSS, style.TASK, style.ACCURACY),
+    "sparsity": (style.ZEROS, style.CHANNELS, style.COEFFICIENT),
+    "channels": (style.ALIVE, style.DEAD),
+    "fates of channels": (style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.FAINT),
+    "staircase and weights": (style.STAIRS, style.WEIGHTS, style.DEAD_ZONE, style.RANGE, style.INK),
+    "course of a layer": (style.ZEROS, style.BITS, style.MARK),
+    "liveness and the marked epoch": (style.BLACK, style.WHITE, style.MARK),
+    "quantized or not": (style.BLUE, style.ORANGE),
+    "networks": (style.SKY, style.BLUE, style.BLACK),
+    "runs": style.RUNS,
+}
+"""Colours that must be told apart because one figure uses them side by side."""
 
 VISION = {
     "full": np.eye(3),
@@ -74,9 +88,9 @@ def test_the_simulation_itself() -> None:
 
 
 @pytest.mark.parametrize("vision", VISION)
-@pytest.mark.parametrize("use", style.TOGETHER)
+@pytest.mark.parametrize("use", TOGETHER)
 def test_colours_of_one_figure_can_be_told_apart(use: str, vision: str) -> None:
-    for one, other in combinations(style.TOGETHER[use], 2):
+    for one, other in combinations(TOGETHER[use], 2):
         found = difference(one, other, vision)
         assert found >= LEAST_DIFFERENCE, f"{use}: {one} and {other} differ by {found:.1f} with {vision}"
 
@@ -84,17 +98,17 @@ def test_colours_of_one_figure_can_be_told_apart(use: str, vision: str) -> None:
 def test_areas_differ_in_lightness_where_nothing_but_colour_tells_them_apart() -> None:
     """Lines also differ in dashes, markers or width; bars and cells do not. Orange and grey cells of the map of fates
     are the exception: three unread channels beside hundreds, counted in the alt text."""
-    areas = {"channels": style.TOGETHER["channels"], "quantized or not": style.TOGETHER["quantized or not"]}
-    areas["zeros and dead, bars of two widths"] = (style.ZEROS, figures.CHANNELS)
-    areas["weights on the dead zone"] = (figures.WEIGHTS, figures.DEAD_ZONE)
-    areas["liveness"] = (figures.BLACK, figures.WHITE)
+    areas = {"channels": TOGETHER["channels"], "quantized or not": TOGETHER["quantized or not"]}
+    areas["zeros and dead, bars of two widths"] = (style.ZEROS, style.CHANNELS)
+    areas["weights on the dead zone"] = (style.WEIGHTS, style.DEAD_ZONE)
+    areas["liveness"] = (style.BLACK, style.WHITE)
     for use, used in areas.items():
         for one, other in combinations(used, 2):
             apart = abs(lab(linear(one))[0] - lab(linear(other))[0])
             assert apart >= LEAST_LIGHTNESS, f"{use}: {one} and {other} are {apart:.1f} apart in L*"
 
 
-@pytest.mark.parametrize("color", [figures.BLUE, figures.GREEN, figures.VERMILLION])
+@pytest.mark.parametrize("color", [style.BLUE, style.GREEN, style.VERMILLION])
 def test_text_on_a_wash_is_readable_in_the_light_and_in_the_dark(color: str) -> None:
     """WCAG contrast of at least 7 with the ink of JupyterLab's and the page's themes, light and dark."""
     *rgb, share = (float(part) for part in figures.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
@@ -183,13 +197,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
     "classes": lambda: figures.class_balance([0, 1], ["automobile", "cat"]),
     "many classes": lambda: figures.class_balance(range(300), [f"class {i}" for i in range(300)]),
-    "staircase": lambda: staircases.staircase([("q", W, Q)], range_=1),
     "family": lambda: figures.staircase_family([("d/2 = 50% of R", W, Q)] * 3, [("2 bits", W, Q)] * 3),
-    "explorer": lambda: figures.staircase_explorer_figure(W, Q, W, 2, 0.25, 1.0, subtitle=SUBTITLE),
+    "explorer": lambda: figures.staircase_explorer_figure(W, Q, W, Q, 2, 0.25, 1.0, subtitle=SUBTITLE),
     "schedule": lambda: figures.schedule_curve([0, 0.1], [0.1, 0.01]),
     "schedule, long": lambda: figures.schedule_curve([0.1] * 3000, [0.1] * 3000),
     "decay": lambda: figures.decay_forms(W, {"decoupled decay": W, "squares in the loss": W}, {"squares": Q}),
-    "diagram": figures.channel_group_diagram,
     "layer": lambda: figures.layer_figure(snapshot(8), [snapshot(i) for i in range(20)], subtitle=SUBTITLE),
     "image": lambda: figures.image_figure(trace(CLASSES, (0, 0, 0))),
     "image, networks that differ": lambda: figures.image_figure(trace(CLASSES, (1, 0, 0))),
@@ -206,9 +218,9 @@ def test_every_figure_fits_a_phone_a_page_and_its_own_edges(name: str) -> None:
     width, height = (float(side) for side in figure.get_size_inches())
     assert width == style.WIDTH, "one width for all: nothing jumps"
     assert height < 12, "inches"
-    data = display.png_bytes(figure)
+    data = figures.png_bytes(figure)
     assert len(data) <= style.MAX_PNG_BYTES
-    assert Image.open(io.BytesIO(data)).width >= 1.2 * width * display.SCREEN_DPI, "crisp, not shrunk to fit the limit"
+    assert Image.open(io.BytesIO(data)).width >= 1.2 * width * figures.SCREEN_DPI, "crisp, not shrunk to fit the limit"
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
     smallest = min(texts, key=lambda text: text.get_fontsize())
     pixels = smallest.get_fontsize() / 72 * PHONE / width
@@ -232,29 +244,33 @@ def test_long_runs_have_lines_without_a_mark_for_each_epoch(name: str) -> None:
 
 
 def test_a_legend_reads_row_by_row() -> None:
-    figure = style.canvas("title", height=3)
+    figure = style.canvas("title", "", "alt", height=3)
     axes = figure.subplots()
     for name in "abcde":
         axes.plot([0, 1], [0, 1], label=name)
     style.legend_above(axes, columns=2)
-    display.png_bytes(figure)
+    figures.png_bytes(figure)
     boxes = {text.get_text(): text.get_window_extent() for text in axes.get_legend().get_texts()}
     assert sorted(boxes, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == list("abcde")
 
 
-def test_titles_are_broken_between_words_into_lines_that_fit() -> None:
-    text = "93.9 % of the weights are zero and 51 of the 64 filters in this layer are dead, at 6 bits"
-    lines = style.wrapped(text, style.WIDTH, style.TITLE, "bold")
-    assert " ".join(lines) == text
-    assert len(lines) == 2
-    assert max(map(len, lines)) < 1.4 * min(map(len, lines)), "no word alone on a line"
-    assert style.wrapped("", style.WIDTH, style.TITLE) == []
-    for words in range(1, 9):  # whatever stands before it, a number keeps its unit
-        line = "word " * words + "92.8 % zeros of 14.6 million weights"
-        lines = style.wrapped(line, 3.0, style.TITLE, "bold")
-        assert " ".join(lines) == line
-        assert any("92.8 %" in one for one in lines)
-        assert any("14.6 million" in one for one in lines)
-    assert style.wrapped("x" * 300, style.WIDTH, style.TITLE) == ["x" * 300]
-    one, two = (style.header_height(title) for title in ("short", text))
-    assert two - one == pytest.approx(style.LINE * style.TITLE / 72)
+def test_a_long_title_gets_its_lines_and_numbers_keep_their_units() -> None:
+    text = "93.9 % of the weights are zero and 51 of the 14.6 million filters in this layer are dead"
+    short, long = (style.canvas(title, "subtitle", "alt", height=3) for title in ("short", text))
+    line = 1.2 * style.TITLE / 72  # inches
+    assert long.get_figheight() - short.get_figheight() == pytest.approx(line, rel=0.2)
+    axes = long.subplots()
+    figures.png_bytes(long)
+    title, subtitle = (part.get_window_extent() for part in long.texts)
+    assert title.y0 > subtitle.y1 > subtitle.y0 > axes.bbox.y1, "nothing is written over anything"
+    assert title.x1 <= long.bbox.x1
+    for whole in ("93.9 %", "14.6 million", "layer are dead"):
+        assert whole.replace(" ", "\N{NO-BREAK SPACE}") in long.texts[0].get_text()
+
+
+def test_a_chart_has_few_colours_and_the_right_ones_photographs_have_all() -> None:
+    chart = Image.open(io.BytesIO(figures.png_bytes(FIGURES["dashboard"]())))
+    assert chart.mode == "P"
+    common = [color for _, color in sorted(chart.convert("RGB").getcolors())[-2:]]  # the two of most pixels
+    assert ["#%02X%02X%02X" % color for color in common] == [style.WHITE, style.PAPER]
+    assert Image.open(io.BytesIO(figures.png_bytes(FIGURES["images"]()))).mode == "RGB"

@@ -1,0 +1,233 @@
+"""Figures of weights and of what the quantizer makes of them: staircases, one layer's weights, and its kernels.
+
+They take arrays that were computed elsewhere; no quantizer is called here. Axis letters: E epochs, O output channels,
+I input channels, k kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from experiments.figures import style
+from experiments.figures.channels import draw_cells
+from experiments.figures.style import percent
+from src.runs import EDGES, REACH, LayerSnapshot
+
+Array = NDArray[np.floating]
+Curve = tuple[str, Array, Array]
+"""A name, the weights w (ascending) and their quantized values q."""
+
+
+@style.styled
+def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Curve], *, subtitle: str = "") -> Figure:
+    """Two panels of staircases: the dead zone varied at the left, the bits varied at the right.
+
+    Their legends list the curves from the first to the last.
+    """
+    title = "The dead zone decides what becomes\N{NO-BREAK SPACE}0, the bits how fine the rest is"
+    zeros = ", ".join(f"{name} ±{np.abs(w[q == 0]).max(initial=0.0):.2g}" for name, w, q in dead_zone_curves)
+    levels = ", ".join(f"{name} {len(np.unique(q))}" for name, _, q in bit_curves)
+    alt = f"Two panels of staircases. Weights that become 0: {zeros}. Levels: {levels}."
+    figure = style.canvas(title, subtitle, alt, height=4.3)
+    panels = figure.subplots(1, 2, sharey=True, sharex=True)
+    groups = (("The dead zone", dead_zone_curves), ("The bits", bit_curves))
+    for axes, (heading, curves) in zip(panels, groups, strict=True):
+        for number, (name, w, q) in enumerate(curves):
+            _draw_stairs(axes, w, q, color=style.DEPTH(number / max(len(curves) - 1, 1)), label=name)
+        axes.set_title(heading, pad=8)
+        axes.legend(loc="upper left")
+    panels[1].set_ylabel("")
+    return figure
+
+
+@style.styled
+def staircase_explorer_figure(
+    w: Array,
+    quantized_curve: Array,
+    weights: Array,
+    quantized_weights: Array,
+    bits: int,
+    dead_zone_half: float,
+    range_: float,
+    *,
+    subtitle: str = "",
+) -> Figure:
+    """What the quantizer does to any weight (left: staircase and error) and to these weights (right: before and after).
+
+    w, quantized_curve: the staircase on an ascending grid; weights, quantized_weights: any shape. Error: RMS of q - w
+    over the RMS of w.
+    """
+    values, quantized = np.asarray(weights, dtype=float).ravel(), np.asarray(quantized_weights).ravel()
+    used, held = np.unique(quantized, return_counts=True)
+    zeros = float((quantized == 0).mean())
+    error = float(np.sqrt(np.mean((quantized - values) ** 2)) / max(np.sqrt(np.mean(values**2)), 1e-12))
+    title = f"Dead zone ±{dead_zone_half:.3g}{' R' if range_ == 1 else ''}, {bits} bits: {percent(zeros)} zeros, "
+    title += f"{len(used)} of {2**bits - 1} levels used, error {percent(error)}"
+    alt = (
+        f"Staircase with its error, beside the weights before and after. {title} (RMS of the error over the RMS of the "
+        f"weights); the range R is {range_:.3g}."
+    )
+    figure = style.canvas(title, subtitle, alt, height=5.9)
+    panels = figure.subplots(2, 2, height_ratios=[1.35, 1])
+    (stairs, before), (difference, after) = panels
+    limit = max(float(np.abs(w).max()), range_) * 1.02
+    for axes, heading in zip(panels.flat, ("Staircase", "Weights", "Error", "Quantized"), strict=True):
+        axes.set_title(heading, pad=5)
+        axes.set_xlim(-limit, limit)
+        if axes is not after:
+            axes.axvspan(-dead_zone_half, dead_zone_half, color=style.DEAD_ZONE, lw=0)
+            _mark_range(axes, range_)
+    _draw_stairs(stairs, w, quantized_curve, color=style.STAIRS)
+    stairs.set(xlim=(-limit, limit), xlabel="")
+    difference.plot(w, quantized_curve - w, color=style.STAIRS, lw=1.6)
+    difference.set_ylabel("q(w) − w")
+    share = np.full(len(values), 100 / len(values))
+    before.hist(values, bins=np.linspace(-limit, limit, 62).tolist(), weights=share, color=style.WEIGHTS)
+    after.vlines(used, 0, 100 * held / len(quantized), color=style.STAIRS, lw=3 if len(used) < 40 else 1)
+    after.set_ylim(0, 1.08 * 100 * float(held.max()) / len(quantized))
+    for axes in (before, after):
+        axes.set_ylabel("share")
+        style.percent_axis(axes.yaxis)
+    for axes in (difference, after):
+        axes.set_xlabel("weight / R" if range_ == 1 else "weight")
+    keys = [
+        Patch(color=style.DEAD_ZONE, label="dead zone d"),
+        Line2D([], [], color=style.STAIRS, label="quantized"),
+        Line2D([], [], color=style.GREY, lw=1.2, ls=(0, (5, 3)), label="identity"),
+        Line2D([], [], color=style.RANGE, lw=1.6, ls=":", label="±R"),
+        Patch(color=style.WEIGHTS, label="weights"),
+    ]
+    style.legend_below(figure, keys, 5)
+    return figure
+
+
+@style.styled
+def layer_figure(now: LayerSnapshot, course: Sequence[LayerSnapshot], *, subtitle: str = "") -> Figure:
+    """A layer's weights at one epoch under the quantizer's dead zone and levels; below, its whole course.
+
+    now: the epoch looked at; course: the same layer at every epoch kept, in order.
+    """
+    gone, total = int(now.dead.sum()), len(now.dead)
+    when = f"after epoch {now.epoch}" if now.epoch else "before training"
+    numbers = f"{percent(now.sparsity)} zeros, {gone} of {total} filters dead, {now.bits} bits"
+    last = course[-1]
+    alt = (
+        f"Histogram of the weights of {now.name} {when}, with the dead zone and the quantizer's levels, above its "
+        f"course through training. {numbers}; the dead zone's half width is {percent(now.zone_share)} of the range "
+        f"R = {now.range:.3g}. At the end, epoch {last.epoch}: {percent(last.sparsity)} zeros, {int(last.dead.sum())} "
+        f"filters dead, {last.bits} bits."
+    )
+    figure = style.canvas(f"{now.name} {when}: {numbers}", subtitle, alt, height=5.9)
+    panels = figure.subplot_mosaic([["weights", "weights"], ["dead", "course"]], height_ratios=[1.15, 1])
+    _draw_weights(panels["weights"], now)
+    epochs = np.array([snapshot.epoch for snapshot in course], dtype=float)
+    between = (epochs[1:] + epochs[:-1]) / 2  # borders halfway, so that each epoch kept has its own column
+    edges = np.concatenate([[epochs[0] - 0.5], between, [epochs[-1] + 0.5]])
+    _draw_dead(panels["dead"], course, edges)
+    _draw_course(panels["course"], course, epochs)
+    for axes in (panels["dead"], panels["course"]):
+        axes.axvline(now.epoch, color=style.MARK)
+        axes.set(xlim=(edges[0], edges[-1]), xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    return figure
+
+
+@style.styled
+def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "") -> Figure:
+    """Every kernel of a convolution: row o, column i is kernel (o, i). Zero white, positive blue, negative orange.
+
+    weight: (O, I, k, k). A filter that is all zero is marked at its left. Raises ValueError for another shape.
+    """
+    values = np.asarray(weight, dtype=float)
+    if values.ndim != 4 or not values.size:
+        raise ValueError(f"weight of shape {values.shape}: need (O, I, k, k); pass one convolution's weight")
+    outputs, inputs, high, wide = values.shape
+    dead = np.flatnonzero(~values.any(axis=(1, 2, 3)))
+    empty = int((~values.any(axis=(2, 3))).sum())
+    title = f"{name}: {percent(float((values == 0).mean()))} zeros, {len(dead)} of {outputs} filters dead"
+    limit = float(np.abs(values).max()) or 1.0
+    mosaic = np.ma.masked_equal(np.full((outputs, high + 1, inputs, wide + 1), 2 * limit), 0)  # gaps: over the limit
+    mosaic[:, :high, :, :wide] = np.ma.masked_equal(values, 0).transpose(0, 2, 1, 3)
+    flat = mosaic.reshape(outputs * (high + 1), inputs * (wide + 1))[:-1, :-1]
+    drawn = min((style.WIDTH - 2.0) * flat.shape[0] / flat.shape[1], 6.6)  # inches; kernels are square
+    alt = f"Map of the {outputs} by {inputs} kernels of {title}; {empty} of {outputs * inputs} kernels are all zero."
+    figure = style.canvas(title, subtitle, alt, height=max(drawn, 1.7) + 0.9)
+    axes = figure.subplots()
+    axes.grid(False)
+    box = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
+    image = axes.imshow(flat, cmap=style.SIGNED, vmin=-limit, vmax=limit, extent=box, interpolation="nearest")
+    axes.set(xlabel="input channel", ylabel="output channel (filter)", xlim=(-0.5 - 0.035 * inputs, inputs - 0.5))
+    axes.set_facecolor(style.PAPER)
+    edge = np.full(len(dead), -0.5 - 0.018 * inputs)
+    axes.plot(edge, dead, ls="", marker=">", ms=5, color=style.BLACK, label="dead filter")
+    if len(dead):
+        style.legend_above(axes)
+    for axis, inches in ((axes.xaxis, style.WIDTH), (axes.yaxis, drawn)):
+        axis.set_major_locator(MaxNLocator(nbins=max(1, min(9, int(3 * inches))), integer=True))
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="weight (white: exactly 0)", shrink=0.7, pad=0.02, aspect=28)
+    return figure
+
+
+def _draw_stairs(axes: Axes, w: Array, quantized: Array, *, color: object, label: str | None = None) -> None:
+    """The quantizer's transfer function q(w) over the identity."""
+    low, high = float(w.min()), float(w.max())
+    axes.plot([low, high], [low, high], color=style.GREY, lw=1.2, ls=(0, (5, 3)))
+    axes.plot(w, quantized, color=color, label=label)
+    axes.set(xlim=(low, high), xlabel="weight w", ylabel="quantized weight q(w)")
+
+
+def _mark_range(axes: Axes, range_: float, label: str | None = None) -> None:
+    axes.axvline(-range_, color=style.RANGE, lw=1.6, ls=":", label=label)
+    axes.axvline(range_, color=style.RANGE, lw=1.6, ls=":")
+
+
+def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
+    """The histogram with dead zone, range and levels; a column of zeros that would dwarf the others is cut and said."""
+    share = 100 * now.counts[1:-1] / max(int(now.counts.sum()), 1)
+    middle = len(share) // 2
+    axes.axvspan(-now.zone_share, now.zone_share, color=style.DEAD_ZONE, lw=0, label="dead zone")
+    axes.stairs(share, EDGES, fill=True, color=style.WEIGHTS, label="weights")
+    _mark_range(axes, 1.0, "±R")
+    around = np.delete(share, slice(middle - 1, middle + 2)).max(initial=0.0)
+    top = max(1.2 * min(float(share.max()), 3 * around), 1e-9) if around else 1.2 * float(share.max(initial=1.0))
+    axes.set(xlim=(-REACH, REACH), ylim=(0, top), xlabel="weight, in units of the layer's range R", ylabel="share")
+    style.percent_axis(axes.yaxis)
+    if share[middle] > top:
+        text = f"↑ {share[middle]:.0f} % of the weights\nare within {EDGES[middle + 1]:.2f} R of 0"
+        axes.annotate(text, (0.03, top), (10, -5), textcoords="offset points", va="top", fontsize=style.SMALL)
+    levels, label = now.levels, f"{len(now.levels)} levels"
+    axes.plot(levels, 0 * levels, ls="", marker="|", ms=10, mew=1.6, color=style.INK, clip_on=False, label=label)
+    style.legend_above(axes, columns=4)
+
+
+def _draw_dead(axes: Axes, course: Sequence[LayerSnapshot], edges: NDArray[np.float64]) -> None:
+    alive = ~np.stack([snapshot.dead for snapshot in course], axis=1)  # (O, E)
+    draw_cells(axes, alive, style.LIVENESS, edges=edges)
+    axes.set_title("Filters: black is dead", pad=6)
+    axes.set_ylabel("output channel")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    if alive.all():
+        middle = ((edges[0] + edges[-1]) / 2, len(alive) / 2)
+        axes.text(*middle, "none dies", ha="center", va="center", color=style.MUTED, backgroundcolor=style.WHITE)
+
+
+def _draw_course(axes: Axes, course: Sequence[LayerSnapshot], epochs: NDArray[np.float64]) -> None:
+    axes.plot(epochs, [100 * snapshot.sparsity for snapshot in course], color=style.ZEROS, label="zeros")
+    axes.set_ylim(0, style.FULL)
+    axes.tick_params(axis="y", colors=style.ZEROS)
+    style.percent_axis(axes.yaxis)
+    right = style.right_axis(axes, "", style.BITS)
+    bits = [snapshot.bits for snapshot in course]
+    right.step(epochs, bits, where="post", color=style.BITS, ls=style.DASHED, label="bits (right)")
+    high = max(8, *bits)
+    right.set(ylim=(0, high * 1.06), yticks=range(0, high + 1, 2 if high <= 8 else 4))
+    style.legend_above(axes, right, columns=2)
