@@ -107,15 +107,15 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
         for label, path in comparison.find_runs(runs / "out").items()
     ]
     curves = figures.run_curves(read)
-    keys, accuracy, zeros, _, bits = curves.axes
-    named = {text.get_text() for text in keys.get_legend().get_texts()}
+    accuracy, zeros, _, bits = curves.axes
+    named = {text.get_text() for text in curves.legends[0].get_texts()}
     assert named == {"out", "out/previous/2", "beside"}
     np.testing.assert_allclose(accuracy.get_lines()[2].get_ydata(), [32.5, 35, 37.5, 40, 42.5])
     np.testing.assert_allclose(zeros.get_lines()[0].get_ydata(), [2.0 * epoch for epoch in range(1, 21)])
     np.testing.assert_allclose(bits.get_lines()[0].get_ydata(), make_history(20).column("mean_bits"))
-    assert "“out” ends at 80.0 % accuracy, the best of 3 runs" in curves.get_label()
+    assert "“out” ends at 80.0 % after 20 epochs; none of the 3 runs does better" in curves.get_label()
     plane = figures.run_plane(read)
-    axes = plane.axes[1]
+    (axes,) = plane.axes
     np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), 100 * read[0].relative_bops)
     np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), 100 * read[0].columns["accuracy"])
     assert axes.get_lines()[1].get_xdata() == pytest.approx([100 * read[0].relative_bops[-1]])
@@ -124,12 +124,12 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     early = replace(
         read[2], relative_bops=np.array([0.26, 0.25, 0.24]), columns={n: v[:3] for n, v in read[2].columns.items()}
     )
-    ticks = figures.run_plane([early]).axes[1].get_xticks()
+    ticks = figures.run_plane([early]).axes[0].get_xticks()
     assert len([tick for tick in ticks if 20 < tick <= 100]) >= 3, (
         "a cost can be read also where a run has saved little"
     )
     alone = figures.run_curves(read[2:])
-    assert "ends at 42.5 % accuracy after 5 epochs" in alone.get_label()
+    assert "ends at 42.5 % after 5 epochs." in alone.get_label()
     with pytest.raises(ValueError, match="at least one run"):
         figures.run_plane([])
 
@@ -207,7 +207,7 @@ def test_a_figure_of_another_kind_is_an_error_and_no_folder(runs: Path, capsys: 
 def test_runs_that_end_alike_have_no_best(runs: Path) -> None:
     first = comparison.series(comparison.read_run(runs / "out"))
     title = figures.run_curves([first, replace(first, label="again")]).get_label()
-    assert "All 2 runs end at 80.0 % accuracy" in title
+    assert "none of the 2 runs does better" in title
 
 
 def test_hidden_files_are_not_contents(tmp_path: Path) -> None:
@@ -240,16 +240,16 @@ def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyP
     (pick,) = chosen
     assert pick.value == ("out", "out/previous/2", "beside")
     assert len(shown) == 3
-    assert "the best of 3 runs" in alt(0)
+    assert "none of the 3 runs" in alt(0)
     assert "previous/2" in shown[2]["text"]["text/html"]
     pick.value = ("out", "beside")
     tables = shown[2]["text"]
-    assert "the best of 2 runs" in alt(0)
+    assert "none of the 2 runs" in alt(0)
     assert "previous/2" not in alt(1) + tables["text/html"] + tables["text/plain"]
     assert "Settings that differ" in tables["text/plain"]
     assert "Not read: damaged: " in tables["text/plain"]
     pick.value = ("beside",)
-    assert "ends at 42.5 % accuracy after 5 epochs" in alt(0)
+    assert "ends at 42.5 % after 5 epochs." in alt(0)
     assert "Settings that differ" not in shown[2]["text"]["text/plain"], "one run differs from nothing"
     pick.value = ()
     assert "“out”" in alt(0), "with nothing chosen the first stays"

@@ -20,7 +20,7 @@ def result_css(status: str) -> str:
 
 
 def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:
-    """A small table without row numbers."""
+    """A small table of texts, a mapping from column to text for each row."""
     return left_aligned(pd.DataFrame(list(rows)))
 
 
@@ -31,5 +31,6 @@ def names_left(styled: Styler) -> Styler:
 
 
 def left_aligned(table: pd.DataFrame) -> Styler:
+    """A table of texts, without row numbers."""
     styled = table.style.hide(axis="index").set_properties(**{"text-align": "left"})
     return styled.set_table_styles([{"selector": "th", "props": "text-align: left"}])

@@ -113,6 +113,17 @@ def test_liveness_pixels_on_paper() -> None:
     assert 150 < seen["absent"].mean() < 250
 
 
+def test_the_removal_map_draws_the_fates() -> None:
+    fates = [np.array(["kept", "zero"]), np.array(["constant", "unread", "kept"])]
+    figure = figures.removal_map(["first", "second"], fates, subtitle="a run")
+    (axes,) = figure.axes
+    drawn = [mcolors.to_hex(cell).upper() for row in axes.collections for cell in row.to_rgba(row.get_array()[0])]
+    assert drawn == [style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.BLUE]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first  1/2", "second  1/3"]
+    assert axes.get_xlabel() == "output channel; beside each layer: left/before"
+    assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
+
+
 def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: History) -> None:
     figure = figures.per_layer_channels(history.last.layers)
     (axes,) = figure.axes

@@ -68,7 +68,7 @@ def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: R
     assert corners == pytest.approx([-now.zone_share, now.zone_share])
     np.testing.assert_allclose(bars.get_data().values, 100 * now.counts[1:-1] / 32 / 16 / 9)
     np.testing.assert_array_equal(bars.get_data().edges, EDGES)
-    flags = np.asarray(dead.collections[0].get_array())
+    flags = np.concatenate([row.get_array() for row in dead.collections])
     assert flags.shape == (32, 3)
     assert [int((flags[:, epoch] == 0).sum()) for epoch in range(3)] == [0, 4, 8]
     zeros = course.get_lines()[0].get_ydata()

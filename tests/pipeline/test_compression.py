@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import figures, pipeline
+from experiments import pipeline
 from experiments.benchmarks import inference
-from experiments.figures import style
 from experiments.notebook import lessons
 from experiments.pipeline import compression, configure
 from src.pruning import analyze_liveness, channel_groups
@@ -97,21 +95,6 @@ def test_the_fate_of_every_channel(run: pipeline.Run) -> None:
     assert [found["layer1.0.conv1"][channel] for channel in DEAD] == ["constant", "constant", "zero"]
     kept = {layer.name: len(layer.kept_out) for layer in analyze_liveness(run.model).layers}
     assert {name: int((fate == "kept").sum()) for name, fate in found.items()} == kept
-
-
-def test_the_removal_map_draws_the_fates() -> None:
-    fates = [np.array(["kept", "zero"]), np.array(["constant", "unread", "kept"])]
-    figure = figures.removal_map(["first", "second"], fates, subtitle="a run")
-    axes = figure.axes[0]
-    image = axes.images[0]
-    drawn = [[to_hex(image.cmap(image.norm(value))) for value in row] for row in np.asarray(image.get_array())]
-    blue, black, orange, grey, faint = (
-        to_hex(c) for c in (style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.FAINT)
-    )
-    assert drawn == [[blue, black, faint], [orange, grey, blue]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["first  1/2", "second  1/3"]
-    assert axes.get_xlabel() == "output channel; beside each layer: left/before"
-    assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
 
 
 def test_counting_dead_filters_as_zeros_changes_the_outputs(run: pipeline.Run) -> None:

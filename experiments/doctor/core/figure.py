@@ -29,8 +29,12 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     title = f"{failed} of {len(report.findings)} checks failed" if failed else f"No fault found: {passed} checks passed"
     skipped = len(report.findings) - failed - passed
     title += f", {skipped} not applicable" if skipped else ""
-    figure = style.canvas(title, subtitle, height=1.2 + 0.62 * max(len(rows), 1))
+    worst = ", ".join(finding.name for finding in report.failed[:NAMED])
+    likely = f" Most likely: {report.diagnosis[0].text}" if report.diagnosis else ""
+    alt = f"{title}{f', first {worst}' if worst else ''}.{likely}"
+    figure = style.canvas(title, subtitle, alt, height=1.2 + 0.62 * max(len(rows), 1))
     axes = figure.subplots()
+    axes.grid(False)
     for place, row in enumerate(rows):
         colors = [COLORS[finding.status] for finding in row]
         hatches = ["xxx" if finding.failed else "" for finding in row]
@@ -49,9 +53,7 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
         spine.set_visible(False)
     handles = [Patch(facecolor=COLORS[status], label=WORDS[status]) for status in COLORS]
     style.legend_above(axes, columns=3, handles=handles)
-    worst = ", ".join(finding.name for finding in report.failed[:NAMED])
-    likely = f" Most likely: {report.diagnosis[0].text}" if report.diagnosis else ""
-    return style.finish(figure, f"{title}{f', first {worst}' if worst else ''}.{likely}")
+    return figure
 
 
 class ReportTable:
