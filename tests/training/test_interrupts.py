@@ -6,13 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 
 from src.training import Interrupted, Terminated, between_steps, raise_pending, terminations
 from src.training.interrupts import SIGNALS
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 @pytest.fixture(autouse=True)
@@ -26,118 +29,85 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_a_signal_waits_until_it_is_asked_for() -> None:
-    done = []
+def raised_by(run: Callable[[], None]) -> BaseException:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run()
+    return caught.value
 
-    def steps() -> None:
+
+@pytest.mark.parametrize(
+    ("numbers", "kind", "done"),
+    [
+        ([INT], Interrupted, ["step 1"]),
+        ([TERM, TERM], Terminated, ["step 1"]),  # schedulers send it more than once
+        ([HUP], Terminated, ["step 1"]),
+        ([INT, TERM], Terminated, ["step 1"]),  # a request to end outweighs Ctrl-C
+        ([TERM, INT], Terminated, ["step 1"]),
+        ([INT, INT], KeyboardInterrupt, []),  # at once: something may be half done
+    ],
+)
+def test_a_signal_within_a_step_is_raised_at_its_end(
+    numbers: list[int], kind: type[BaseException], done: list[str]
+) -> None:
+    steps: list[str] = []
+
+    def train() -> None:
         with between_steps():
             raise_pending()  # nothing came yet
-            send(signal.SIGINT)
-            done.append("the rest of the step")
+            for number in numbers:
+                send(number)
+            steps.append("step 1")
             raise_pending()
-            done.append("the next step")
+            steps.append("step 2")
 
-    with pytest.raises(Interrupted):
-        steps()
-    assert done == ["the rest of the step"]
+    error = raised_by(train)
+    assert type(error) is kind
+    assert steps == done
+    if isinstance(error, Terminated):
+        assert error.signal in numbers
+        assert error.signal != INT
     raise_pending()  # it was raised once
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_request_to_end_says_which_signal_it_was(number: int) -> None:
-    def steps() -> None:
-        with between_steps():
-            send(number)
-            send(number)  # schedulers send it more than once
-            raise_pending()
-
-    with pytest.raises(Terminated) as caught:
-        steps()
-    assert caught.value.signal == number
-    assert isinstance(caught.value, KeyboardInterrupt)
-
-
-def test_a_second_ctrl_c_interrupts_at_once() -> None:
+def test_one_that_nobody_asked_for_is_raised_at_the_end_of_the_outer_block() -> None:
     done = []
 
-    def steps() -> None:
+    def train() -> None:
         with between_steps():
-            send(signal.SIGINT)
-            done.append("first")
-            send(signal.SIGINT)
-            done.append("second")
+            with between_steps():
+                send(INT)
+            done.append("after the inner block")
 
-    with pytest.raises(KeyboardInterrupt) as caught:
-        steps()
-    assert done == ["first"]
-    assert not isinstance(caught.value, Interrupted)  # something may be half done
-
-
-@pytest.mark.parametrize("order", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
-def test_a_request_to_end_outweighs_ctrl_c(order: tuple[int, int]) -> None:
-    def steps() -> None:
-        with between_steps():
-            for number in order:
-                send(number)
-            raise_pending()
-
-    with pytest.raises(Terminated):
-        steps()
-
-
-def test_one_that_nobody_asked_for_is_raised_at_the_end_of_the_block() -> None:
-    done = []
-
-    def steps() -> None:
-        with between_steps():
-            send(signal.SIGINT)
-            done.append("all of it")
-
-    with pytest.raises(Interrupted):
-        steps()
-    assert done == ["all of it"]
+    assert type(raised_by(train)) is Interrupted
+    assert done == ["after the inner block"]
 
 
 def test_an_error_inside_stays_itself() -> None:
-    def steps() -> None:
+    def train() -> None:
         with between_steps():
-            send(signal.SIGINT)
+            send(INT)
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        steps()
+        train()
     with between_steps():
         raise_pending()  # what came to the block before is over
 
 
-def test_an_inner_block_leaves_it_to_the_outer_one() -> None:
-    done = []
-
-    def steps() -> None:
-        with between_steps():
-            with between_steps():
-                send(signal.SIGINT)
-            done.append("after the inner block")
-            raise_pending()
-
-    with pytest.raises(Interrupted):
-        steps()
-    assert done == ["after the inner block"]
-
-
-def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize("block", [between_steps, terminations])
+def test_an_ignored_signal_stays_ignored(block: Callable[[], AbstractContextManager[None]]) -> None:
+    before = signal.signal(HUP, signal.SIG_IGN)  # as nohup does
     try:
-        with between_steps():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            send(signal.SIGHUP)
+        with block():
+            assert signal.getsignal(HUP) is signal.SIG_IGN
+            send(HUP)
             raise_pending()
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(HUP, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_hears_of_its_end_outside_of_the_steps(number: int) -> None:
+@pytest.mark.parametrize("number", [TERM, HUP])
+def test_outside_of_the_steps_a_command_is_ended_at_once(number: int) -> None:
     done = []
 
     def command() -> None:
@@ -148,12 +118,12 @@ def test_a_command_hears_of_its_end_outside_of_the_steps(number: int) -> None:
                 send(number)
                 done.append("not reached")
             finally:
-                done.append("put away")
+                done.append("cleaned up")
 
-    with pytest.raises(Terminated) as caught:
-        command()
-    assert caught.value.signal == number
-    assert done == ["put away"]
+    error = raised_by(command)
+    assert isinstance(error, Terminated)
+    assert error.signal == number
+    assert done == ["cleaned up"]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -169,41 +139,37 @@ def test_an_interruption_within_a_destructor_comes_again(number: int, capsys: py
             time.sleep(5)
 
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt) as caught:
-        command()
-    assert getattr(caught.value, "signal", signal.SIGINT) == number
+    assert getattr(raised_by(command), "signal", INT) == number
     assert time.monotonic() - began < 4
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_command_under_nohup_lives_on() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with terminations():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            send(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_another_error_within_a_destructor_is_shown_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", shown.append)
+
+    class Closing:
+        def __del__(self) -> None:
+            raise ValueError("broken")
+
+    with terminations():
+        Closing()
+    assert isinstance(shown[0].exc_value, ValueError)
 
 
-def test_another_thread_is_left_alone() -> None:
+@pytest.mark.parametrize("block", [between_steps, terminations])
+def test_another_thread_is_left_alone(block: Callable[[], AbstractContextManager[None]]) -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with between_steps():
-            seen.append(signal.getsignal(signal.SIGINT))
+        with block():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in SIGNALS]
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [before]
-
-
-def test_outside_of_a_block_a_signal_does_what_it_always_does() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught:
-        send(signal.SIGINT)
-    assert type(caught.value) is KeyboardInterrupt
+    assert seen == before
 
 
 def test_a_notebook_shows_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
