@@ -8,6 +8,7 @@ Axis letters: O output channels, I input channels, k kernel.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,22 +57,22 @@ def compact_with_indices(
     for name, layer in layers.items():
         _check_quantizer(name, layer)
     if isinstance(model, CompactNetwork) and not layers:
-        return _on_cpu(model), {}
+        return copy.deepcopy(model).cpu().eval(), {}
     network = compact(model, input_size).cpu()
     state = network.state_dict()
-    flows = {flow.name: flow for flow in analyze_liveness(model, input_size).layers} if layers else {}
+    liveness = {layer.name: layer for layer in analyze_liveness(model, input_size).layers} if layers else {}
     found = {
-        name: _indexed(name, layer, flows[name], state[f"{name}.weight"])
+        name: _indexed(name, layer, liveness[name], state[f"{name}.weight"])
         for name, layer in layers.items()
         if f"{name}.weight" in state
     }
     return network, found
 
 
-def _indexed(name: str, layer: nn.Module, flow: LayerLiveness, weight: Tensor) -> IndexedWeight:
+def _indexed(name: str, layer: nn.Module, liveness: LayerLiveness, weight: Tensor) -> IndexedWeight:
     quantizer, latent = cast(DeadZoneLDZCompander, quantizer_of(layer)), latent_weight(layer).detach()
     grid = quantizer.grid(latent)
-    rows, columns = torch.from_numpy(flow.kept_out), torch.from_numpy(flow.kept_in)
+    rows, columns = torch.from_numpy(liveness.kept_out), torch.from_numpy(liveness.kept_in)
     indices = quantizer.indices(latent).cpu()[rows][:, columns].contiguous()
     bits = int(quantizer.get_bitwidth().item())
     found = IndexedWeight(bits, grid.step.cpu(), grid.shift.cpu(), indices)
@@ -103,10 +104,3 @@ def _check_quantizer(name: str, layer: nn.Module) -> None:
             f"layer {name!r} is quantized by {type(quantizer).__name__}, whose grid is not known here: need "
             "DeadZoneLDZCompander; exclude the layer from quantization to keep it in float32"
         )
-
-
-def _on_cpu(network: CompactNetwork) -> CompactNetwork:
-    copied = CompactNetwork(network.description)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    copied.load_state_dict(state)
-    return copied.eval()
