@@ -113,7 +113,7 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     np.testing.assert_allclose(accuracy.get_lines()[2].get_ydata(), [32.5, 35, 37.5, 40, 42.5])
     np.testing.assert_allclose(zeros.get_lines()[0].get_ydata(), [2.0 * epoch for epoch in range(1, 21)])
     np.testing.assert_allclose(bits.get_lines()[0].get_ydata(), make_history(20).column("mean_bits"))
-    assert "“out” ends at 80.0 % after 20 epochs; none of the 3 runs does better" in curves.get_label()
+    assert "“out” ends at 80.0 % accuracy after epoch 20; none of the 3 runs does better" in curves.get_label()
     plane = figures.run_plane(read)
     (axes,) = plane.axes
     np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), 100 * read[0].relative_bops)
@@ -129,7 +129,7 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
         "a cost can be read also where a run has saved little"
     )
     alone = figures.run_curves(read[2:])
-    assert "ends at 42.5 % after 5 epochs." in alone.get_label()
+    assert "ends at 42.5 % accuracy after epoch 5." in alone.get_label()
     with pytest.raises(ValueError, match="at least one run"):
         figures.run_plane([])
 
@@ -249,7 +249,7 @@ def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyP
     assert "Settings that differ" in tables["text/plain"]
     assert "Not read: damaged: " in tables["text/plain"]
     pick.value = ("beside",)
-    assert "ends at 42.5 % after 5 epochs." in alt(0)
+    assert "ends at 42.5 % accuracy after epoch 5." in alt(0)
     assert "Settings that differ" not in shown[2]["text"]["text/plain"], "one run differs from nothing"
     pick.value = ()
     assert "“out”" in alt(0), "with nothing chosen the first stays"

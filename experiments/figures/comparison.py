@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from experiments.figures import style
-from experiments.figures.style import count_epochs, percent
+from experiments.figures.style import percent
 
 PANELS = (
     ("accuracy", "Test accuracy", 100.0),
@@ -47,7 +47,7 @@ def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     """Accuracy, zeros, dead filters and bits by epoch, a line a run."""
     _check(runs)
     best = max(runs, key=lambda run: run.columns["accuracy"][-1])
-    title = f"“{best.short}” ends at {best.at_the_end('accuracy')} after {count_epochs(len(best.relative_bops))}"
+    title = f"“{best.short}” ends at {best.at_the_end('accuracy')} accuracy after epoch {len(best.relative_bops)}"
     title += f"; none of the {len(runs)} runs does better" if len(runs) > 1 else ""
     columns, rows = _legend_shape(runs)
     alt = f"Four line charts by epoch, a line a run. {title}. {_ends(runs)}"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from experiments.figures import style
-from experiments.figures.style import count_epochs, percent
+from experiments.figures.style import percent
 from src.training import History
 
 Array = NDArray[np.floating]
@@ -48,7 +48,7 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
     if len(zeros):
         title = f"{percent(zeros[-1])} of the weights are zero and {percent(dead[-1])} of the channels dead"
         first = f"in epoch {int((dead > 0).argmax()) + 1}" if dead.any() else "in no epoch"
-        alt = f"After {count_epochs(len(zeros))} {title}. The coefficient peaks at {coefficient.max():.3g}, first "
+        alt = f"After epoch {len(zeros)} {title}. The coefficient peaks at {coefficient.max():.3g}, first "
         alt += f"reached in epoch {int(coefficient.argmax()) + 1}; the first dead channel appears {first}."
     alt = f"Line chart by epoch, the penalty's coefficient on the right axis. {alt}"
     figure = style.canvas(title, subtitle, alt, height=3.5)

@@ -111,16 +111,9 @@ def _name_ends(axes: Axes, history: History) -> None:
     for value in np.unique(ends):
         members = [name for name, end in zip(history.layer_names, ends, strict=True) if end == value]
         above = value == ends.max() or value < axes.get_ylim()[0] + 1  # or there is no room below
-        note = axes.annotate(
-            members[0] if len(members) == 1 else f"{len(members)} layers",
-            (len(history), value),
-            (0, 4 if above else -4),
-            textcoords="offset points",
-            fontsize=style.SMALL,
-            va="bottom" if above else "top",
-            ha="right" if late else "left",
-            annotation_clip=False,
-        )
+        text = members[0] if len(members) == 1 else f"{len(members)} layers"
+        note = axes.annotate(text, (len(history), value), (0, 4 if above else -4), textcoords="offset points")
+        note.set(fontsize=style.SMALL, va="bottom" if above else "top", ha="right" if late else "left")
         note.set_path_effects([withStroke(linewidth=3, foreground=style.WHITE)])
 
 
@@ -133,6 +126,3 @@ def _draw_channels(axes: Axes, layers: Sequence[LayerRecord]) -> None:
         members.setdefault(layer.name.split(".")[0], []).append(row)
     axes.set_yticks([float(np.mean(rows)) for rows in members.values()], list(members))
     axes.tick_params(axis="y", length=0)
-    if not layers:
-        axes.set_xticks([])
-        axes.text(0, 0, "from the first epoch on", ha="center", va="center", backgroundcolor=style.PAPER)

@@ -71,7 +71,7 @@ def image_grid(
     """Images with their class names, six in a row. images: (N, 3, H, W) uint8; labels: (N,)."""
     names = [class_names[int(label)] for label in labels]
     alt = f"{len(images)} images: {', '.join(names)}."
-    return _picture_grid(title, subtitle, alt, images, [_short(name, 12) for name in names], columns=6)
+    return _picture_grid(title, subtitle, alt, images, [_short(name) for name in names], columns=6)
 
 
 @style.styled
@@ -108,12 +108,10 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     alt = f"{title}. Below, {columns} channels behind {trace.stage.layer} in {len(networks)} networks; removal keeps "
     alt += f"{len(trace.stage.kept)} of its {trace.stage.channels} channels. {_agreement(trace)}"
     figure = style.canvas(title, subtitle, alt, height=3.1 + 0.78 * len(networks), tight=True)
-    outer = figure.add_gridspec(3, 1, height_ratios=[2.3, 0.1, 0.78 * len(networks)])
-    upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[2].subgridspec(len(networks), columns)
-    heading = figure.add_subplot(outer[1])
-    heading.axis("off")
-    text = f"Channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
-    heading.text(0.01, 0, text, fontsize=style.SMALL, color=style.MUTED)
+    outer = figure.add_gridspec(2, 1, height_ratios=[2.3, 0.78 * len(networks)])
+    upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[1].subgridspec(len(networks), columns)
+    text = f"channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
+    figure.supxlabel(text, fontsize=style.SMALL, color=style.MUTED)
     picture = figure.add_subplot(upper[0])
     _draw_image(picture, trace.image)
     picture.set_xlabel(f"label: {truth}", fontsize=style.SMALL)
@@ -157,8 +155,8 @@ def _caption(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=style.SMALL, fontweight="normal", loc="center", pad=3)
 
 
-def _short(name: str, room: int) -> str:
-    return name if len(name) <= room else name[: max(room - 1, 1)] + "…"
+def _short(name: str) -> str:
+    return name if len(name) <= 12 else f"{name[:11]}…"
 
 
 def _draw_scores(axes: Axes, trace: ImageTrace) -> None:
@@ -167,7 +165,7 @@ def _draw_scores(axes: Axes, trace: ImageTrace) -> None:
     axes.grid(True, axis="both")
     for name, scores in trace.scores.items():
         axes.plot(scores[shown], np.arange(len(shown)), ls="", label=name, zorder=3, **MARKS[name])  # type: ignore[arg-type]
-    style.name_axis(axes.yaxis, [_short(trace.class_names[i], 12) for i in shown], most=10)
+    style.name_axis(axes.yaxis, [_short(trace.class_names[i]) for i in shown], most=10)
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="logit of each class")
     style.legend_above(axes)
 

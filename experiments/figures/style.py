@@ -112,11 +112,6 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def count_epochs(number: int) -> str:
-    """1 -> '1 epoch', 20 -> '20 epochs'."""
-    return "1 epoch" if number == 1 else f"{number} epochs"
-
-
 def wash(color: str, share: float = 0.28) -> str:
     """A thin coat of a colour, in CSS: text of the theme's own colour is readable on it, light or dark."""
     red, green, blue = (round(255 * part) for part in to_rgb(color))

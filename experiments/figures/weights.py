@@ -50,44 +50,36 @@ def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Cur
 
 @style.styled
 def staircase_explorer_figure(
-    w: Array,
-    quantized_curve: Array,
-    weights: Array,
-    quantized_weights: Array,
-    bits: int,
-    dead_zone_half: float,
-    range_: float,
-    *,
-    subtitle: str = "",
+    curve: Curve, weights: Array, quantized_weights: Array, bits: int, dead_zone_half: float, *, subtitle: str = ""
 ) -> Figure:
     """What the quantizer does to any weight (left: staircase and error) and to these weights (right: before and after).
 
-    w, quantized_curve: the staircase on an ascending grid; weights, quantized_weights: any shape. Error: RMS of q - w
-    over the RMS of w.
+    All in units of the weights' range R. weights, quantized_weights: any shape. Error: RMS of q - w over the RMS of w.
     """
+    _, w, q = curve
     values, quantized = np.asarray(weights, dtype=float).ravel(), np.asarray(quantized_weights).ravel()
     used, held = np.unique(quantized, return_counts=True)
     zeros = float((quantized == 0).mean())
     error = float(np.sqrt(np.mean((quantized - values) ** 2)) / max(np.sqrt(np.mean(values**2)), 1e-12))
-    title = f"Dead zone ±{dead_zone_half:.3g}{' R' if range_ == 1 else ''}, {bits} bits: {percent(zeros)} zeros, "
+    title = f"Dead zone ±{dead_zone_half:.3g} R, {bits} bits: {percent(zeros)} zeros, "
     title += f"{len(used)} of {2**bits - 1} levels used, error {percent(error)}"
     alt = (
         f"Staircase with its error, beside the weights before and after. {title} (RMS of the error over the RMS of the "
-        f"weights); the range R is {range_:.3g}."
     )
+    alt += "weights)."
     figure = style.canvas(title, subtitle, alt, height=5.9)
     panels = figure.subplots(2, 2, height_ratios=[1.35, 1])
     (stairs, before), (difference, after) = panels
-    limit = max(float(np.abs(w).max()), range_) * 1.02
+    limit = 1.02 * max(float(np.abs(w).max()), 1.0)
     for axes, heading in zip(panels.flat, ("Staircase", "Weights", "Error", "Quantized"), strict=True):
         axes.set_title(heading, pad=5)
         axes.set_xlim(-limit, limit)
         if axes is not after:
             axes.axvspan(-dead_zone_half, dead_zone_half, color=style.DEAD_ZONE, lw=0)
-            _mark_range(axes, range_)
-    _draw_stairs(stairs, w, quantized_curve, color=style.STAIRS)
+            _mark_range(axes)
+    _draw_stairs(stairs, w, q, color=style.STAIRS)
     stairs.set(xlim=(-limit, limit), xlabel="")
-    difference.plot(w, quantized_curve - w, color=style.STAIRS, lw=1.6)
+    difference.plot(w, q - w, color=style.STAIRS, lw=1.6)
     difference.set_ylabel("q(w) − w")
     share = np.full(len(values), 100 / len(values))
     before.hist(values, bins=np.linspace(-limit, limit, 62).tolist(), weights=share, color=style.WEIGHTS)
@@ -97,7 +89,7 @@ def staircase_explorer_figure(
         axes.set_ylabel("share")
         style.percent_axis(axes.yaxis)
     for axes in (difference, after):
-        axes.set_xlabel("weight / R" if range_ == 1 else "weight")
+        axes.set_xlabel("weight / R")
     keys = [
         Patch(color=style.DEAD_ZONE, label="dead zone d"),
         Line2D([], [], color=style.STAIRS, label="quantized"),
@@ -185,9 +177,9 @@ def _draw_stairs(axes: Axes, w: Array, quantized: Array, *, color: object, label
     axes.set(xlim=(low, high), xlabel="weight w", ylabel="quantized weight q(w)")
 
 
-def _mark_range(axes: Axes, range_: float, label: str | None = None) -> None:
-    axes.axvline(-range_, color=style.RANGE, lw=1.6, ls=":", label=label)
-    axes.axvline(range_, color=style.RANGE, lw=1.6, ls=":")
+def _mark_range(axes: Axes) -> None:
+    for place, label in ((-1, "±R"), (1, "_R")):
+        axes.axvline(place, color=style.RANGE, lw=1.6, ls=":", label=label)
 
 
 def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
@@ -196,7 +188,7 @@ def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
     middle = len(share) // 2
     axes.axvspan(-now.zone_share, now.zone_share, color=style.DEAD_ZONE, lw=0, label="dead zone")
     axes.stairs(share, EDGES, fill=True, color=style.WEIGHTS, label="weights")
-    _mark_range(axes, 1.0, "±R")
+    _mark_range(axes)
     around = np.delete(share, slice(middle - 1, middle + 2)).max(initial=0.0)
     top = max(1.2 * min(float(share.max()), 3 * around), 1e-9) if around else 1.2 * float(share.max(initial=1.0))
     axes.set(xlim=(-REACH, REACH), ylim=(0, top), xlabel="weight, in units of the layer's range R", ylabel="share")
@@ -212,12 +204,9 @@ def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
 def _draw_dead(axes: Axes, course: Sequence[LayerSnapshot], edges: NDArray[np.float64]) -> None:
     alive = ~np.stack([snapshot.dead for snapshot in course], axis=1)  # (O, E)
     draw_cells(axes, alive, style.LIVENESS, edges=edges)
-    axes.set_title("Filters: black is dead", pad=6)
+    axes.set_title("Filters: none dies" if alive.all() else "Filters: black is dead", pad=6)
     axes.set_ylabel("output channel")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    if alive.all():
-        middle = ((edges[0] + edges[-1]) / 2, len(alive) / 2)
-        axes.text(*middle, "none dies", ha="center", va="center", color=style.MUTED, backgroundcolor=style.WHITE)
 
 
 def _draw_course(axes: Axes, course: Sequence[LayerSnapshot], epochs: NDArray[np.float64]) -> None:

@@ -55,9 +55,9 @@ def quantizer_figure(weights: Tensor, dead_zone: float, bits: int, *, subtitle: 
     range_ = float(fixed.grid(weights).range) or 1.0
     with torch.no_grad():
         quantized = fixed(weights) / range_
-    _, w, q = lessons.staircase_curve("", dead_zone, bits)
+    curve = lessons.staircase_curve("", dead_zone, bits)
     return figures.staircase_explorer_figure(
-        w, q, (weights / range_).numpy(), quantized.numpy(), bits, dead_zone, 1.0, subtitle=subtitle
+        curve, (weights / range_).numpy(), quantized.numpy(), bits, dead_zone, subtitle=subtitle
     )
 
 

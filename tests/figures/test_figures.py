@@ -274,8 +274,8 @@ def test_staircase_family_and_explorer_read_the_curves() -> None:
     assert "d ±0.25" in family.get_label()
     assert "2 bits 3" in family.get_label()
     weights = np.array([0.1, -0.2, 0.5, -0.5])  # two zeros, two exact: error sqrt(.05 / .55) of the RMS
-    figure = figures.staircase_explorer_figure(W, Q, weights, np.array([0, 0, 0.5, -0.5]), 2, 0.25, 0.8)
-    assert "Dead zone ±0.25, 2 bits" in figure.get_label()
+    figure = figures.staircase_explorer_figure(("", W, Q), weights, np.array([0, 0, 0.5, -0.5]), 2, 0.25)
+    assert "Dead zone ±0.25 R, 2 bits" in figure.get_label()
     assert f"2 bits: 50.0 % zeros, 3 of 3 levels used, error {100 * np.sqrt(0.05 / 0.55):.1f} %" in figure.get_label()
     stairs, before, error, after = figure.axes
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["dead zone d", "quantized"]

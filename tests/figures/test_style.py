@@ -198,7 +198,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "classes": lambda: figures.class_balance([0, 1], ["automobile", "cat"]),
     "many classes": lambda: figures.class_balance(range(300), [f"class {i}" for i in range(300)]),
     "family": lambda: figures.staircase_family([("d/2 = 50% of R", W, Q)] * 3, [("2 bits", W, Q)] * 3),
-    "explorer": lambda: figures.staircase_explorer_figure(W, Q, W, Q, 2, 0.25, 1.0, subtitle=SUBTITLE),
+    "explorer": lambda: figures.staircase_explorer_figure(("", W, Q), W, Q, 2, 0.25, subtitle=SUBTITLE),
     "schedule": lambda: figures.schedule_curve([0, 0.1], [0.1, 0.01]),
     "schedule, long": lambda: figures.schedule_curve([0.1] * 3000, [0.1] * 3000),
     "decay": lambda: figures.decay_forms(W, {"decoupled decay": W, "squares in the loss": W}, {"squares": Q}),

@@ -173,8 +173,8 @@ def test_the_float_network_has_the_latent_weights_and_statistics_of_its_own(netw
 def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNetworks) -> None:
     trace = networks.trace(3, "layer1.0.conv1")
     figure = figures.image_figure(trace, subtitle="a note")
-    heading, picture, scores, *maps = figure.axes
-    assert "Channels behind layer1.0.conv1: " in heading.texts[0].get_text()
+    picture, scores, *maps = figure.axes
+    assert "channels behind layer1.0.conv1: " in figure.get_supxlabel()
     np.testing.assert_array_equal(picture.get_images()[0].get_array(), trace.image.transpose(1, 2, 0))
     drawn = {str(line.get_label()): np.asarray(line.get_xdata()) for line in scores.get_lines()}
     for network in (FLOAT, QUANTIZED, COMPACTED):
