@@ -11,50 +11,16 @@ Exit status: 0, or 2 for bad input.
 from __future__ import annotations
 
 import argparse
-import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.figures import plain_table, png_bytes, run_curves, run_plane
-from experiments.notebook import display, live, widgets
-from experiments.pipeline import SavedRun, comparison, contents
+from experiments.figures import png_bytes, run_curves, run_plane
+from experiments.pipeline import SavedRun, comparison
 from src.runs import PREVIOUS, RunError
 from src.storage import fail, write_atomic
 
-MANY = 6
 OTHER_IMAGES = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".eps")
-
-
-def explorer(folder: str | Path, most: int = MANY) -> None:
-    """In a notebook: choose among the runs around `folder`; curves, plane and tables follow the choice."""
-    ipywidgets = widgets()
-
-    known: dict[str, SavedRun] = {}
-    refused: list[str] = []
-    for label, path in comparison.find_runs(folder).items():
-        try:
-            known[label] = comparison.read_run(path, label)
-        except ValueError as error:
-            refused.append(f"{label}: {error}")
-    if not known:
-        raise RunError(f"no run to compare around {str(folder)!r}: {contents(Path(folder))}")
-
-    def chosen(labels: Sequence[str]) -> list[SavedRun]:
-        return [known[label] for label in labels] or [next(iter(known.values()))]
-
-    height = f"{min(len(known), 8) * 1.4 + 0.8:.1f}em"
-    pick = ipywidgets.SelectMultiple(
-        options=list(known),
-        value=tuple(known)[:most],
-        description="runs",
-        layout={"width": "min(34em, 95%)", "height": height},
-    )
-    live.explorer(lambda runs: run_curves([comparison.series(run) for run in chosen(runs)]), runs=pick)
-    live.follow(lambda runs: run_plane([comparison.series(run) for run in chosen(runs)]), runs=pick)
-    handle = display.put(*_shown_tables(chosen(pick.value), refused))
-    pick.observe(lambda _: display.put(*_shown_tables(chosen(pick.value), refused), handle=handle), names="value")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,18 +72,6 @@ def _labels(folders: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(labels):
             return labels
     raise RunError(f"a folder is named twice among {', '.join(folders)}: name different runs")
-
-
-def _shown_tables(runs: Sequence[SavedRun], refused: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The tables as a display's data and metadata, and what a reader must know about them."""
-    page = []
-    for heading, rows in comparison.tables(runs).items():
-        shown = plain_table(rows).to_html() if rows else "<p>None: all settings are the same.</p>"
-        page.append(f"<p><b>{heading}</b></p>{shown}")
-    skipped = [f"Not read: {reason}" for reason in refused]
-    page += [f"<p>{html.escape(line)}</p>" for line in [*comparison.notices(runs), *skipped]]
-    text = [comparison.as_text(runs), *skipped]
-    return {"text/html": "\n".join(page), "text/plain": "\n\n".join(text)}, {}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python -m experiments.lab [--output debug_output] [--port 8888] [--no-browser]
 
-The run is the one in debug_output (what `make walkthrough` and `make debug` leave there), or the one that --output
-names. Where there is none, a short one on the embedded digits is trained first, about a minute, into runs/lab/run.
-JupyterLab opens runs/lab/codeq_walkthrough.ipynb, a copy of the notebook with that run's parameters: its training cell
-takes the run up instead of training again. A copy that was edited is kept as it is.
-Exit status: that of JupyterLab; 2 bad input; 130 interrupted (the same command goes on with the training).
+The run is the one in debug_output (where `make walkthrough` and `make debug` write), or the one that --output names.
+Where there is none, a short one on the embedded digits is trained first, about a minute, into runs/lab/run.
+JupyterLab opens runs/lab/codeq_walkthrough.ipynb, a copy of the notebook that resumes that run: its training cell reads
+the run instead of training again. A copy that was edited is kept as it is.
+Exit status: that of JupyterLab; 2 bad input; 130 interrupted (the same command resumes the training).
 """
 
 from __future__ import annotations
@@ -16,60 +16,88 @@ import os
 import signal
 import subprocess
 import sys
-import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.headless import NOTEBOOK, NotebookInputError, write_copy
+from experiments.headless import write_copy
 from src.storage import BAD_INPUT, fail, log_info
 
+if TYPE_CHECKING:
+    from experiments.pipeline import SavedRun
+
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 USUAL = Path("debug_output")  # the notebook's own OUTPUT_DIR
 OWN = Path("runs/lab/run")
 COPY = Path("runs/lab") / NOTEBOOK.name
 DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
 
-Start = Callable[[Sequence[str]], int]
 
-
-def main(arguments: Sequence[str] | None = None, start: Start | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, start: Callable[[Sequence[str]], int] | None = None) -> int:
     """The command. start: runs a command line to its end and gives its exit status. Returns the exit status."""
     options = _parser().parse_args(arguments)
     start = start or run_to_end
     os.chdir(ROOT)
-    from experiments.notebook import LabRunError, explorable, training_command  # loads torch: after --help
-
     try:
-        folder = Path(options.output) if options.output else None
-        if folder is None:
-            folder = next((place for place in (USUAL, OWN) if (place / "run.json").is_file() and _fits(place)), None)
+        folder = Path(options.output) if options.output else next(filter(_fits, (USUAL, OWN)), None)
         if folder is None:
             status = start(training_command(OWN))
             if status > 1:  # 1 is a verdict that found a fault: that is worth exploring, too
                 if status == 130:
-                    log_info("interrupted; the same command goes on where it stopped")
+                    log_info("interrupted; the same command resumes the training")
                 return status
             folder = OWN
-        parameters = explorable(folder)
-        log_info(f"exploring the run in {folder}: {', '.join(f'{name}={value}' for name, value in parameters.items())}")
-        log_info(write_copy(COPY, parameters))
-    except (LabRunError, NotebookInputError) as error:
+        run = finished_run(folder)
+        log_info(
+            f"exploring the run in {folder}: preset {run.config.preset}, {run.config.epochs} epochs on {run.data_name}"
+        )
+        parameters = {"DATA_ROOT": run.config.data_root, "OUTPUT_DIR": folder.as_posix(), "RESUME": True}
+        if write_copy(NOTEBOOK, COPY, parameters):
+            log_info(f"opening {COPY}, a copy of {NOTEBOOK.name} that resumes this run")
+        else:
+            log_info(f"opening your edited copy {COPY} as it is; move it away for a fresh one")
+    except ValueError as error:
         return fail(str(error))
     except KeyboardInterrupt:
         return 130
     return start(server_command(COPY, options.port, show=not options.no_browser))
 
 
-def _fits(folder: Path) -> bool:
-    """Whether the run in `folder` can be explored; says why where it cannot."""
-    from experiments.notebook import LabRunError, explorable
+def finished_run(folder: Path) -> SavedRun:
+    """The run in `folder`. Raises RunError where there is none, or where it is not finished."""
+    from experiments.pipeline import SavedRun, contents  # load torch: after --help
+    from src.runs import RunError
 
+    run = SavedRun.open(folder)
+    done, planned = len(run.history), run.config.epochs
+    if done != planned:
+        raise RunError(f"the run in {str(folder)!r} stopped after {done} of {planned} epochs: finish it first")
+    if not run.summary:
+        raise RunError(f"{str(folder)!r} holds no finished run: {contents(folder)}; need run.json")
+    return run
+
+
+def _fits(folder: Path) -> bool:
+    """Whether `folder` holds a run that can be explored; says why a finished one cannot."""
+    if not (folder / "run.json").is_file():
+        return False
     try:
-        explorable(folder)
-    except LabRunError as error:
-        log_info(f"passed over: {error}")
+        finished_run(folder)
+    except ValueError as error:
+        log_info(f"skipped: {error}")
         return False
     return True
+
+
+def training_command(folder: Path) -> list[str]:
+    """The command line that trains the short run into `folder`, or resumes one that was interrupted; says so."""
+    command = [sys.executable, "-m", "experiments.debug_run", "--data", "digits", "--output", str(folder)]
+    if (folder / "checkpoint.pt").is_file() and not (folder / "run.json").is_file():
+        log_info(f"resuming the training in {folder} (about a minute in all) ...")
+        return [*command, "--resume"]
+    log_info(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")
+    return command
 
 
 def server_command(notebook: Path, port: int | None = None, *, show: bool = True) -> list[str]:
@@ -78,28 +106,13 @@ def server_command(notebook: Path, port: int | None = None, *, show: bool = True
     command.append(f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}")
     if port is not None:
         command.append(f"--ServerApp.port={port}")
-    if is_root():
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # JupyterLab wants to be told that root is meant
         command.append("--allow-root")
-    if not show or not has_browser():
+    # On Linux a browser takes a display; one that runs in the terminal cannot show JupyterLab.
+    if not show or (sys.platform.startswith("linux") and not any(os.environ.get(name) for name in DISPLAYS)):
         log_info("open the address that JupyterLab prints below in a browser")
         command.append("--no-browser")
     return command
-
-
-def is_root() -> bool:
-    """Root on Linux or macOS; JupyterLab wants to be told that this is meant."""
-    return hasattr(os, "geteuid") and os.geteuid() == 0
-
-
-def has_browser(environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> bool:
-    """Whether a browser can be shown: on Linux that takes a display (a browser of the terminal is of no use)."""
-    if platform.startswith("linux") and not any(environment.get(name) for name in DISPLAYS):
-        return False
-    try:
-        webbrowser.get()
-    except webbrowser.Error:
-        return False
-    return True
 
 
 def run_to_end(command: Sequence[str]) -> int:
@@ -131,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", help=f"folder of the run to explore (default: {USUAL}, else a short one is trained)"
     )
-    parser.add_argument("--port", type=_port, help="port to try first (default: 8888; one in use is passed over)")
+    parser.add_argument("--port", type=_port, help="port to try first (default: 8888; one in use is skipped)")
     parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
     return parser
 

@@ -2,10 +2,10 @@
 
     python -m experiments.run_notebook --set DATA=digits --set EPOCHS=3
 
-`--set NAME=VALUE` puts a cell tagged `injected-parameters` after the one tagged `parameters`; a name that stands
-not in that cell, or a value of another type than its default, is an error before anything starts. The kernel is
-this Python, its working directory the notebook's folder. Written: the executed notebook and one HTML file. A run that
-did not end well is written beside them, as NAME.failed.ipynb and NAME.failed.html, so that the last good ones stay.
+`--set NAME=VALUE` puts a cell tagged `injected-parameters` after the one tagged `parameters`; a name that is not in
+that cell, or a value of another type than its default, is an error before anything starts. The kernel is this Python,
+its working directory the notebook's folder. Written: the executed notebook and one HTML file. A run that did not end
+well is written beside them, as NAME.failed.ipynb and NAME.failed.html, so that the last good ones stay.
 
 Exit status: 0 finished; 1 a cell failed, ran out of time or its kernel died; 2 bad input, or a full disk;
 130 interrupted.
@@ -33,7 +33,7 @@ from experiments.headless import (
     read_notebook,
     to_html,
 )
-from src.storage import log_info
+from src.storage import BAD_INPUT, log_info, write_atomic
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -43,40 +43,39 @@ PAGE = Path("build/codeq_walkthrough.html")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    executed, page = options.output_notebook, options.html
     try:
         if options.render_only:
-            return _render(options)
+            if not executed.is_file():
+                raise NotebookInputError(f"no executed notebook {executed}: run without --render-only first")
+            notebook = read_notebook(executed)
+            _write_page(notebook, page, options.notebook)
+            return 0
         values = parse_settings(options.set, parameter_defaults(read_notebook(options.notebook)))
-        _check_outputs(options)
-        execution = execute(
-            options.notebook,
-            values,
-            cell_timeout=options.cell_timeout or None,
-            startup_timeout=options.startup_timeout,
-            progress=log_info,
-        )
+        for path in (executed, page):
+            _check_output(path, options.notebook)
+        limits = {"cell_timeout": options.cell_timeout or None, "startup_timeout": options.startup_timeout}
+        execution = execute(options.notebook, values, notify=log_info, **limits)
     except NotebookInputError as error:
         log_info(f"run_notebook: {error}")
-        return 2
-    from src.storage import write_atomic  # loads torch: here, so that bad input is told at once
-
+        return BAD_INPUT
     command = ["python", "-m", "experiments.run_notebook", *(f"--set={setting}" for setting in options.set)]
     execution.notebook.metadata["run"]["command"] = shlex.join(command)
-    files = options.output_notebook, options.html
     if execution.failure:
         log_info(f"run_notebook: {execution.failure.message}")
-        if any(file.exists() for file in files):
-            log_info(f"run_notebook: {' and '.join(map(str, files))} stay as an earlier run left them")
-        files = _failed(options.output_notebook), _failed(options.html)
+        if executed.exists() or page.exists():
+            log_info(f"run_notebook: {executed} and {page} stay as an earlier run left them")
+        executed = _failed(executed)
     try:
-        write_atomic(files[0], nbformat.writes(execution.notebook).encode())
-        for line in _summary(execution.notebook):
-            print(line)
-        print(f"notebook  {files[0]}")
-        _write_page(execution.notebook, files[1], options.notebook.parent)
+        write_atomic(executed, nbformat.writes(execution.notebook).encode())
+        for cell in execution.notebook.cells:  # what a reader should know without opening the page
+            if "summary" in cell.metadata.get("tags", []):
+                print("".join(output.text for output in cell.outputs if output.get("name") == "stdout"), end="")
+        print(f"notebook  {executed}")
+        _write_page(execution.notebook, page, options.notebook)
     except OSError as error:  # a full disk; what the notebook's run wrote into its own folder is kept
-        log_info(f"run_notebook: not written into {files[0].parent}: {error.strerror or error} ({error.filename})")
-        return 2
+        log_info(f"run_notebook: not written into {executed.parent}: {error.strerror or error} ({error.filename})")
+        return BAD_INPUT
     return execution.exit_status
 
 
@@ -85,43 +84,26 @@ def _failed(path: Path) -> Path:
     return path.with_name(f"{path.stem}.failed{path.suffix}")
 
 
-def _summary(notebook: NotebookNode) -> list[str]:
-    """What the cells tagged `summary` printed: what a reader should know without opening the page."""
-    cells = [cell for cell in notebook.cells if "summary" in cell.metadata.get("tags", [])]
-    streams = [out.text for cell in cells for out in cell.get("outputs", []) if out.get("name") == "stdout"]
-    return "".join(streams).splitlines()
+def _write_page(executed: NotebookNode, page: Path, notebook: Path) -> None:
+    """Write the page of a notebook that was executed; its images are found beside `notebook`."""
+    failed = executed.metadata.get("run", {}).get("status") == "failed"
+    page = _failed(page) if failed else page
+    write_atomic(page, to_html(executed, notebook.parent).encode())
+    print(f"page      {page}")
 
 
-def _render(options: argparse.Namespace) -> int:
-    """Write the page of a notebook that was executed before."""
-    if not options.output_notebook.is_file():
-        raise NotebookInputError(f"no executed notebook {options.output_notebook}: run without --render-only first")
-    notebook = read_notebook(options.output_notebook)
-    ended_well = notebook.metadata.get("run", {}).get("status") != "failed"
-    _write_page(notebook, options.html if ended_well else _failed(options.html), options.notebook.parent)
-    return 0
-
-
-def _write_page(notebook: NotebookNode, path: Path, folder: Path) -> None:
-    from src.storage import write_atomic
-
-    write_atomic(path, to_html(notebook, folder).encode())
-    print(f"page      {path}")
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Raises NotebookInputError where a result could not be written; makes the folders."""
-    for path in (options.output_notebook, options.html):
-        if path.resolve() == options.notebook.resolve():
-            raise NotebookInputError(f"{path} is the notebook itself, which stays without outputs: give another file")
-        if path.is_dir():
-            raise NotebookInputError(f"cannot write {path}: it is a folder; give the name of a file in it")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise NotebookInputError(f"cannot write {path}: {error.strerror}; give a file in another folder") from error
-        if not os.access(path.parent, os.W_OK):
-            raise NotebookInputError(f"cannot write {path}: permission denied; give a file in another folder")
+def _check_output(path: Path, notebook: Path) -> None:
+    """Raises NotebookInputError where a result could not be written; makes the folder."""
+    if path.resolve() == notebook.resolve():
+        raise NotebookInputError(f"{path} is the notebook itself, which stays without outputs: give another file")
+    if path.is_dir():
+        raise NotebookInputError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotebookInputError(f"cannot write {path}: {error.strerror}; give a file in another folder") from error
+    if not os.access(path.parent, os.W_OK):
+        raise NotebookInputError(f"cannot write {path}: permission denied; give a file in another folder")
 
 
 def _seconds(text: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from experiments import compare, figures
 from experiments.evaluator import Evaluator
-from experiments.notebook import display, live
+from experiments.notebook import explorers
 from experiments.pipeline import RunConfig, comparison, configure
 from experiments.pipeline.comparison import dense_macs, relative_bops
 from resnet import resnet20
@@ -164,7 +163,7 @@ def test_bad_folders_are_told_with_what_is_in_them(runs: Path, capsys: pytest.Ca
         comparison.read_run(runs / "empty")
     (runs / "no run" / "deeper").mkdir()
     with pytest.raises(RunError, match="no run to compare around"):
-        compare.explorer(runs / "no run" / "deeper")
+        explorers.runs(runs / "no run" / "deeper")
 
 
 def test_a_run_whose_newer_checkpoint_is_gone_is_compared_all_the_same(runs: Path) -> None:
@@ -214,42 +213,3 @@ def test_hidden_files_are_not_contents(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")
     with pytest.raises(RunError, match="it is empty"):
         comparison.read_run(tmp_path)
-
-
-def test_the_explorer_follows_the_choice(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two figures and the tables, each in its own display; a damaged run is named and left out."""
-    save(runs / "damaged", configure("debug"), 1)
-    (runs / "damaged" / CHECKPOINT).write_bytes(b"no checkpoint")
-    shown: list[dict[str, Any]] = []
-
-    def put(data: dict[str, str], metadata: dict[str, Any], *, handle: int | None = None) -> int:
-        if handle is None:
-            shown.append({})
-        place = len(shown) - 1 if handle is None else handle
-        shown[place] = {"text": data, "metadata": metadata}
-        return place
-
-    def alt(place: int) -> str:
-        return str(shown[place]["metadata"]["image/png"]["alt"])
-
-    chosen: list[Any] = []
-    explorer = live.explorer
-    monkeypatch.setattr(display, "put", put)
-    monkeypatch.setattr(live, "explorer", lambda build, **kept: (chosen.append(kept["runs"]), explorer(build, **kept)))
-    compare.explorer(runs / "out")
-    (pick,) = chosen
-    assert pick.value == ("out", "out/previous/2", "beside")
-    assert len(shown) == 3
-    assert "none of the 3 runs" in alt(0)
-    assert "previous/2" in shown[2]["text"]["text/html"]
-    pick.value = ("out", "beside")
-    tables = shown[2]["text"]
-    assert "none of the 2 runs" in alt(0)
-    assert "previous/2" not in alt(1) + tables["text/html"] + tables["text/plain"]
-    assert "Settings that differ" in tables["text/plain"]
-    assert "Not read: damaged: " in tables["text/plain"]
-    pick.value = ("beside",)
-    assert "ends at 42.5 % accuracy after epoch 5." in alt(0)
-    assert "Settings that differ" not in shown[2]["text"]["text/plain"], "one run differs from nothing"
-    pick.value = ()
-    assert "“out”" in alt(0), "with nothing chosen the first stays"

@@ -260,12 +260,11 @@ def test_packages_that_the_notebook_does_without_are_still_dependencies() -> Non
 WITHOUT_WIDGETS = """
 import sys
 sys.modules["ipywidgets"] = None  # an import of it fails, as where it is not installed
-from types import SimpleNamespace
 import IPython
-from experiments.notebook import display, explorers, live
+from experiments.notebook import explorers, live
 shown = []
-display.in_notebook = lambda: True
-display.put = live.display.put = lambda data, metadata, handle=None: shown.append(sorted(data)) or "handle"
+live.in_notebook = lambda: True
+live.put = lambda data, metadata, handle=None: shown.append(sorted(data)) or "handle"
 IPython.display.display = lambda control: shown.append(repr(control))
 explorers.quantizer(explorers.weight_samples(0))
 print(shown)

@@ -1,32 +1,31 @@
-"""The explorers: controls and a figure that follows them, for a run that is in memory or was read back from its folder.
+"""The explorers: controls and what follows them, for a run that is in memory or was read back from its folder.
 
-Each shows its controls and one figure; where no kernel answers the controls, the figure of the starting values stays.
-A redraw takes well under half a second.
+Each shows its controls and its displays; where no kernel answers the controls, the starting values stay. A redraw
+takes well under half a second, but for that of `faults`, where the doctor examines a pipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from experiments import figures
+from experiments.doctor import Report, report_figure, report_table
 from experiments.notebook import lessons, live
-from experiments.notebook.controls import widgets
 from experiments.notebook.image_trace import ThreeNetworks
-from experiments.pipeline import load_run
+from experiments.pipeline import SavedRun, comparison, contents
 from src.data import ImageData
-from src.runs import Snapshots
+from src.runs import RunError, Snapshots
 from utils_quantization import latent_weight, quantized_layers
 
-__all__ = ["images", "kernels", "layers", "load_run", "quantizer", "quantizer_figure", "weight_samples"]
-
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
-FRESH = "a fresh layer (Kaiming)"
 WIDE = {"width": "min(34em, 95%)"}  # of a control: room to aim at one of hundreds of epochs or images
 
 
@@ -35,14 +34,14 @@ def weight_samples(seed: int = 0, model: nn.Module | None = None) -> dict[str, T
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(SAMPLE, generator=generator) - 0.5
     samples = {
-        FRESH: torch.randn(SAMPLE, generator=generator) * (2 / (32 * 9)) ** 0.5,
+        "a fresh layer (Kaiming)": torch.randn(SAMPLE, generator=generator) * (2 / (32 * 9)) ** 0.5,
         "normal": torch.randn(SAMPLE, generator=generator),
         "Laplace (long tails)": -share.sign() * torch.log1p(-2 * share.abs()),
         "uniform (no tails)": 2 * share,
     }
-    if model is not None:
-        for name, layer in quantized_layers(model).items():
-            samples[f"trained: {name}"] = latent_weight(layer).detach().float().cpu().flatten()
+    trained = quantized_layers(model) if model is not None else {}
+    for name, layer in trained.items():
+        samples[f"trained: {name}"] = latent_weight(layer).detach().float().cpu().flatten()
     return samples
 
 
@@ -63,72 +62,127 @@ def quantizer_figure(weights: Tensor, dead_zone: float, bits: int, *, subtitle: 
 
 def quantizer(samples: Mapping[str, Tensor], weights: str = "", dead_zone: float = 0.25, bits: int = 4) -> None:
     """Explore the quantizer: which weights, how wide a dead zone, how many bits. `weights`: the name to start with."""
-    ipywidgets = widgets()
 
     def draw(weights: str, dead_zone: float, bits: int) -> Figure:
         note = f"{weights}; error: RMS of q(w) − w, over the RMS of w"  # one line, whatever the weights
         return quantizer_figure(samples[weights], dead_zone, bits, subtitle=note)
 
+    sliders = live.widgets()
     live.explorer(
         draw,
-        weights=_dropdown("weights", list(samples), weights or next(iter(samples))),
-        dead_zone=ipywidgets.FloatSlider(
+        weights=_dropdown("weights", samples, weights or next(iter(samples))),
+        dead_zone=sliders.FloatSlider(
             value=dead_zone, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE
         ),
-        bits=ipywidgets.IntSlider(value=bits, min=2, max=8, description="bits", layout=WIDE),
+        bits=sliders.IntSlider(value=bits, min=2, max=8, description="bits", layout=WIDE),
     )
 
 
 def layers(snapshots: Snapshots, subtitle: str = "", layer: str = "") -> None:
     """Explore any quantized layer through the epochs. `layer`: the one to start with, by default the most pruned."""
-    ipywidgets = widgets()
 
     def draw(layer: str, epoch: int) -> Figure:
         return figures.layer_figure(snapshots.view(layer, epoch), list(snapshots.through(layer)), subtitle=subtitle)
 
     newest = snapshots.epochs[-1] if len(snapshots) else 0
     first = layer or max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
-    live.explorer(
-        draw,
-        layer=_dropdown("layer", snapshots.layer_names, first),
-        epoch=ipywidgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE),
-    )
+    epochs = live.widgets().SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
+    live.explorer(draw, layer=_dropdown("layer", snapshots.layer_names, first), epoch=epochs)
 
 
+@torch.no_grad()
 def kernels(model: nn.Module, layer: str = "") -> None:
     """Explore the kernels of any quantized convolution. `layer`: the one to start with, by default the most pruned."""
-    weights: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, module in quantized_layers(model).items():
-            if isinstance(module, nn.Conv2d):
-                weights[name] = module.weight.float().cpu().numpy()
+    convolutions = {name: one for name, one in quantized_layers(model).items() if isinstance(one, nn.Conv2d)}
+    weights = {name: one.weight.float().cpu().numpy() for name, one in convolutions.items()}
     dead = {name: int((~weight.any(axis=(1, 2, 3))).sum()) for name, weight in weights.items()}
 
     def draw(layer: str) -> Figure:
         return figures.sparsity_map(weights[layer], layer)
 
-    live.explorer(draw, layer=_dropdown("layer", list(weights), layer or max(dead, key=lambda name: dead[name])))
+    live.explorer(draw, layer=_dropdown("layer", weights, layer or max(dead, key=lambda name: dead[name])))
 
 
 def images(model: nn.Module, data: ImageData, number: int = 0, layer: str = "") -> None:
     """Explore test images on their way through the float, the quantized and the compacted network."""
-    ipywidgets = widgets()
-
     networks = ThreeNetworks(model, data)
     last = len(data.test_labels) - 1
 
     def draw(image: int, layer: str) -> Figure:
         return figures.image_figure(networks.trace(image, layer), subtitle=networks.missing)
 
-    most = max(networks.stages.values(), key=lambda stage: np.float64(1 - len(stage.kept) / stage.channels))
+    most = min(networks.stages.values(), key=lambda stage: len(stage.kept) / stage.channels)
     live.explorer(
         draw,
-        image=ipywidgets.IntSlider(value=number, min=0, max=last, description="test image", layout=WIDE),
-        layer=_dropdown("layer", list(networks.stages), layer or most.layer),
+        image=live.widgets().IntSlider(value=number, min=0, max=last, description="test image", layout=WIDE),
+        layer=_dropdown("layer", networks.stages, layer or most.layer),
     )
 
 
-def _dropdown(label: str, names: Any, first: str) -> Any:
-    ipywidgets = widgets()
+def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report], first: str = "") -> None:
+    """Choose a fault: what the doctor says of a pipeline that has it, and the checks as a figure.
 
-    return ipywidgets.Dropdown(options=list(names), value=first, description=label, layout=WIDE)
+    breaks: one sentence on each fault, by its name. diagnose: the report on a pipeline with the fault of that name; it
+    may take seconds. first: the one to start with, by default the second.
+    """
+    report_on = functools.cache(diagnose)
+
+    def answer(fault: str) -> live.Bundle:
+        report = report_on(fault)
+        table = report_table(report, only_failed=True).to_html() if report.faulty else ""
+        page = (
+            f"<p><b>What was broken:</b> {html.escape(breaks[fault])}</p><p><b>{html.escape(report.headline)}</b></p>"
+        )
+        return {"text/html": page + table, "text/plain": f"{breaks[fault]}\n{report.text(passed=False)}"}, {}
+
+    live.explorer(
+        answer,
+        lambda fault: report_figure(report_on(fault)),
+        busy="The doctor examines a pipeline with this fault; what is below is still about the one before ...",
+        fault=_dropdown("fault", breaks, first or list(breaks)[1]),
+    )
+
+
+def runs(folder: str | Path, most: int = 6) -> None:
+    """Choose among the runs around `folder`; curves, plane and tables follow. `most`: chosen at the start.
+
+    Raises RunError where no run can be read.
+    """
+    known: dict[str, SavedRun] = {}
+    refused: list[str] = []
+    for label, path in comparison.find_runs(folder).items():
+        try:
+            known[label] = comparison.read_run(path, label)
+        except ValueError as error:
+            refused.append(f"Not read: {label}: {error}")
+    if not known:
+        raise RunError(f"no run to compare around {str(folder)!r}: {contents(Path(folder))}")
+
+    def chosen(runs: Sequence[str]) -> list[SavedRun]:
+        return [known[label] for label in runs or list(known)[:1]]
+
+    def tables(runs: Sequence[str]) -> live.Bundle:
+        page = []
+        for heading, rows in comparison.tables(chosen(runs)).items():
+            shown = figures.plain_table(rows).to_html() if rows else "<p>None: all settings are the same.</p>"
+            page.append(f"<p><b>{heading}</b></p>{shown}")
+        page += [f"<p>{html.escape(line)}</p>" for line in [*comparison.notices(chosen(runs)), *refused]]
+        text = [comparison.as_text(chosen(runs)), *refused]
+        return {"text/html": "\n".join(page), "text/plain": "\n\n".join(text)}, {}
+
+    pick = live.widgets().SelectMultiple(
+        options=list(known),
+        value=tuple(known)[:most],
+        description="runs",
+        layout={**WIDE, "height": f"{min(len(known), 8) * 1.4 + 0.8:.1f}em"},
+    )
+    live.explorer(
+        lambda runs: figures.run_curves([comparison.series(run) for run in chosen(runs)]),
+        lambda runs: figures.run_plane([comparison.series(run) for run in chosen(runs)]),
+        tables,
+        runs=pick,
+    )
+
+
+def _dropdown(label: str, names: Iterable[str], first: str) -> Any:
+    return live.widgets().Dropdown(options=list(names), value=first, description=label, layout=WIDE)

@@ -1,6 +1,6 @@
 """Small computations behind the walkthrough's explanations, and its tables.
 
-Each returns plain arrays or a table; experiments/lesson_figures.py draws them.
+Each returns plain arrays or a table; experiments/figures draws them.
 """
 
 from __future__ import annotations

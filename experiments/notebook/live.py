@@ -1,44 +1,73 @@
-"""What moves while a notebook waits: one live figure and one explorer, beside the progress line of progress.py.
+"""What a notebook shows: figures that are displayed once or follow a run, explorers with controls, facts for the page.
 
-A figure is displayed once under its own id and that display is updated, so the saved notebook holds the last frame and
-nothing else, also when no browser is open. It is drawn at most once a second. Nothing here knows a model or a file;
-outside a notebook the figure stays silent and `TerminalProgress` takes the place of `Progress`.
+A figure is a PNG with its alt text under a display id that is then updated, so the saved notebook holds the last state
+and nothing else, also when no browser is open. Nothing here knows a model or a file. Outside a notebook nothing is
+displayed.
 """
 
 from __future__ import annotations
 
+import base64
+import datetime
 import html
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.figures import png_bytes
-from experiments.notebook import display
-from experiments.notebook.controls import widgets
-from experiments.notebook.display import figure_bundle, show
-from experiments.notebook.progress import Clock, Progress, TerminalProgress, duration
+from experiments.figures import SCREEN_DPI, png_bytes
 from src.training import in_notebook
 
-__all__ = [
-    "LiveFigure",
-    "Progress",
-    "TerminalProgress",
-    "duration",
-    "explorer",
-    "figure_bundle",
-    "follow",
-    "png_bytes",
-    "show",
-]
+FACTS = "application/vnd.codeq.run+json"
+Bundle = tuple[dict[str, str], dict[str, Any]]
+View = Callable[..., Bundle | Figure]
+Clock = Callable[[], float]  # seconds
+
+
+def show(figure: Figure) -> None:
+    """Display a figure once, crisp and with its alt text."""
+    put(*figure_bundle(figure))
+
+
+def put(data: dict[str, str], metadata: dict[str, Any], *, handle: Any = None) -> Any:
+    """Display under a new id, or update the display of `handle`. Returns the handle (None outside a notebook)."""
+    if not in_notebook():
+        return None
+    from IPython.display import DisplayHandle
+
+    if handle is None:
+        handle = DisplayHandle()
+        handle.display(data, metadata=metadata, raw=True)
+    else:
+        handle.update(data, metadata=metadata, raw=True)
+    return handle
+
+
+def figure_bundle(figure: Figure) -> Bundle:
+    """Data and metadata of a figure for a notebook: a PNG in base64, its alt text and its size in CSS pixels."""
+    alt = str(figure.get_label()) or "Figure"
+    width, height = (round(float(side) * SCREEN_DPI) for side in figure.get_size_inches())
+    png = base64.b64encode(png_bytes(figure)).decode("ascii")
+    return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": width, "height": height}}
+
+
+def publish(facts: Mapping[str, Any], line: str) -> None:
+    """Show `line` in the notebook and keep `facts` (JSON) with it. A later call replaces the keys that it repeats.
+
+    The keys that a page reads are those of run.json: config, data, machine, versions, results, verdict; the time is
+    added.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    put({"text/plain": line, FACTS: {**facts, "recorded": now}}, {})  # type: ignore[dict-item]
 
 
 class LiveFigure:
     """A figure that is drawn again while something runs, in one place of the notebook.
 
-    draw: builds the figure from the present data. min_interval: seconds between two drawings. A drawing that fails is
+    draw: builds the figure from the current data. min_interval: seconds between two drawings. A drawing that fails is
     reported once as a warning and never ends what runs around it. Use it as a context manager or call `close`.
     """
 
@@ -55,7 +84,7 @@ class LiveFigure:
             return
         try:
             if in_notebook():
-                self._handle = display.put(*figure_bundle(self._draw()), handle=self._handle)
+                self._handle = put(*figure_bundle(self._draw()), handle=self._handle)
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -74,42 +103,63 @@ class LiveFigure:
         self.close()
 
 
-def explorer(build: Callable[..., Figure], **controls: Any) -> None:
-    """Controls above a figure that follows them. `build` gets the value of each control under its name.
+class FixedControl:
+    """Stands in for a control where ipywidgets is missing: it keeps its value. Shown, it says what is missing."""
 
-    controls: ipywidgets with a `value`; they act when let go. The figure is an ordinary display that starts with the
-    controls' present values, so a saved notebook or HTML holds it also where no kernel answers the controls. It stands
-    below them so that they stay where they are when it changes its height.
+    def __init__(self, *_: Any, value: Any = None, **__: Any) -> None:
+        self.value = value
+
+    def has_trait(self, name: str) -> bool:
+        """It has a value and nothing else."""
+        return name == "value"
+
+    def observe(self, *_: Any, **__: Any) -> None:
+        """Nothing ever changes."""
+
+    def __repr__(self) -> str:
+        return "(the controls of this figure need the package ipywidgets: %pip install ipywidgets, then restart)"
+
+
+def widgets() -> Any:
+    """The module ipywidgets, or where it is missing stand-ins for its controls: figures are shown all the same."""
+    try:
+        import ipywidgets
+    except ImportError:
+        used = ("Dropdown", "FloatSlider", "HTML", "IntSlider", "SelectMultiple", "SelectionSlider", "VBox")
+        return SimpleNamespace(**dict.fromkeys(used, FixedControl))
+    return ipywidgets
+
+
+def explorer(*views: View, busy: str = "", **controls: Any) -> None:
+    """Controls above the displays that follow them. A view gets the value of each control under its name.
+
+    controls: ipywidgets with a `value`; they act when let go. busy: shown while the views are drawn again. What a view
+    returns is an ordinary display that starts with the controls' present values, so a saved notebook or page holds it
+    also where no kernel answers the controls. It is below them, so that they do not move when it changes its height.
     """
-    ipywidgets = widgets()
-
+    note = widgets().HTML()  # says what went wrong
     for control in controls.values():
         if control.has_trait("continuous_update"):
             control.continuous_update = False
-    note = ipywidgets.HTML()
     if in_notebook():
         import IPython.display
 
-        IPython.display.display(ipywidgets.VBox([*controls.values(), note]))
-    follow(build, note, **controls)
+        IPython.display.display(widgets().VBox([*controls.values(), note]))
 
+    def draw(view: View) -> Bundle:
+        shown = view(**{name: control.value for name, control in controls.items()})
+        return figure_bundle(shown) if isinstance(shown, Figure) else shown
 
-def follow(build: Callable[..., Figure], note: Any = None, **controls: Any) -> None:
-    """A further figure for controls that are shown already. note: an ipywidgets.HTML that tells what went wrong."""
+    handles = [put(*draw(view)) for view in views]
 
-    def draw() -> Figure:
-        return build(**{name: control.value for name, control in controls.items()})
-
-    handle = display.put(*figure_bundle(draw()))
-
-    def redraw(_: object = None) -> None:
-        message = ""
+    def redraw(_: object) -> None:
+        note.value = busy
         try:
-            display.put(*figure_bundle(draw()), handle=handle)
+            for view, handle in zip(views, handles, strict=True):
+                put(*draw(view), handle=handle)
+            note.value = ""
         except Exception as error:  # a callback's traceback would be lost in the kernel's log
-            message = html.escape(f"{type(error).__name__}: {error}")
-        if note is not None:
-            note.value = message
+            note.value = html.escape(f"{type(error).__name__}: {error}")
 
     for control in controls.values():
         control.observe(redraw, names="value")

@@ -11,21 +11,21 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self, TextIO
 
-from experiments.notebook import display
+from experiments.notebook import live
+from experiments.notebook.live import Clock
 from src.training import EpochRecord
 
-Clock = Callable[[], float]
 
-
-class Reporter(ABC):
-    """Progress through epochs and steps with a smoothed ETA; subclasses say where it is shown.
+class ProgressReporter(ABC):
+    """Progress through epochs and steps with an estimate of the time left; subclasses say where it is shown.
 
     start, then step after every training step and epoch_done after every epoch, then close. Epochs and steps count
-    from 1. The rate is an average over about one epoch of steps, so that the time of the tests is part of it.
+    from 1. The rate is that of the last epoch of steps, so that the time of a test is part of it.
     """
 
     def __init__(self, min_interval: float = 1.0, *, clock: Clock = time.monotonic) -> None:
@@ -35,22 +35,18 @@ class Reporter(ABC):
     def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
         """epochs: planned in total; first_epoch, and first_step of the next: how many were done before (resumed)."""
         self.epochs, self.steps_per_epoch, self.first_epoch = epochs, max(steps_per_epoch, 1), first_epoch
-        self._done = first_epoch * self.steps_per_epoch + first_step
-        self._tested = first_epoch
-        self._begin = self._last = self._clock()
-        self._seconds_per_step = self._weight = 0.0
-        self._next = float("-inf")
-        self._note = ""
+        self._tested, self._note = first_epoch, ""
+        self._begin, self._next = self._clock(), float("-inf")
+        self._seen = deque(  # (when, steps done), over the last epoch
+            [(self._begin, first_epoch * self.steps_per_epoch + first_step)], maxlen=max(steps_per_epoch, 10) + 1
+        )
 
     def step(self, epoch: int, step: int, loss: Callable[[], float] | None = None) -> None:
         """`step` steps of `epoch` are done. loss is called only where the line is really drawn."""
         self._advance((epoch - 1) * self.steps_per_epoch + step)
-        if self._clock() < self._next:
-            return
-        parts = [f"Epoch {epoch}/{self.epochs}", f"step {step}/{self.steps_per_epoch}"]
-        if loss is not None:
-            parts.append(f"loss {loss():.3f}")
-        self._draw(" · ".join([*parts, *self._times()]))
+        if self._clock() >= self._next:
+            parts = [f"Epoch {epoch}/{self.epochs}", f"step {step}/{self.steps_per_epoch}"]
+            self._draw([*parts, f"loss {loss():.3f}"] if loss else parts)
 
     def epoch_done(self, record: EpochRecord) -> None:
         """An epoch was trained and tested; call it before printing a line of one's own."""
@@ -58,12 +54,11 @@ class Reporter(ABC):
         self._tested = record.epoch
         self._note = f"test accuracy {100 * record.accuracy:.1f} %"
         if self._clock() >= self._next:
-            self._draw(" · ".join([f"Epoch {record.epoch}/{self.epochs} done", self._note, *self._times()]))
+            self._draw([f"Epoch {record.epoch}/{self.epochs} done", self._note])
 
     def close(self, message: str = "") -> None:
         """The last state: how many epochs were trained and tested in how long, and `message`."""
-        done = self._tested - self.first_epoch
-        spent = duration(self._clock() - self._begin)
+        done, spent = self._tested - self.first_epoch, duration(self._clock() - self._begin)
         text = f"{done} epoch{'s' if done != 1 else ''} in {spent}"
         if self.first_epoch >= self.epochs:
             text = f"All {self.epochs} epochs were trained before"
@@ -81,58 +76,51 @@ class Reporter(ABC):
     @property
     def share(self) -> float:
         """Share of all planned steps that is done, 0 to 1."""
-        return min(self._done / (self.epochs * self.steps_per_epoch), 1.0)
+        return min(self._seen[-1][1] / (self.epochs * self.steps_per_epoch), 1.0)
 
     @property
     def seconds_left(self) -> float | None:
         """Estimate for the steps that are left; None before the first step."""
-        if not self._weight:
+        (began, before), (now, done) = self._seen[0], self._seen[-1]
+        if done == before:
             return None
-        left = max(self.epochs * self.steps_per_epoch - self._done, 0)
-        return left * self._seconds_per_step / self._weight
+        return max(self.epochs * self.steps_per_epoch - done, 0) * (now - began) / (done - before)
 
     @abstractmethod
     def _show(self, text: str, *, final: bool) -> None:
         """Put the line where it is seen."""
 
     def _advance(self, done: int) -> None:
-        now, steps = self._clock(), done - self._done
-        if steps > 0:
-            keep = (1 - 1 / max(self.steps_per_epoch, 10)) ** steps
-            self._seconds_per_step = keep * self._seconds_per_step + (1 - keep) * (now - self._last) / steps
-            self._weight = keep * self._weight + (1 - keep)
-            self._done, self._last = done, now
+        if done > self._seen[-1][1]:
+            self._seen.append((self._clock(), done))
 
-    def _times(self) -> list[str]:
-        parts = [f"{duration(self._clock() - self._begin)} spent"]
+    def _draw(self, parts: list[str]) -> None:
         left = self.seconds_left
-        return parts if left is None else [*parts, f"about {duration(left)} left"]
-
-    def _draw(self, text: str) -> None:
-        self._show(text, final=False)
+        times = [f"{duration(self._clock() - self._begin)} spent"]
+        times += [f"about {duration(left)} left"] if left is not None else []
+        self._show(" · ".join(parts + times), final=False)
         self._next = self._clock() + self._interval
 
 
-class Progress(Reporter):
+class ProgressBar(ProgressReporter):
     """Progress in a notebook: a plain HTML bar, readable without any script, in one place."""
 
     def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
+        """As `ProgressReporter.start`, with a display of its own."""
         super().start(epochs, steps_per_epoch, first_epoch, first_step)
         self._handle: Any = None
 
     def _show(self, text: str, *, final: bool) -> None:
         percent = 100 * self.share
-        line = html.escape(text)
         bar = (
             '<div style="max-width:54em;font-size:0.92em;line-height:1.5;font-variant-numeric:tabular-nums">'
             f'<progress aria-label="Training progress" max="100" value="{percent:.1f}" style="width:100%">'
-            f"{percent:.0f} %</progress><div>{percent:.0f} % · {line}</div></div>"
+            f"{percent:.0f} %</progress><div>{percent:.0f} % · {html.escape(text)}</div></div>"
         )
-        data = {"text/html": bar, "text/plain": f"{percent:.0f} % · {text}"}
-        self._handle = display.put(data, {}, handle=self._handle)
+        self._handle = live.put({"text/html": bar, "text/plain": f"{percent:.0f} % · {text}"}, {}, handle=self._handle)
 
 
-class TerminalProgress(Reporter):
+class TerminalProgress(ProgressReporter):
     """Progress on stderr: one line that overwrites itself on a terminal, a line every 30 seconds in a log."""
 
     def __init__(self, stream: TextIO | None = None, *, clock: Clock = time.monotonic) -> None:
@@ -141,6 +129,7 @@ class TerminalProgress(Reporter):
         super().__init__(1.0 if self._tty else 30.0, clock=clock)
 
     def start(self, epochs: int, steps_per_epoch: int, first_epoch: int = 0, first_step: int = 0) -> None:
+        """As `ProgressReporter.start`; a log gets its first line after 30 seconds."""
         super().start(epochs, steps_per_epoch, first_epoch, first_step)
         if not self._tty:
             self._next = self._clock() + self._interval
@@ -154,11 +143,10 @@ class TerminalProgress(Reporter):
 
     def _show(self, text: str, *, final: bool) -> None:
         line = f"{100 * self.share:3.0f} % · {text}"
-        if not self._tty:
-            self._write(f"{line}\n")
-            return
-        width = shutil.get_terminal_size().columns
-        self._write(f"\r\x1b[K{line[: max(width - 1, 20)]}" + ("\n" if final else ""))
+        if self._tty:
+            width = shutil.get_terminal_size().columns
+            line = f"\r\x1b[K{line[: max(width - 1, 20)]}"
+        self._write(line + ("\n" if final or not self._tty else ""))
 
     def _write(self, text: str) -> None:
         with suppress(OSError):  # a terminal that is gone ends no training

@@ -243,6 +243,17 @@ def test_long_runs_have_lines_without_a_mark_for_each_epoch(name: str) -> None:
     assert all(line.get_marker() in ("", "None") for line in lines)
 
 
+def test_png_of_photographs_keeps_its_colours_and_stays_under_the_limit() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    figure = Figure(figsize=(3, 3))
+    figure.add_axes((0, 0, 1, 1)).imshow(noise, interpolation="nearest", aspect="auto")
+    large = figures.png_bytes(figure, limit=10**9)
+    assert Image.open(io.BytesIO(large)).mode == "RGB"
+    small = figures.png_bytes(figure, limit=len(large) - 1)
+    assert len(small) < len(large)
+    assert Image.open(io.BytesIO(small)).width < Image.open(io.BytesIO(large)).width
+
+
 def test_a_legend_reads_row_by_row() -> None:
     figure = style.canvas("title", "", "alt", height=3)
     axes = figure.subplots()

@@ -7,21 +7,18 @@ tests/browser/test_page.py.
 from __future__ import annotations
 
 import base64
-import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from PIL import Image
 
 from experiments.headless import to_html
 from experiments.headless.facts import header
-from experiments.headless.page.mathml import tex_to_mathml
+from experiments.headless.page import tex_to_mathml
 from experiments.notebook import FACTS
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -170,40 +167,15 @@ def test_picture_without_alt_text_is_said_to_have_none() -> None:
     assert image["alt"] == "No description of this figure was given"
 
 
-def noise(side: int, seed: int) -> str:
-    """A PNG that cannot be compressed: side x side pixels of noise, 3 bytes each."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def test_page_stays_below_5_mb_whatever_is_in_it() -> None:
-    small = display({"image/png": PNG}, {"image/png": {"alt": "small"}})
-    large = [
-        display({"image/png": noise(500, i)}, {"image/png": {"alt": f"noise {i}", "width": 500}}) for i in range(12)
-    ]
-    lines = new_output("stream", text="".join(f"Epoch {i:6}/99999 | Loss: 0.1\n" for i in range(99_999)))
-    book = new_notebook(cells=[new_code_cell("1", outputs=[small, *large, lines])])
-    assert sum(len(output.data["image/png"]) for output in large) > 8e6
+def test_a_long_text_is_cut_in_the_middle_and_the_notebook_keeps_it() -> None:
+    text = "".join(f"Epoch {i:6}/99999 | Loss: 0.1\n" for i in range(99_999))
+    book = new_notebook(cells=[new_code_cell("1", outputs=[new_output("stream", text=text)])])
     page = to_html(book)
-    assert len(page.encode()) < 5e6
-    images = Elements(page).attributes("img")
-    assert [image["alt"] for image in images] == ["small", *(f"noise {i}" for i in range(12))]
-    shown = [base64.b64decode(str(image["src"]).partition("base64,")[2]) for image in images]
-    assert shown[0] == base64.b64decode(PNG)
-    sizes = [Image.open(io.BytesIO(data)).size for data in shown[1:]]
-    assert all(240 <= width < 500 and width == height for width, height in sizes)
-    assert {image["width"] for image in images[1:]} == {"500"}  # as large on the screen as before
+    assert len(page) < 200_000
     assert "Epoch      0/99999" in page
     assert "Epoch  99998/99999" in page
-    assert re.search(r"\[\.\.\. 9\d,\d{3} lines, [\d,]+ characters are left out here \.\.\.\]", page)
-    assert len(book.cells[0].outputs[-1].text) > 2e6  # the notebook itself is left as it is
-
-
-def test_page_within_its_budget_keeps_every_picture_as_it_is() -> None:
-    (image,) = Elements(page_of(display({"image/png": noise(300, 0)}))).attributes("img")
-    assert str(image["src"]).partition("base64,")[2] == noise(300, 0)
+    assert re.search(r"\[\.\.\. 99,\d{3} lines, [\d,]+ characters are left out here \.\.\.\]", page)
+    assert book.cells[0].outputs[0].text == text
 
 
 # What the head of the page says about the run.
@@ -222,41 +194,41 @@ def test_head_shows_the_facts_that_the_notebook_has_published() -> None:
     }
     book = recorded(first, {"verdict": verdict}, started="2026-03-01T10:00:00+02:00", seconds=59.6, command="run it")
     head = header(book)
-    assert (head.state, head.verdict) == ("faulty", "Fault found")
-    assert head.detail == "1 of 9 expectations not met (bits fall)"
-    rows = dict(head.rows)
+    assert (head["state"], head["verdict"]) == ("faulty", "Fault found")
+    assert head["detail"] == "1 of 9 expectations not met (bits fall)"
+    rows = head["rows"]
     assert rows["Date"] == "1 March 2026, 08:00 UTC, took 1 min 00 s"
     assert rows["Network"] == "resnet20 on digits"
     assert rows["Settings"] == "preset smoke, epochs 3"
     assert rows["Device"] == rows["Versions"] == "not recorded"
-    assert head.settings == (("command", "run it"), ("model", "resnet20"), ("epochs", "3"), ("preset", "smoke"))
+    assert head["settings"] == {"command": "run it", "model": "resnet20", "epochs": "3", "preset": "smoke"}
 
 
 def test_versions_have_one_order_also_after_the_notebook_was_saved() -> None:
     versions = {"python": "3.11.7", "torch": "2.6.0", "torchvision": "0.21", "numpy": "2.1"}
     for written in (versions, dict(sorted(versions.items()))):
-        rows = dict(header(recorded({"versions": written})).rows)
+        rows = header(recorded({"versions": written}))["rows"]
         assert rows["Versions"] == "python 3.11.7, torch 2.6.0, numpy 2.1, torchvision 0.21"
 
 
 def test_later_facts_replace_earlier_ones_of_the_same_name() -> None:
     book = recorded({"machine": {"device": "cpu"}, "versions": {"python": "3.11.7"}}, {"machine": {"device": "cuda"}})
-    rows = dict(header(book).rows)
+    rows = header(book)["rows"]
     assert (rows["Device"], rows["Versions"]) == ("cuda", "python 3.11.7")
 
 
 def test_head_of_a_notebook_that_says_nothing_says_so() -> None:
     head = header(new_notebook(cells=[new_code_cell("1")]))
-    assert (head.state, head.verdict) == ("no-verdict", "No verdict")
-    assert {text for _, text in head.rows} == {"not recorded"}
-    assert head.results == head.settings == ()
+    assert (head["state"], head["verdict"]) == ("no-verdict", "No verdict")
+    assert set(head["rows"].values()) == {"not recorded"}
+    assert head["results"] == head["settings"] == {}
 
 
 def test_stopped_run_has_no_verdict_even_where_an_earlier_cell_published_one() -> None:
     verdict = {"state": "healthy", "headline": "HEALTHY: all 9 expectations met"}
     book = recorded({"verdict": verdict}, status="failed", message="failed at cell 7 (code cell 4)\n  ValueError: no")
     head = header(book)
-    assert (head.state, head.detail) == ("stopped", "failed at cell 7 (code cell 4). There is no verdict.")
+    assert (head["state"], head["detail"]) == ("stopped", "failed at cell 7 (code cell 4). There is no verdict.")
     assert "all 9 expectations" not in to_html(book)
 
 

@@ -12,15 +12,19 @@ import pytest
 import torch
 
 from experiments import figures, pipeline
+from experiments.doctor import Report
+from experiments.doctor.causes.causes import causes
+from experiments.doctor.core.findings import BEFORE, FAILED, PASSED, Finding
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED
-from experiments.notebook import display, explorers, lessons, live
+from experiments.notebook import explorers, lessons
 from experiments.notebook.image_trace import ThreeNetworks
-from experiments.pipeline import Run, configure, load_run
+from experiments.pipeline import Run, RunConfig, configure, load_run
 from resnet import BasicBlock, ResNet
 from src.data import normalize
 from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, state_bytes
 from src.training import layer_records
 from tests.histories import make_history
+from tests.notebook.conftest import Screen
 from tests.quantized_networks import small_resnet
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
 
@@ -49,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Run:
-    return explorers.load_run(folder, device="cpu")
+    return load_run(folder, device="cpu")
 
 
 def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: Run) -> None:
@@ -264,21 +268,9 @@ def test_the_quantizer_figure_counts_what_the_quantizer_does() -> None:
     ],
 )
 def test_explorers_follow_their_controls(
-    loaded: Run, monkeypatch: pytest.MonkeyPatch, name: str, moves: list[tuple[str, Any]], told: list[str]
+    loaded: Run, screen: Screen, controls: dict[str, Any], name: str, moves: list[tuple[str, Any]], told: list[str]
 ) -> None:
-    """Each starts at the most pruned layer and draws one figure a move, in one display; tests/test_live.py has the
-    same in a kernel."""
-    alts: list[str] = []
-    kept: dict[str, Any] = {}
-    explorer = live.explorer
-
-    def put(data: dict[str, str], metadata: dict[str, Any], *, handle: object = None) -> object:
-        assert (handle is None) == (not alts), "one display, then updated"
-        alts.append(metadata["image/png"]["alt"])
-        return "handle"
-
-    monkeypatch.setattr(display, "put", put)
-    monkeypatch.setattr(live, "explorer", lambda build, **controls: (kept.update(controls), explorer(build, **kept)))
+    """Each starts at the most pruned layer and draws one figure a move, in one display."""
     arguments = {
         "quantizer": (explorers.weight_samples(0, loaded.model),),
         "layers": (loaded.snapshots, loaded.subtitle),
@@ -287,8 +279,68 @@ def test_explorers_follow_their_controls(
     }
     getattr(explorers, name)(*arguments[name])
     for control, value in moves:
-        kept[control].value = value
-    assert len(alts) == len(told)
-    assert all(words in alt for words, alt in zip(told, alts, strict=True)), alts
-    sliders = [control for control in kept.values() if control.has_trait("continuous_update")]
-    assert not any(slider.continuous_update for slider in sliders)
+        controls[control].value = value
+    assert len(screen.displays) == 1, "one display, then updated"
+    assert len(screen.alts) == len(told)
+    assert all(words in alt for words, alt in zip(told, screen.alts, strict=True)), screen.alts
+
+
+def diagnosed(name: str) -> Report:
+    if name == "impossible":
+        raise RuntimeError("no such <pipeline>")
+    passed = Finding("all well", "", BEFORE, "1", "1", PASSED)
+    failed = Finding("a check", "", BEFORE, "1", "2", FAILED, causes("learning-rate-zero"))
+    return Report((passed,) if name == "nothing" else (passed, failed))
+
+
+def test_a_chosen_fault_replaces_the_answer_and_the_figure(screen: Screen, controls: dict[str, Any]) -> None:
+    breaks = {"nothing": "Nothing.", "a <fault>": "This breaks <it>.", "impossible": "No."}
+    explorers.faults(breaks, diagnosed)
+    (answer, _), figure = screen.displays[0], screen.alt(1)
+    assert "This breaks &lt;it&gt;." in answer["text/html"]
+    assert "1 of 2 checks failed. Most likely: a learning rate is 0" in answer["text/html"]
+    assert answer["text/html"].count("<table") == 1, "what failed, alone"
+    assert "FAILED before training: a check" in answer["text/html"]
+    assert "all well" not in answer["text/html"]
+    assert "1 of 2 checks failed" in figure
+    controls["fault"].value = "nothing"
+    answer, _ = screen.displays[0]
+    assert "no fault found; 1 checks passed" in answer["text/html"]
+    assert "<table" not in answer["text/html"]
+    assert screen.alt(1) != figure
+    controls["fault"].value = "impossible"  # what cannot be examined leaves what is there
+    assert screen.displays[0][0] == answer
+
+
+def save_run(path: Path, config: RunConfig, epochs: int) -> None:
+    model = torch.nn.Sequential()
+    model.linear = torch.nn.Linear(4, 10)
+    place = RunFolder.open(path)
+    place.save_progress(model, torch.optim.AdamW(model.parameters()), make_history(epochs, 20), asdict(config), "")
+    place.close()
+
+
+def test_the_explorer_of_runs_follows_the_choice(tmp_path: Path, screen: Screen, controls: dict[str, Any]) -> None:
+    """Two figures and the tables, each in its own display; a damaged run is named and left out."""
+    save_run(tmp_path / "out", configure("debug"), 20)
+    save_run(tmp_path / "out/previous/2", configure("debug", seed=1), 20)
+    save_run(tmp_path / "beside", configure("debug"), 5)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / CHECKPOINT).write_bytes(b"no checkpoint")
+    explorers.runs(tmp_path / "out")
+    pick = controls["runs"]
+    assert pick.value == ("out", "out/previous/2", "beside")
+    assert len(screen.displays) == 3
+    assert "none of the 3 runs" in screen.alt(0)
+    assert "previous/2" in screen.displays[2][0]["text/html"]
+    pick.value = ("out", "beside")
+    tables = screen.displays[2][0]
+    assert "none of the 2 runs" in screen.alt(0)
+    assert "previous/2" not in screen.alt(1) + tables["text/html"] + tables["text/plain"]
+    assert "Settings that differ" in tables["text/plain"]
+    assert "Not read: damaged: " in tables["text/plain"]
+    pick.value = ("beside",)
+    assert "ends at 42.5 % after 5 epochs." in screen.alt(0)
+    assert "Settings that differ" not in screen.displays[2][0]["text/plain"], "one run differs from nothing"
+    pick.value = ()
+    assert "“out”" in screen.alt(0), "with nothing chosen the first stays"

@@ -1,0 +1,171 @@
+r"""An executed notebook as one HTML file that needs no network and no server.
+
+What the stock template would fetch or lose is replaced: TeX becomes MathML, a PNG keeps the alt text of its
+metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded, a widget becomes a note. Code is
+folded in <details>; the one script, page.js, folds and unfolds all of it and is not needed for anything else. A
+content security policy in the page keeps every browser from fetching anything, and from running any other script.
+The page's structure and look are in template/, its head is computed in facts.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import logging
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from jinja2 import pass_context
+from latex2mathml.converter import convert as latex_to_mathml
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+
+from experiments.headless.facts import header
+
+HERE = Path(__file__).resolve().parent
+LONGEST_TEXT = 20_000  # characters of a text output; the executed notebook beside the page holds all of it
+# The one type of an output that is shown is the first of these that it has.
+SHOWN_TYPES = (
+    "text/html",
+    "text/markdown",
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/latex",
+    "application/vnd.jupyter.widget-view+json",
+    "text/plain",
+)
+_log = logging.getLogger(__name__)
+
+
+def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
+    """The notebook as a page of its own. Relative image addresses are read from `folder`, the notebook's.
+
+    The title is the first heading, and the facts of the run (see `facts.header`) stand below it. Where
+    `notebook.metadata["run"]` has the status "failed" a banner says so. `notebook` itself stays as it is.
+    """
+    script = (HERE / "template/page.js").read_text(encoding="utf-8").strip()
+    found = [text for cell in notebook.cells if cell.cell_type == "markdown" for text in headings(cell.source)]
+    resources = {
+        "metadata": {"name": found[0] if found else "Notebook", "path": str(folder)},
+        "header": header(notebook),
+        "stylesheet": (HERE / "template/style.css").read_text(encoding="utf-8").strip(),
+        "script": script,
+        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}",
+    }
+    exporter = _PageExporter(template_name="template", extra_template_basedirs=[str(HERE)])
+    page, _ = exporter.from_notebook_node(notebook, resources)
+    head = re.search(r"<!--head-->(.*?)<!--/head-->", page, flags=re.DOTALL)
+    if head and "</h1>" in page:
+        page = page.replace(head.group(), "").replace("</h1>", f"</h1>{head.group(1)}", 1)
+    return page.replace("<!--contents-->", _contents(page))
+
+
+def headings(markdown: str) -> list[str]:
+    """The headings of a Markdown cell in order, as plain text; a comment in a fenced block is not a heading."""
+    prose = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t#]*$", prose, flags=re.MULTILINE)
+    return [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("`", "").replace("*", "") for text in found]
+
+
+def tex_to_mathml(tex: str, display: str) -> str:
+    r"""One formula as MathML; display is "inline" or "block". TeX that cannot be converted is shown as it is.
+
+    Browsers show MathML without a script or a font from the network, but space it by the character, TeX by its use:
+    bars, slash, sign, tanh before a letter.
+    """
+    source = re.sub(r"\\(begin|end)\{(?:aligned|split)\}", r"\\\1{align*}", tex.strip())
+    source = re.sub(r"\\(?:begin|end)\{equation\*?\}", "", source.replace(r"\operatorname*", r"\operatorname"))
+    source = re.sub(r"\\tag\{([^}]*)\}", r"\\qquad\\text{(\1)}", source)
+    try:
+        mathml = latex_to_mathml(source, display=display)
+        ElementTree.fromstring(mathml)
+        if re.search(r"<m[ion][^>]*>\\", mathml):
+            raise ValueError("a command is unknown")
+    except Exception as error:  # the converter raises its own, IndexError and others on TeX it does not know
+        _log.warning("left as TeX: %s (%s: %s)", tex.strip(), type(error).__name__, error)
+        return f'<code class="tex">{html.escape(tex.strip())}</code>'
+    bars = r"<mo[^>]*>&#x(0007C|02016|0002F);</mo>"
+    mathml = re.sub(bars, r'<mo stretchy="false" lspace="0" rspace="0">&#x\1;</mo>', mathml)
+    mathml = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", mathml)
+    mathml = re.sub(r"(&#x0(?:002C|0028|003D|2264);</mo>)<mo>&#x02212;", r'\1<mo form="prefix">&#x02212;', mathml)
+    return re.sub(r"(<mi>[A-Za-z]{2,}</mi>)(?=<m(?:i|n|sub|sup|frac|sqrt)\b)", r'\1<mspace width="0.17em" />', mathml)
+
+
+class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
+    """Markdown with MathML where the stock renderer leaves TeX for a script to find, and tables that can scroll."""
+
+    def block_math(self, body: str) -> str:
+        return f'<div class="equation" tabindex="0">{tex_to_mathml(body, "block")}</div>\n'
+
+    def inline_math(self, body: str) -> str:
+        return tex_to_mathml(body, "inline")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
+
+    def table(self, text: str) -> str:
+        return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>{text}</table></div>\n'
+
+    def image(self, text: str, url: str, title: str | None = None) -> str:
+        if "//" in url[:10]:  # a browser would fetch it
+            return f'<span class="remote-image">{html.escape(text) or "image on the web"}</span>'
+        return str(super().image(text, unquote(url), title))
+
+
+class _PageExporter(HTMLExporter):  # type: ignore[misc, unused-ignore]
+    """nbconvert's exporter with the filters that the template asks for."""
+
+    @pass_context
+    def markdown2html(self, context: Any, source: str) -> str:
+        attachments = context.get("cell", {}).get("attachments", {})
+        folder = context["resources"]["metadata"]["path"]
+        renderer = _Renderer(escape=False, attachments=attachments, embed_images=True, path=folder)
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+    def default_filters(self) -> Any:
+        yield from super().default_filters()
+        yield "markdown2html", self.markdown2html
+        # nbconvert's own filter of types drops a widget without saved state.
+        yield "readable_types", lambda data: [kind for kind in SHOWN_TYPES if kind in data][:1]
+        yield "shortened", _shortened
+        yield "text_class", _text_class
+        yield "html_class", _html_class
+
+
+def _shortened(text: str) -> str:
+    """The first and the last lines of a text of more than LONGEST_TEXT characters, and how many are between them."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    first, _, _ = text[: LONGEST_TEXT // 2].rpartition("\n")
+    _, _, last = text[-LONGEST_TEXT // 2 :].partition("\n")
+    lines, characters = text.count("\n") - first.count("\n") - last.count("\n"), len(text) - len(first) - len(last)
+    return f"{first}\n[... {lines:,} lines, {characters:,} characters are left out here ...]\n{last}"
+
+
+def _text_class(text: str) -> str:
+    """ "columns" where lines stand under each other and must not be wrapped, "" for running text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    in_columns = [line for line in lines if re.search(r"\S {2,}\S| \| ", line)]
+    return "columns" if len(in_columns) > 1 and 2 * len(in_columns) > len(lines) else ""
+
+
+def _html_class(fragment: str) -> str:
+    """ "paper" where an output brings colours of its own, which were chosen for a white page; "" otherwise.
+
+    Colours that let the page shine through, rgba(...), were chosen for any page.
+    """
+    values = re.findall(r"(?<![-\w])(?:background(?:-color)?|color)\s*:\s*([^;}\"]+)", fragment)
+    return "paper" if any("rgba(" not in value for value in values) else ""
+
+
+def _contents(page: str) -> str:
+    """Links to the sections of a rendered page, its second-level headings; "" where there are fewer than three."""
+    found = re.findall(r'<h2[^>]*\bid="([^"]*)"[^>]*>(.*?)<a class="anchor-link"', page, flags=re.DOTALL)
+    items = [f'<li><a href="#{anchor}">{re.sub("<[^>]+>", "", text).strip()}</a></li>' for anchor, text in found]
+    return f"<ol>{''.join(items)}</ol>" if len(found) > 2 else ""
