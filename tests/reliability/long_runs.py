@@ -18,7 +18,7 @@ import nbformat
 import psutil
 
 from experiments import figures
-from experiments.notebook.display import figure_bundle
+from experiments.notebook import figure_bundle
 from src.training import History
 from tests.histories import make_history
 from tests.reliability.processes import Started
