@@ -22,23 +22,19 @@ from experiments.pipeline import FAILED, Verdict
 from metrics import QuantizationComparison
 from src.pruning import ChannelGroups, analyze_liveness
 from src.quantizer import DeadZoneLDZCompander
-from src.training import Objective, make_optimizer, parameter_groups, squared_logits
+from src.training import Objective, make_optimizer
 from utils_quantization import eval_mode
 
 Values = NDArray[np.float64]
 
 
-def dead_zone_logit(share: float) -> float:
-    """theta_dz whose dead zone takes `share` of the range: 1 - |tanh theta| = share, so theta = artanh(1 - share)."""
+def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
+    """A quantizer with `bits` bits whose dead zone takes `share` of the range: 1 - |tanh theta_dz| = share."""
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: need more than 0 (no dead zone takes an infinite logit) and at most 1")
-    return math.atanh(1 - share)
-
-
-def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
-    """A quantizer whose dead zone takes `share` of the range, with `bits` bits."""
+    logit = math.atanh(1 - share)
     return DeadZoneLDZCompander(
-        fixed_bit_val=bits, max_bits=max(bits, 2), init_deadzone_logit=dead_zone_logit(share), learnable_bit=False
+        fixed_bit_val=bits, max_bits=max(bits, 2), init_deadzone_logit=logit, learnable_bit=False
     )
 
 
@@ -86,23 +82,17 @@ def optimizer_table(optimizer: torch.optim.Optimizer, objective: Objective) -> S
     )
 
 
-def group_table(groups: ChannelGroups, number: int) -> pd.DataFrame:
+def group_table(groups: ChannelGroups, number: int) -> Styler:
     """What one channel group holds, a row per parameter."""
-    kinds = {0: "filter", 1: "slice that reads it"}
-    rows = []
-    for module, parameter, dim, indices in groups.slices(number):
-        vector = {"weight": "scale", "bias": "shift"}
-        is_norm = "bn" in module.rpartition(".")[2] or any(
-            m.role == "scale" and m.module == module for m in groups.members
-        )
-        rows.append(
-            {
-                "layer": module,
-                "part": vector[parameter] if is_norm else kinds[dim],
-                "index": ", ".join(map(str, indices)),
-            }
-        )
-    return pd.DataFrame(rows)
+    roles = {(member.module, member.parameter, member.dim): member.role for member in groups.members}
+    return plain_table(
+        {
+            "layer": module,
+            "part": roles[module, parameter, dim].replace("slice", "slice that reads it"),
+            "index": ", ".join(map(str, indices)),
+        }
+        for module, parameter, dim, indices in groups.slices(number)
+    )
 
 
 def layer_table(result: EvalResult) -> Styler:
@@ -124,21 +114,14 @@ def layer_table(result: EvalResult) -> Styler:
 def ratio_table(result: EvalResult) -> Styler:
     """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network."""
     structured, unstructured = result.structured_stats, result.unstructured_stats
-    rows = [
-        (
-            "every non-zero weight",
-            unstructured.total_macs,
-            result.unstructured_mac_ratio,
-            result.unstructured_bops_ratio,
-        ),
-        (
-            "whole channels, removed exactly",
-            structured.total_macs,
-            result.structured_mac_ratio,
-            result.structured_bops_ratio,
-        ),
-    ]
-    table = pd.DataFrame(rows, columns=["what counts", "MACs per image", "fewer MACs", "fewer BOPs"])
+    table = pd.DataFrame(
+        {
+            "what counts": ["every non-zero weight", "whole channels, removed exactly"],
+            "MACs per image": [unstructured.total_macs, structured.total_macs],
+            "fewer MACs": [result.unstructured_mac_ratio, result.structured_mac_ratio],
+            "fewer BOPs": [result.unstructured_bops_ratio, result.structured_bops_ratio],
+        }
+    )
     table["share of FP32 BOPs"] = 1 / table["fewer BOPs"]
     formats = {
         "MACs per image": "{:,}",
@@ -174,50 +157,37 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     claim = QuantizationComparison().calculate_stats(claimed).total_macs
     with eval_mode(model):
         change = (claimed(images) - model(images)).abs().max().item()
-    true = result.structured_stats.total_macs
     note = f"largest change of a logit: {change:.2g}"
+    constants = f"{moving} of them constants other than 0, folded in or carried"
     return [
         {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
-        {
-            "count": f"{moving} of them constants other than 0, folded in or carried",
-            "MACs": f"{true:,}",
-            "outputs": "unchanged",
-        },
+        {"count": constants, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
     ]
 
 
 def verdict_table(verdict: Verdict) -> Styler:
-    """The findings, what failed first."""
-    order = sorted(verdict.expectations, key=lambda finding: finding.status != FAILED)
+    """The expectations, those that failed first."""
     rows = [
         {
-            "result": finding.status,
-            "what": finding.name,
-            "expected": finding.expected,
-            "measured": finding.measured,
-            "if it fails, look at": finding.look_at,
+            "result": one.status,
+            "what": one.name,
+            "expected": one.expected,
+            "measured": one.measured,
+            "if it fails, look at": one.look_at,
         }
-        for finding in order
+        for one in sorted(verdict.expectations, key=lambda one: one.status != FAILED)
     ]
     styled = left_aligned(pd.DataFrame(rows)).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})
 
 
 def _logit_path(steps: int, learning_rate: float, decay: float, weight: float, start: float) -> Values:
-    quantizer = nn.Sequential(DeadZoneLDZCompander(init_deadzone_logit=start, learnable_bit=False))
-    groups = parameter_groups(
-        quantizer,
-        learning_rate=learning_rate,
-        dz_learning_rate=learning_rate,
-        bit_learning_rate=learning_rate,
-        dz_decay=decay,
-    )
-    optimizer = make_optimizer(groups)
-    logit = cast(DeadZoneLDZCompander, quantizer[0]).logit_dz
+    """The logit after 0 to `steps` steps, with `decay` by the optimizer and `weight` times its square for a loss."""
+    logit = nn.Parameter(torch.tensor(start))
+    optimizer = make_optimizer([{"params": [logit], "lr": learning_rate, "weight_decay": decay}])
     path = [start]
     for _ in range(steps):
-        optimizer.zero_grad(set_to_none=False)
-        torch.autograd.backward(squared_logits(quantizer, weight, 0.0) + 0 * logit)
+        logit.grad = 2 * weight * logit.detach()
         optimizer.step()
         path.append(logit.item())
     return np.array(path)

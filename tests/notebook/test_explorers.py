@@ -340,7 +340,7 @@ def test_the_explorer_of_runs_follows_the_choice(tmp_path: Path, screen: Screen,
     assert "Settings that differ" in tables["text/plain"]
     assert "Not read: damaged: " in tables["text/plain"]
     pick.value = ("beside",)
-    assert "ends at 42.5 % after 5 epochs." in screen.alt(0)
+    assert "ends at 42.5 % accuracy after epoch 5." in screen.alt(0)
     assert "Settings that differ" not in screen.displays[2][0]["text/plain"], "one run differs from nothing"
     pick.value = ()
     assert "“out”" in screen.alt(0), "with nothing chosen the first stays"

@@ -125,14 +125,14 @@ def test_a_dead_zone_of_a_given_share() -> None:
     assert np.abs(w[q == 0]).max() == pytest.approx(0.25, abs=1e-3)
     assert len(np.unique(q)) == 7  # 2 (2^(3 - 1) - 1) + 1
     with pytest.raises(ValueError, match="share=0"):
-        lessons.dead_zone_logit(0)
+        lessons.fixed_quantizer(0, 3)
 
 
 def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
     groups = channel_groups(run.model)
     number = groups.names.index("layer1.0.conv1[3]")
-    rows = lessons.group_table(groups, number).to_dict("records")
-    assert [(row["layer"], row["part"]) for row in rows] == [
+    rows = lessons.group_table(groups, number).data  # type: ignore[attr-defined]
+    assert list(zip(rows["layer"], rows["part"], strict=True)) == [
         ("layer1.0.conv1", "filter"),
         ("layer1.0.bn1", "scale"),
         ("layer1.0.bn1", "shift"),
