@@ -94,7 +94,7 @@ def draw_cells(
             edgecolors=style.PALE if lines else "none", linewidth=0.25,
         )  # fmt: skip
     axes.set(xlim=(borders[0], borders[-1]), ylim=(max(len(values), 1) - 0.5, -0.5))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
 
 
 def dead_total(layers: Sequence[LayerRecord]) -> tuple[int, int]:
