@@ -1,15 +1,22 @@
-"""What the notebook checks first, wherever it runs: that the packages it needs are there.
+"""What comes first, wherever the notebook, a command or the lab runs: how idle threads wait, and the packages needed.
 
 Only the standard library is used here, since this runs where nothing else may be installed (Colab, a bare kernel).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+# Idle threads sleep instead of spinning, which would take the cores from whoever works (docs/performance.md). OpenMP
+# reads this once, when torch is loaded. What the user's own environment says wins.
+OPENMP = {"OMP_WAIT_POLICY": "passive"}
+for _name, _value in OPENMP.items():
+    os.environ.setdefault(_name, _value)
 
 ROOT = Path(__file__).resolve().parent.parent
 # What only the commands, the page and the server need; sliders are left out where ipywidgets is absent.
