@@ -1,4 +1,4 @@
-"""Which browser is taken: no browser is started here, so these tests never skip."""
+"""Which browser is taken: no browser is started here, so this test never skips."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import chromium
+from tests.browser.conftest import VARIABLE, find_browser
 
 
-def program(folder: Path, name: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text("#!/bin/sh\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_first_known_name_on_the_path_is_taken(tmp_path: Path) -> None:
-    program(tmp_path, "google-chrome")
-    assert chromium.find({"PATH": str(tmp_path)}) == str(tmp_path / "google-chrome")
-    program(tmp_path, "chromium")
-    assert chromium.find({"PATH": str(tmp_path)}) == str(tmp_path / "chromium")
-
-
-def test_none_where_there_is_none(tmp_path: Path) -> None:
-    program(tmp_path, "firefox")
-    assert chromium.find({"PATH": str(tmp_path)}) is None
-
-
-def test_the_one_asked_for_comes_first_and_has_to_exist(tmp_path: Path) -> None:
-    program(tmp_path, "chromium")
-    other = program(tmp_path / "other", "my-browser")
-    assert chromium.find({"PATH": str(tmp_path), chromium.VARIABLE: str(other)}) == str(other)
+def test_the_browser_asked_for_is_taken_else_the_first_known_name_on_the_path(tmp_path: Path) -> None:
+    first = {"firefox": None, "google-chrome": "google-chrome", "chromium": "chromium", "mine": "chromium"}
+    for name, taken in first.items():
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        assert find_browser({"PATH": str(tmp_path)}) == (str(tmp_path / taken) if taken else None)
+    assert find_browser({"PATH": str(tmp_path), VARIABLE: "mine"}) == str(tmp_path / "mine")
     with pytest.raises(FileNotFoundError, match=r"CODEQ_BROWSER='no-such': no such program; give the path"):
-        chromium.find({"PATH": str(tmp_path), chromium.VARIABLE: "no-such"})
+        find_browser({"PATH": str(tmp_path), VARIABLE: "no-such"})

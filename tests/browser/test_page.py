@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from tests.browser.lab_page import Complaints
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.slow  # a browser
 FACTS_OF_A_RUN = {
     "config": {"model": "resnet20", "preset": "smoke", "epochs": 24, "batch_size": 48, "seed": 0, "limit": None},
     "data": {"title": "handwritten digits", "train_images": 1437, "test_images": 360},
@@ -78,11 +79,24 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shown(browser: Browser, file: Path) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": 1440, "height": 900}, offline=True)
-    page.goto(file.as_uri())
-    yield page
-    page.close()
+def opened(browser: Browser, file: Path) -> Iterator[Callable[..., Page]]:
+    """Opens the page without a network, `width` pixels wide, with any option of a browser's page."""
+    pages: list[Page] = []
+
+    def open_page(width: int = 1440, address: Path = file, **options: Any) -> Page:
+        page = browser.new_page(viewport={"width": width, "height": 900}, offline=True, **options)
+        pages.append(page)
+        page.goto(address.as_uri())
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture
+def shown(opened: Callable[..., Page]) -> Page:
+    return opened()
 
 
 def violations(page: Page) -> list[tuple[str, str, str]]:
@@ -92,27 +106,23 @@ def violations(page: Page) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 768, 390])
-def test_page_is_accessible_and_no_wider_than_the_screen(browser: Browser, file: Path, width: int, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)  # type: ignore[arg-type]
-    page.goto(file.as_uri())
+def test_page_is_accessible_and_no_wider_than_the_screen(opened: Callable[..., Page], width: int, scheme: str) -> None:
+    page = opened(width, color_scheme=scheme)
     for opened in (False, True):
         page.locator("details").evaluate_all(f"(all) => all.forEach((one) => {{ one.open = {str(opened).lower()}; }})")
         assert violations(page) == []
         assert page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0
-    page.close()
 
 
-def test_page_of_a_stopped_run_says_where_and_is_accessible(browser: Browser, tmp_path: Path) -> None:
+def test_page_of_a_stopped_run_says_where_and_is_accessible(opened: Callable[..., Page], tmp_path: Path) -> None:
     message = "failed at cell 6 (code cell 3), line 3: broken()\n  ValueError: two is not three"
     file = tmp_path / "failed.html"
     file.write_text(to_html(lesson(status="failed", message=message)), encoding="utf-8")
-    page = browser.new_page()
-    page.goto(file.as_uri())
+    page = opened(address=file)
     assert "failed at cell 6" in page.get_by_role("alert").inner_text()
     assert "Stopped before the end" in page.get_by_role("region", name="This run").inner_text()
     assert "Healthy" not in page.get_by_role("region", name="This run").inner_text()
     assert violations(page) == []
-    page.close()
 
 
 def test_no_request_leaves_even_where_an_output_asks_for_one(browser: Browser, tmp_path: Path) -> None:
@@ -162,13 +172,11 @@ def test_one_button_unfolds_all_code_and_folds_it_again(shown: Page) -> None:
     assert not code.first.is_visible()
 
 
-def test_without_scripts_every_cell_still_unfolds(browser: Browser, file: Path) -> None:
-    page = browser.new_context(java_script_enabled=False).new_page()
-    page.goto(file.as_uri())
+def test_without_scripts_every_cell_still_unfolds(opened: Callable[..., Page]) -> None:
+    page = opened(java_script_enabled=False)
     assert page.locator("button.all-code:visible").count() == 0
     page.locator("details.code summary").first.click()
     assert page.locator("details.code pre").first.is_visible()
-    page.context.close()
 
 
 def test_contents_lead_to_every_chapter_beside_the_text(shown: Page) -> None:
@@ -181,43 +189,28 @@ def test_contents_lead_to_every_chapter_beside_the_text(shown: Page) -> None:
     assert heading.is_visible()
 
 
-def test_contents_unfold_on_a_narrow_screen(browser: Browser, file: Path) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(file.as_uri())
+def test_contents_unfold_on_a_narrow_screen(opened: Callable[..., Page]) -> None:
+    page = opened(390)
     contents = page.get_by_role("navigation", name="Contents")
     link = contents.get_by_role("link", name="7. Chapter 7")
     assert link.count() == 0 or not link.is_visible()
     contents.get_by_text("Contents", exact=True).click()
     link.click()
     page.wait_for_function("() => Math.abs(document.getElementById('7.-Chapter-7').getBoundingClientRect().top) < 60")
-    page.close()
 
 
-def test_head_tells_the_run(shown: Page) -> None:
-    told = shown.get_by_role("region", name="This run").inner_text()
-    for part in ("Healthy", "All 9 expectations met", "99.4 %", "2 January 2026, 03:04 UTC, took 1 min 15 s"):
-        assert part in told
-    for part in ("resnet20 on handwritten digits (1,437 train and 360 test images)", "preset smoke, epochs 24"):
-        assert part in told
-    assert "cpu (a processor), float32, 2 threads, Linux" in told
-    assert "python 3.11.7, torch 2.6.0" in told
-
-
-def test_wide_things_scroll_by_themselves_and_can_be_reached_by_keyboard(browser: Browser, file: Path) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(file.as_uri())
+def test_wide_things_scroll_by_themselves_and_can_be_reached_by_keyboard(opened: Callable[..., Page]) -> None:
+    page = opened(390)
     for kind in (".output.html", ".scroll", ".equation", "pre.columns", "figure.output"):
         box = page.locator(kind).first
         assert box.evaluate("(box) => box.scrollWidth > box.clientWidth"), kind
         box.focus()
         page.keyboard.press("ArrowRight")
         page.wait_for_function("() => document.activeElement.scrollLeft > 0")
-    page.close()
 
 
-def test_what_scrolls_shows_on_which_side_there_is_more(browser: Browser, file: Path) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(file.as_uri())
+def test_what_scrolls_shows_on_which_side_there_is_more(opened: Callable[..., Page]) -> None:
+    page = opened(390)
     table = page.locator(".output.html").first
 
     def hints() -> set[str]:
@@ -231,7 +224,6 @@ def test_what_scrolls_shows_on_which_side_there_is_more(browser: Browser, file: 
     table.evaluate("(box) => { box.scrollLeft = box.scrollWidth; }")
     page.wait_for_function("() => !document.querySelector('.output.html.more-right')")
     assert hints() == {"more-left"}
-    page.close()
 
 
 def test_only_what_scrolls_is_a_stop_of_the_tab_key(shown: Page) -> None:
@@ -246,19 +238,16 @@ def test_only_what_scrolls_is_a_stop_of_the_tab_key(shown: Page) -> None:
         assert shown.locator("pre.columns[tabindex='0']").count() == 1, "wider than any screen"
 
 
-def test_figures_reach_from_edge_to_edge_on_a_phone(browser: Browser, file: Path) -> None:
+def test_figures_reach_from_edge_to_edge_on_a_phone(opened: Callable[..., Page]) -> None:
     """The smallest text of a figure has 9 pixels where the whole figure has 390."""
-    page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(file.as_uri())
+    page = opened(390)
     box = page.locator("figure.output").first.bounding_box()
     assert box is not None
     assert (box["x"], box["width"]) == (0, 390)
-    page.close()
 
 
-def test_dark_screens_get_dark_paper_but_figures_and_coloured_tables_keep_theirs(browser: Browser, file: Path) -> None:
-    page = browser.new_page(color_scheme="dark")
-    page.goto(file.as_uri())
+def test_dark_screens_get_dark_paper_but_figures_and_coloured_tables_keep_theirs(opened: Callable[..., Page]) -> None:
+    page = opened(color_scheme="dark")
 
     def ground(selector: str) -> int:
         colour = page.locator(selector).first.evaluate("(one) => getComputedStyle(one).backgroundColor")
@@ -267,7 +256,6 @@ def test_dark_screens_get_dark_paper_but_figures_and_coloured_tables_keep_theirs
 
     assert ground("body") < 150
     assert ground("figure img") == ground(".output.paper") == 3 * 255
-    page.close()
 
 
 def test_print_leaves_out_what_is_folded_and_the_contents(shown: Page) -> None:

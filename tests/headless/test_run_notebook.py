@@ -157,9 +157,10 @@ def test_timeouts_are_numbers_of_seconds(seconds: str, capsys: pytest.CaptureFix
     assert "need a number of seconds" in capsys.readouterr().err
 
 
-# Execution: a kernel each.
+# Execution: a kernel each, which takes seconds to start. One of them is enough for the quick suite.
 
 
+@pytest.mark.slow
 def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     lesson = written(
@@ -231,6 +232,7 @@ def test_failing_cell_is_saved_with_its_number_line_and_error(
     assert page.read_text() == "the last good page"
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_is_one_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_status_2(
     assert (tmp_path / "done.ipynb").is_file()
 
 
+@pytest.mark.slow
 def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Path) -> None:
     # The cell catches the interrupt and ends well: that must not let the next one start.
     caught = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('tidied up')"
@@ -259,6 +262,7 @@ def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Pa
     assert result.notebook.metadata["run"]["seconds"] < 30
 
 
+@pytest.mark.slow
 def test_dead_kernel_is_reported_as_such(tmp_path: Path) -> None:
     lesson = notebook("print('alive', flush=True)", "import os\nos._exit(7)")
     result = execute(written(tmp_path / "lesson.ipynb", lesson))
@@ -270,6 +274,7 @@ def test_dead_kernel_is_reported_as_such(tmp_path: Path) -> None:
     assert result.notebook.metadata["run"]["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = {"argv": [sys.executable, "-c", "pass"], "display_name": "nothing", "language": "python"}
     monkeypatch.setattr("ipykernel.kernelspec.get_kernel_dict", lambda: nothing)
@@ -279,6 +284,7 @@ def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypa
     assert "no kernel started" in result.failure.message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals are sent as POSIX does")
 def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> None:
     cell = "import pathlib, time\npathlib.Path('running').touch()\ntime.sleep(60)"

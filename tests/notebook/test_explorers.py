@@ -1,8 +1,7 @@
-"""Explorers: the figures hold the numbers of the layer and the image, and a folder is enough to explore a run."""
+"""Explorers: the figures hold the numbers of the layer and the image, and follow their controls."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from experiments.doctor.core.findings import BEFORE, FAILED, PASSED, Finding
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED
 from experiments.notebook import explorers, lessons
 from experiments.notebook.image_trace import ThreeNetworks
-from experiments.pipeline import Run, RunConfig, configure, load_run
+from experiments.pipeline import Run, RunConfig, configure
 from resnet import BasicBlock, ResNet
 from src.data import normalize
-from src.runs import CHECKPOINT, EDGES, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, state_bytes
-from src.training import layer_records
+from src.runs import CHECKPOINT, EDGES, RunFolder, Snapshots
 from tests.histories import make_history
 from tests.notebook.conftest import Screen
 from tests.quantized_networks import small_resnet
@@ -30,30 +28,20 @@ from utils_quantization import latent_weight, quantization, quantized_layers, qu
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def loaded() -> Run:
     """A run of resnet20 on 40 digits whose two epochs were made by hand: training it would tell nothing more here."""
-    path = tmp_path_factory.mktemp("runs") / "a run"
     config, data = pipeline.prepare_data(configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu"))
     run = pipeline.build_run(config, data)
-    snapshots = Snapshots(run.attached)
-    snapshots.add(run.model, 0)
-    place = RunFolder.open(path)
+    run.snapshots = Snapshots(run.attached)
+    run.snapshots.add(run.model, 0)
     layer = run.model.get_submodule("layer2.0.conv1")
-    for epoch, made in enumerate(make_history(2), start=1):
+    for epoch in (1, 2):
         with torch.no_grad():
             latent_weight(layer)[: 4 * epoch] *= 1e-6
             quantizer_of(layer).logit_dz.fill_(1.0)
-        run.history.append(replace(made, layers=layer_records(run.model)))
-        snapshots.add(run.model, epoch)
-        place.write(SNAPSHOTS, snapshots.to_bytes())
-        place.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
-    place.close()
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> Run:
-    return load_run(folder, device="cpu")
+        run.snapshots.add(run.model, epoch)
+    run.model.eval()
+    return run
 
 
 def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: Run) -> None:
@@ -81,42 +69,6 @@ def test_the_layer_figure_draws_one_epoch_under_the_grid_of_that_epoch(loaded: R
     for axes in (dead, bits):
         assert axes.get_lines()[-1].get_xdata()[0] == 1 or course.get_lines()[-1].get_xdata()[0] == 1
     assert "before training" in figures.layer_figure(snapshots.view(name, 0), [now]).get_label()
-
-
-def test_a_folder_gives_back_the_run(folder: Path, loaded: Run) -> None:
-    assert loaded.config == configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu")
-    assert len(loaded.history) == 2
-    assert loaded.snapshots.epochs == [0, 1, 2]
-    assert len(loaded.data.train_labels) == 40
-    assert "preset smoke" in loaded.subtitle
-    state = load_checkpoint(folder / CHECKPOINT)["model"]
-    mine = loaded.model.state_dict()
-    assert mine.keys() == state.keys()
-    assert all(torch.equal(mine[name].cpu(), state[name]) for name in state)
-    assert not loaded.model.training
-
-
-def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"holds no run: there is no such folder; name the output folder"):
-        load_run(tmp_path / "nothing")
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(RunError, match=r"in it are notes\.txt; name the output folder"):
-        load_run(tmp_path)
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    state = load_checkpoint(folder / CHECKPOINT)
-    (copy / CHECKPOINT).write_bytes((folder / CHECKPOINT).read_bytes())
-    (copy / SUMMARY).write_text("{")
-    with pytest.raises(RunError, match=r"run\.json.*cannot be read"):
-        load_run(copy)
-    (copy / SUMMARY).write_text(json.dumps({"data": {"name": "digits"}}))
-    assert load_run(copy).snapshots.epochs == [2], "no snapshots: the trained state alone"
-    (copy / CHECKPOINT).write_bytes(state_bytes({**state, "data_digest": "0" * 64}))
-    with pytest.raises(RunError, match=r"trained on other images.*000000000000 then"):
-        load_run(copy)
-    (copy / CHECKPOINT).write_bytes(state_bytes({**state, "config": {"preset": "smoke", "epochs": 0}}))
-    with pytest.raises(RunError, match=r"not one of this version.*epochs=0"):
-        load_run(copy)
 
 
 @pytest.fixture(scope="module")
