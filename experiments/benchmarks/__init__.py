@@ -1,22 +1,15 @@
 """What the benchmark times: training steps in four variants, inference in five forms, and memory at its peak.
 
-Everything is timed in turns, in one process.
+All variants are timed in turns, in one process; memory is measured in a process of its own.
 """
 
-from __future__ import annotations
-
-from experiments.benchmarks import inference
-from experiments.benchmarks.inference import run_command
-from experiments.benchmarks.memory import peak_memory
-from experiments.benchmarks.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
+from experiments.benchmarks.inference import bench_inference, inference_table
+from experiments.benchmarks.training import bench_training, peak_memory, training_table
 
 __all__ = [
-    "NaiveQuantizer",
-    "group_parts",
-    "inference",
-    "naive_loader",
-    "naive_penalty",
-    "naive_step",
+    "bench_inference",
+    "bench_training",
+    "inference_table",
     "peak_memory",
-    "run_command",
+    "training_table",
 ]

@@ -1,10 +1,8 @@
 """What a compressed network gains when it runs: one run's network in five forms, timed in turns in one process.
 
-    python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--threads N] [--json F]
-
     dense       the float32 network with all channels and no zeros, as it was before training
     masked      the trained network, its quantized weights written out: the same sizes, zeros in place
-    compacted   after exact removal of channels (src/compaction.py)
+    compacted   after exact removal of channels (src/pruning)
     onnx_fp32   the compacted network in ONNX Runtime, float32 weights
     onnx_int    the same with whole-number weights and DequantizeLinear
 
@@ -16,9 +14,7 @@ within a round.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,12 +24,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.pipeline import SavedRun, Take, at_least, spread, time_in_turns
+from experiments.pipeline import SavedRun, Take, spread, time_in_turns
 from resnet import NETWORKS
 from src import runs
 from src.export import export_onnx, open_session, run_onnx
 from src.pruning import compact
-from src.storage import check_writable, write_atomic
 from utils_quantization import quantized_layers, shared_quantized_weights
 
 CPU = torch.device("cpu")
@@ -46,21 +41,14 @@ FORMS = {
 }
 
 
-@torch.no_grad()
-def written_out(model: nn.Module, plain: nn.Module) -> nn.Module:
-    """`plain`, a network of the same architecture without quantizers, with the quantized weights of `model`."""
-    layers = quantized_layers(model)
-    with shared_quantized_weights(model):
-        weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in layers.items()}
-    others = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
-    plain.load_state_dict(others | weights)
-    return plain.eval()
-
-
 def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> dict[str, Take]:
     """One forward pass of `images` in each form; the ONNX files go to `folder`."""
-    smaller = compact(model)
-    networks = {"dense": dense.eval(), "masked": written_out(model, copy.deepcopy(dense)), "compacted": smaller}
+    masked = copy.deepcopy(dense)
+    with shared_quantized_weights(model):
+        weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in quantized_layers(model).items()}
+    others = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
+    masked.load_state_dict(others | weights)
+    networks = {"dense": dense.eval(), "masked": masked.eval(), "compacted": compact(model)}
     takes: dict[str, Take] = {name: partial(network, images) for name, network in networks.items()}
     for name, integers in (("onnx_fp32", False), ("onnx_int", True)):
         path = folder / f"{name}.onnx"
@@ -100,8 +88,8 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The figures as text."""
+def inference_table(result: Mapping[str, Any]) -> str:
+    """The figures of `bench_inference` as text."""
     host = result["machine"]
     lines = [
         f"One forward pass of {result['run']['network']} in float32, {result['rounds']} rounds in turns",
@@ -117,25 +105,3 @@ def table(result: Mapping[str, Any]) -> str:
                 f"{form['label']:<33} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f}"
             )
     return "\n".join(lines)
-
-
-def run_command(arguments: Sequence[str]) -> int:
-    """`python -m experiments.bench inference`. Raises ValueError for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench inference", description="Time one run's network in five forms."
-    )
-    parser.add_argument("run", metavar="RUN", help="output folder of experiments.debug_run")
-    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 256], help="default: 1 256")
-    parser.add_argument("--rounds", type=at_least(1), default=30, help="turns of every form (default: 30)")
-    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", metavar="F", help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.json:
-        check_writable(Path(options.json).parent)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    result = bench_inference(options.run, options.batch_sizes, options.rounds)
-    print(table(result))
-    if options.json:
-        write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())
-    return 0

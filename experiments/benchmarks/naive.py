@@ -6,19 +6,19 @@ channels; torchvision's transforms image by image; an optimizer that updates par
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from src import training
 from src.data import ImageData
 from src.pruning import channel_groups
 from src.quantizer import RANGE_QUANTILE, STEP_EPSILON, DeadZoneLDZCompander
 
+Batch = tuple[Tensor, Tensor]
 GroupParts = list[list[tuple[str, str, int, int]]]
 
 
@@ -26,6 +26,7 @@ class NaiveQuantizer(DeadZoneLDZCompander):
     """The formulas of src/quantizer.py, one by one: a full sort for the range, rounding by detached differences."""
 
     def forward(self, w: Tensor) -> Tensor:
+        """Quantize w, of any shape."""
         range_ = torch.quantile(w.detach().abs(), RANGE_QUANTILE)
         dead_zone = 2 * range_ * (1 - self.logit_dz.tanh().abs())
         bits = _through(self.logit_bit.tanh().abs() * (self.max_bits - self.min_bits) + self.min_bits, torch.round)
@@ -61,20 +62,12 @@ def naive_penalty(model: nn.Module, parts: GroupParts) -> Tensor:
 
 
 def naive_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    objective: training.Objective,
-    coefficient: float,
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, objective: training.Objective, coefficient: float
 ) -> float:
     """One update in float32, and its loss, read at once: the same objective as `src.training.train_step`."""
+    images, labels = batch
     loss = F.cross_entropy(model(images), labels)
-    for name, parameter in model.named_parameters():
-        if name.endswith("logit_dz"):
-            loss = loss + objective.lambda_dz * parameter.square()
-        if name.endswith("logit_bit"):
-            loss = loss + objective.lambda_bit * parameter.square()
+    loss = loss + training.squared_logits(model, objective.lambda_dz, objective.lambda_bit)
     if objective.penalty is not None:
         loss = loss + coefficient * objective.penalty(model)
     optimizer.zero_grad()
@@ -83,28 +76,20 @@ def naive_step(
     return loss.item()
 
 
-def naive_loader(data: ImageData, batch_size: int, crop_padding: int, flip: bool) -> DataLoader[tuple[Tensor, int]]:
+def naive_loader(data: ImageData, batch_size: int, crop_padding: int, flip: bool) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled training batches, each image through torchvision's transforms by itself; no worker processes."""
     from torchvision import transforms
 
     crop = [transforms.RandomCrop(32, padding=crop_padding)] if crop_padding else []
     mirror = [transforms.RandomHorizontalFlip()] if flip else []
     tail = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
-    images = _ImageByImage(data, transforms.Compose([*crop, *mirror, *tail]))
-    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=0)
+    transform = transforms.Compose([transforms.ToPILImage(), *crop, *mirror, *tail])
 
+    def collate(images: Sequence[Batch]) -> Batch:
+        return torch.stack([transform(image) for image, _ in images]), torch.stack([label for _, label in images])
 
-class _ImageByImage(Dataset[tuple[Tensor, int]]):
-    def __init__(self, data: ImageData, transform: Callable[[Image.Image], Tensor]) -> None:
-        self._images = data.train_images.cpu().permute(0, 2, 3, 1).numpy()
-        self._labels = data.train_labels.tolist()
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
+    images = TensorDataset(data.train_images.cpu(), data.train_labels.cpu())
+    return DataLoader(images, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
 
 
 def _through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

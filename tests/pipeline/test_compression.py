@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments import pipeline
+from experiments import bench, pipeline
 from experiments.benchmarks import inference
 from experiments.notebook import lessons
 from experiments.pipeline import compression, configure
@@ -172,7 +172,7 @@ def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytes
     folder.save_progress(run.model, run.optimizer, run.history, _config(run))
     target = tmp_path / "times.json"
     arguments = [str(folder.path), "--batch-sizes", "1", "2", "--rounds", "1", "--json", str(target)]
-    assert inference.run_command(arguments) == 0
+    assert bench.main(["inference", *arguments]) == 0
     written = json.loads(target.read_text())
     assert list(written["batch_sizes"]) == ["1", "2"]
     assert set(written["batch_sizes"]["1"]) == set(inference.FORMS)
