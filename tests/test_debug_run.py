@@ -147,19 +147,10 @@ def test_a_fault_found_is_exit_status_1(finished: Path, monkeypatch: Patch, caps
     assert json.loads((finished / "run.json").read_text())["verdict"]["state"] == "faulty"
 
 
-def test_with_the_doctor_the_run_is_the_same(tiny_run: Unbroken, tmp_path: Path, capsys: Capture) -> None:
-    """Takes more than 5 s: every check of the doctor runs."""
-    run_command(tmp_path / "run", "--doctor")
-    told = capsys.readouterr()
-    assert "doctor: before training: " in told.err
-    assert "doctor: first steps: " in told.err
-    assert "DOCTOR: " in told.out
-    found = json.loads((tmp_path / "run" / "run.json").read_text())["doctor"]
-    assert len(found["findings"]) > 40
-    assert not differences(tmp_path / "run", tiny_run.folder), "examining changed the run"
-
-
-def test_what_the_doctor_finds_is_exit_status_1(finished: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_what_the_doctor_finds_is_exit_status_1(
+    tiny_run: Unbroken, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Takes about 5 s: every check of the doctor runs."""
     real = pipeline.evaluate_run
 
     def on_half(run: pipeline.Run) -> tuple[Any, float]:
@@ -167,19 +158,24 @@ def test_what_the_doctor_finds_is_exit_status_1(finished: Path, monkeypatch: Pat
         return result, accuracy + 0.25
 
     monkeypatch.setattr(pipeline, "evaluate_run", on_half)
-    assert run_command(finished, "--resume") == 0
-    assert "DOCTOR" not in capsys.readouterr().out
-    assert run_command(finished, "--resume", "--doctor") == 1
+    folder = tmp_path / "run"
+    assert run_command(folder, "--doctor") == 1
     told = capsys.readouterr()
-    assert "what it was before training is not examined again" in told.err
-    assert "DOCTOR: 1 of " in told.out
-    assert json.loads((finished / "run.json").read_text())["doctor"]["likely_causes"][0]["key"] == "partial-test-set"
+    assert "doctor: before training: " in told.err
+    assert "doctor: first steps: " in told.err
+    assert "DOCTOR: " in told.out
+    found = json.loads((folder / "run.json").read_text())["doctor"]
+    assert found["likely_causes"][0]["key"] == "partial-test-set"
+    assert len(found["findings"]) > 40
+    assert differences(folder, tiny_run.folder) == ["run.json"], "examining changed the run"
+    assert run_command(folder, "--resume", "--doctor") == 1
+    assert "what it was before training is not examined again" in capsys.readouterr().err
 
 
 # --- a run that is stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_resumed_and_equals_the_unbroken_one(
     number: int, tiny_run: Unbroken, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -319,44 +315,11 @@ def test_bad_input_is_one_message_and_nothing_is_created(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_is_a_file(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "file").write_text("mine")
-    assert run_command(tmp_path / "file") == 2
-    assert re.fullmatch(r"error: output folder '.*file' is a file.*\n", capsys.readouterr().err)
-    assert contents(tmp_path) == {"file": b"mine"}
-
-
 def test_a_checkpoint_that_does_not_fit_leaves_the_run_as_it_was(finished: Path, capsys: Capture) -> None:
     before = contents(finished)
     assert run_command(finished, "--resume", "--seed", "4") == 2
     assert "another configuration (seed: 0 then, 4 now)" in capsys.readouterr().err.splitlines()[-1]
     assert contents(finished) == before
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        (finished / name).write_bytes(before[name][:-1000])
-    assert run_command(finished, "--resume") == 2
-    assert "start without --resume" in capsys.readouterr().err.splitlines()[-1]
-    assert contents(finished).keys() == before.keys()
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
-    tiny_run: Unbroken, finished: Path, capsys: Capture
-) -> None:
-    damaged = (finished / "checkpoint.pt").read_bytes()[:-1000]
-    (finished / "checkpoint.pt").write_bytes(damaged)
-    assert run_command(finished, "--resume") == 0
-    assert "NOTICE: checkpoint.pt is missing or damaged; reading checkpoint.previous.pt" in capsys.readouterr().err
-    kept = finished / "checkpoint.damaged.pt"
-    assert kept.read_bytes() == damaged
-    kept.unlink()
-    assert not differences(finished, tiny_run.folder)
-
-
-def test_a_new_run_sets_the_old_one_aside(tiny_run: Unbroken, finished: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch, 1, send(signal.SIGINT))
-        assert run_command(finished) == 130
-    old = {name: data for name, data in contents(finished).items() if name.startswith("previous/1/")}
-    assert old == {f"previous/1/{name}": data for name, data in contents(tiny_run.folder).items()}
 
 
 # --- nobody reads what it prints
@@ -365,21 +328,17 @@ def test_a_new_run_sets_the_old_one_aside(tiny_run: Unbroken, finished: Path) ->
 class Broken(io.TextIOWrapper):
     """A stream whose reader is gone."""
 
-    def __init__(self, error: int) -> None:
+    def __init__(self) -> None:
         super().__init__(io.BytesIO())
-        self.error = error
 
     def write(self, text: str) -> int:
-        raise OSError(self.error, os.strerror(self.error))
+        raise OSError(errno.EPIPE, "Broken pipe")
 
 
-@pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC])
-def test_a_run_whose_output_nobody_takes_continues(
-    error: int, tiny_run: Unbroken, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_run_whose_output_nobody_takes_continues(tiny_run: Unbroken, tmp_path: Path, monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Broken(error))
-        patch.setattr(sys, "stderr", Broken(error))
+        patch.setattr(sys, "stdout", Broken())
+        patch.setattr(sys, "stderr", Broken())
         assert run_command(tmp_path / "run") == 0
     assert not differences(tmp_path / "run", tiny_run.folder)
 

@@ -8,8 +8,9 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,7 @@ from experiments import figures
 from experiments.notebook import figure_bundle
 from src.training import History
 from tests.histories import make_history
-from tests.reliability.processes import Started
-from tests.reliability.row import Row
-from tests.reliability.small_run import Unbroken
+from tests.reliability.small_run import Row, Unbroken
 
 MEGABYTE = 10**6
 LARGEST = 5 * MEGABYTE
@@ -36,7 +35,7 @@ MOST_GROWTH = 10 * MEGABYTE
 MOST_GROWTH_DRAWING = 25 * MEGABYTE
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "codeq_walkthrough.ipynb"
-EPOCHS, STEPS_PER_EPOCH = 200, 3
+EPOCHS = 200
 
 
 def growth(samples: list[tuple[int, int]]) -> int:
@@ -52,48 +51,41 @@ def growth(samples: list[tuple[int, int]]) -> int:
     return round(median(EPOCHS - tenth) - median(EPOCHS // 4))
 
 
-def watch(process: psutil.Process, epoch: Callable[[], int], running: Callable[[], bool]) -> list[tuple[int, int]]:
-    """(epoch, resident bytes) of a process, twenty times a second while it is running."""
+def memory_of(command: Sequence[str], output: Path) -> list[tuple[int, int]]:
+    """(epoch, resident bytes) of a command while it trains, twenty times a second; of its kernel where it has one.
+
+    output: its output folder, whose history.csv tells the epoch.
+    """
     samples: list[tuple[int, int]] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        while running():
-            samples.append((epoch(), process.memory_info().rss))
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=told, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                epoch = (output / "history.csv").read_bytes().count(b"\n") - 1
+                watched = [*psutil.Process(process.pid).children(), psutil.Process(process.pid)][0]
+                if epoch < EPOCHS:
+                    samples.append((epoch, watched.memory_info().rss))
             time.sleep(0.05)
+        told.seek(0)
+        assert process.returncode == 0, told.read()[-1000:]
     return samples
 
 
 def script_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
-    """The command in a process of its own."""
-    run = Started(tmp / "run", f"--epochs={EPOCHS}", "--limit=40", f"--checkpoint-every={STEPS_PER_EPOCH - 1}")
-    samples = watch(psutil.Process(run.pid), lambda: run.steps // STEPS_PER_EPOCH, lambda: run.wait(0) is None)
-    assert run.end() in (0, 1), run.told[-500:]
-    grown = growth(samples)
+    """The command, two steps an epoch."""
+    words = ["--data=digits", "--limit=100", "--batch-size=50", f"--epochs={EPOCHS}", "--checkpoint-every=1"]
+    grown = growth(memory_of(["experiments.debug_run", *words, f"--output={tmp / 'run'}"], tmp / "run"))
     assert grown < MOST_GROWTH, f"grown by {grown:,} bytes"
     return f"{grown / MEGABYTE:+.1f} MB"
 
 
 def notebook_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
     """The walkthrough, executed headless: the kernel's memory, and the size of notebook and page."""
-    output, executed, page = tmp / "run", tmp / "executed.ipynb", tmp / "page.html"
-    settings = {"DATA": "digits", "EPOCHS": EPOCHS, "LIMIT": 100, "BATCH_SIZE": 50, "OUTPUT_DIR": output}
-    command = [sys.executable, "-m", "experiments.run_notebook", f"--output-notebook={executed}", f"--html={page}"]
-    command += [f"--set={name}={value}" for name, value in settings.items()]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def epoch() -> int:
-        history = output / "history.csv"
-        return max(0, history.read_bytes().count(b"\n") - 1) if history.exists() else 0
-
-    def training() -> bool:
-        return process.poll() is None and epoch() < EPOCHS
-
-    while process.poll() is None and not output.exists():
-        time.sleep(0.1)
-    kernels = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    samples = watch(kernels[0], epoch, training) if kernels else []
-    told = process.communicate()[0]
-    assert process.returncode == 0, told[-1000:]
-    grown, sizes = growth(samples), [path.stat().st_size for path in (executed, page)]
+    executed, page = tmp / "executed.ipynb", tmp / "page.html"
+    settings = {"DATA": "digits", "EPOCHS": EPOCHS, "LIMIT": 100, "BATCH_SIZE": 50, "OUTPUT_DIR": tmp / "run"}
+    words = [f"--output-notebook={executed}", f"--html={page}", *(f"--set={k}={v}" for k, v in settings.items())]
+    grown = growth(memory_of(["experiments.run_notebook", *words], tmp / "run"))
+    sizes = [path.stat().st_size for path in (executed, page)]
     assert grown < MOST_GROWTH_DRAWING, f"grown by {grown:,} bytes"
     assert max(sizes) < LARGEST, f"notebook and page have {sizes} bytes"
     return f"{grown / MEGABYTE:+.1f} MB; notebook {sizes[0] / MEGABYTE:.1f} MB, page {sizes[1] / MEGABYTE:.1f} MB"

@@ -12,8 +12,8 @@ import re
 import signal
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sklearn.datasets  # noqa: F401  (with torch._dynamo: imported before the fork, so that no run waits for them)
@@ -24,10 +24,11 @@ from src.export import pack, unpack
 from src.storage import StorageError
 from tests.quantized_networks import small_resnet
 from tests.reliability.failures import FAILURES, RESUMED, STATUSES, Moment, short_files
-from tests.reliability.row import Row, Trial
 from tests.reliability.small_run import (
     EVERY,
     STEPS,
+    Row,
+    Trial,
     Unbroken,
     differences,
     prepare,
@@ -37,19 +38,41 @@ from tests.reliability.small_run import (
 )
 
 LONGEST = 60.0  # seconds that a run may take on a busy machine
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 
 
-class Started:
+class Started(ForkServerProcess):
     """The command on the folder `output`, in a process of its own. words: more of the command line."""
 
     def __init__(self, output: Path, *words: str, failure: str = "", moment: Moment | None = None) -> None:
+        super().__init__()
+        self._given, self._failure, self._moment = (output, *words), failure, moment
         self._log = output.with_name(f"{output.name}-{time.monotonic_ns()}.log")
-        self._done = CONTEXT.RawValue("q", 0)
-        given = (str(output), words, str(self._log), self._done, failure, moment)
-        self._process = CONTEXT.Process(target=_run, args=given)
-        self._process.start()
+        self._done = multiprocessing.get_context("forkserver").RawValue("q", 0)
+        self.start()
+
+    def run(self) -> None:
+        """What the new process does."""
+        for number in (signal.SIGTERM, signal.SIGHUP):  # nohup may have switched them off
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            for stream in (1, 2):
+                os.dup2(log, stream)
+            torch.set_num_threads(1)
+            # A resumed run begins with other states of the generators that nothing seeds: it has to bring them back.
+            seed_generators(os.getpid() if "--resume" in self._given else 0)
+            patch = pytest.MonkeyPatch()
+            prepare(patch, self._count)
+            if self._moment:
+                FAILURES[self._failure].inject(patch, self._moment)
+            sys.exit(run_command(*self._given))
+        except KeyboardInterrupt:  # it came before the command began
+            sys.exit(130)
+
+    def _count(self) -> None:
+        self._done.value += 1
 
     @property
     def steps(self) -> int:
@@ -61,49 +84,14 @@ class Started:
         """What it has printed."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit status; None where it is still running."""
-        self._process.join(seconds)
-        return self._process.exitcode
-
     def end(self) -> int:
         """The exit status of a run that ends by itself. One that does not is killed, and that is an error."""
-        status = self.wait(LONGEST)
-        if status is None:
-            self._process.kill()
+        self.join(LONGEST)
+        if self.exitcode is None:
+            self.kill()
             raise AssertionError(f"the run does not end: {self.told[-300:]}")
         assert "Traceback" not in self.told, f"the run ends with a traceback: {self.told[-800:]}"
-        return status
-
-
-def _run(output: str, words: tuple[str, ...], log: str, done: Any, failure: str, moment: Moment | None) -> None:
-    """What the new process does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup may have switched them off
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        for stream in (1, 2):
-            os.dup2(out, stream)
-        torch.set_num_threads(1)
-        # A resumed run begins with other states of the generators that nothing seeds: it has to bring them back.
-        seed_generators(os.getpid() if "--resume" in words else 0)
-
-        def count() -> None:
-            done.value += 1
-
-        patch = pytest.MonkeyPatch()
-        prepare(patch, count)
-        if moment:
-            FAILURES[failure].inject(patch, moment)
-        sys.exit(run_command(Path(output), *words))
-    except KeyboardInterrupt:  # it came before the command began
-        sys.exit(130)
+        return self.exitcode
 
 
 def _check_end(folder: Path, known: int, unbroken: Unbroken) -> None:
@@ -142,7 +130,8 @@ def strike_any_time(*numbers: signal.Signals) -> Trial:
         for _ in range(3):
             number = rng.choice(numbers)
             run = Started(folder, *(("--resume",) if known else ()))
-            if run.wait(rng.uniform(0.0, 1.2 * unbroken.seconds)) is None:
+            run.join(rng.uniform(0.0, 1.2 * unbroken.seconds))
+            if run.pid and run.exitcode is None:
                 os.kill(run.pid, number)
             status = run.end()
             kept, done = steps_kept(folder), known + run.steps
@@ -167,8 +156,8 @@ def two_runs(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
     """Two commands on one folder."""
     folder, begun = tmp / "run", rng.randrange(1, STEPS)
     first = Started(folder)
-    while first.steps < begun and first.wait(0.002) is None:
-        pass
+    while first.steps < begun and first.is_alive():
+        time.sleep(0.002)
     second = Started(folder, *rng.choice(((), ("--resume",))))
     assert second.end() == 2, second.told
     assert "in use" in second.told

@@ -87,6 +87,20 @@ class Unbroken:
     seconds: float
 
 
+Trial = Callable[[random.Random, Path, Unbroken], str]
+"""One try of a failure: places and moments from the generator, files into the empty folder. Raises where something is
+lost, an AssertionError perhaps; else returns in a word what came of it, where that is worth counting."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table of failures. survived: what counts as that. share: tries for each try of the others."""
+
+    survived: str
+    trial: Trial
+    share: float = 1.0
+
+
 def train_unbroken(folder: Path) -> Unbroken:
     """Train it in this process."""
     out, err, began = io.StringIO(), io.StringIO(), time.monotonic()

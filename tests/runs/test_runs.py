@@ -234,10 +234,19 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_or_one_of_an_earlier_version(tmp_path: Path) -> None:
-    folder, _, _ = saved(tmp_path)
-    path = folder.path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-1])
+    folder, model, optimizer = saved(tmp_path)
+    path, before = folder.path / "checkpoint.pt", folder.path / "checkpoint.previous.pt"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
     refused(folder, r"cannot be read: .*is damaged.*; start without --resume")
+    before.write_bytes(b"")
+    refused(folder, r"is damaged.*; checkpoint\.previous\.pt cannot be read either")
+    before.write_bytes(good)
+    said: list[str] = []
+    folder.restore(model, optimizer, CONFIG, CPU, notify=said.append)
+    assert said == ["NOTICE: checkpoint.pt is missing or damaged; reading checkpoint.previous.pt, the one before it"]
+    kept = {name: data for name, data in contents(folder.path).items() if name.startswith("checkpoint")}
+    assert kept == {"checkpoint.damaged.pt": good[:-1], "checkpoint.previous.pt": good}
     torch.save({"format": 2}, path)
     refused(folder, "written by an earlier version of the project")
 
