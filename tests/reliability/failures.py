@@ -6,6 +6,7 @@ on. The same injections serve the training loop within the tests' process, and t
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
@@ -29,12 +30,12 @@ from src.training import Interrupted, TrainingError
 from src.training import epoch as training_epoch
 from tests.reliability.small_run import EVERY, FIGURES, STEP, STEPS
 
-NOBODY = 65534  # a user who may write nowhere
 Patch = pytest.MonkeyPatch
-MEMORY_ERRORS: dict[str, Callable[[], Exception]] = {
-    "of Python": MemoryError,
-    "of the CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB"),
-    "of CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "memory of Python": MemoryError,
+    "memory of the CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB"),
+    "memory of CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
+    "after the update": lambda: ZeroDivisionError("within a step"),
 }
 DRAWING_ERRORS = (RuntimeError("no font"), ValueError("limits cannot be NaN"), MemoryError(), KeyError("bits"))
 
@@ -111,25 +112,22 @@ def kill(patch: Patch, moment: Moment) -> None:
         patch.setattr(Path, "replace", replace)
 
 
-def send_signal(patch: Patch, moment: Moment) -> None:
-    in_step(patch, moment.step, lambda model, stack: os.kill(os.getpid(), signal.Signals[moment.kind]))
+def send_signals(patch: Patch, moment: Moment) -> None:
+    """One signal in the step, or two where its weights have changed."""
+    names = moment.kind.split(" and ")
+
+    def send(model: nn.Module, stack: ExitStack) -> None:
+        for name in names:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    in_step(patch, moment.step, send, after=len(names) > 1)
 
 
-def press_twice(patch: Patch, moment: Moment) -> None:
-    """Ctrl-C, and again where the weights of the step have changed."""
-
-    def press(model: nn.Module, stack: ExitStack) -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    in_step(patch, moment.step, press, after=True)
-
-
-def fail_in_step(patch: Patch, moment: Moment) -> None:
+def raise_error(patch: Patch, moment: Moment) -> None:
     def fail(model: nn.Module, stack: ExitStack) -> None:
-        raise ZeroDivisionError("within a step")
+        raise ERRORS[moment.kind]()
 
-    in_step(patch, moment.step, fail, after=True)
+    in_step(patch, moment.step, fail, after=moment.kind == "after the update")
 
 
 @contextmanager
@@ -143,39 +141,18 @@ def short_files(most_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """The folder may not be written to. Root may write everywhere, and is another user meanwhile."""
-    user = os.geteuid()
-    folder.chmod(0o555)
-    if user == 0:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
-
-
-def fill_disk(patch: Patch, moment: Moment) -> None:
-    """Only so many bytes are left, or none for one file."""
-    free, _, name = moment.kind.partition(" bytes for ")
-    _hinder_writes(patch, moment, name, lambda: short_files(int(free)))
-
-
-def lock_folder(patch: Patch, moment: Moment) -> None:
-    _hinder_writes(patch, moment, "every file", lambda: read_only(moment.folder))
-
-
-def _hinder_writes(
-    patch: Patch, moment: Moment, name: str, hindrance: Callable[[], AbstractContextManager[None]]
-) -> None:
-    """From the step on, the file `name` is written under the hindrance."""
+def hinder_writes(patch: Patch, moment: Moment) -> None:
+    """From the step on no file, or not the one of this name, can be written, or not longer than some bytes."""
+    how, _, name = moment.kind.partition(" at ")
     real, begun = run_folder.write_atomic, []
 
     def write(path: str | Path, *rest: Any, **more: Any) -> None:
-        hindered = begun and name in ("every file", Path(path).name)
-        with hindrance() if hindered else nullcontext():
+        hindrance: AbstractContextManager[Any] = nullcontext()
+        if begun and name in ("every file", Path(path).name):
+            error = OSError(errno.EROFS, "Read-only file system")
+            read_only = mock.patch("tempfile.mkstemp", side_effect=error)
+            hindrance = read_only if how == "read-only" else short_files(int(how.split()[0]))
+        with hindrance:
             real(path, *rest, **more)
 
     patch.setattr(run_folder, "write_atomic", write)
@@ -211,13 +188,6 @@ def spoil_number(patch: Patch, moment: Moment) -> None:
     in_step(patch, moment.step, spoil)
 
 
-def exhaust_memory(patch: Patch, moment: Moment) -> None:
-    def exhaust(model: nn.Module, stack: ExitStack) -> None:
-        raise MEMORY_ERRORS[moment.kind]()
-
-    in_step(patch, moment.step, exhaust)
-
-
 def spoil_figure(patch: Patch, moment: Moment) -> None:
     def draw(*_: Any, **__: Any) -> None:
         raise DRAWING_ERRORS[moment.step % len(DRAWING_ERRORS)]
@@ -246,46 +216,42 @@ FAILURES: dict[str, Failure] = {
     ),
     "SIGINT, SIGTERM or SIGHUP in a step": Failure(
         f"status 130, 143 or 129, it says how to continue, no step is lost; {RESUMED}",
-        send_signal,
-        dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), "stopped after epoch .* kept in .*(continue|go on|goes on)"),
+        send_signals,
+        dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), "stopped after epoch .* kept in .*(--resume|run this cell)"),
         ends=Interrupted,
         steps=(1, 6, 12),
         loses=0,
     ),
     "second Ctrl-C, in the middle of an update": Failure(
         f"status 130, the last good checkpoint stays; {RESUMED}",
-        press_twice,
-        {"twice": "stopped within a step"},
+        send_signals,
+        {"SIGINT and SIGINT": "stopped within a step"},
         ends=KeyboardInterrupt,
         steps=(1, 7),
     ),
     "error in the middle of an update": Failure(
         f"the error comes through, the last good checkpoint stays; {RESUMED}",
-        fail_in_step,
-        {"raised": "within a step"},
+        raise_error,
+        {"after the update": "within a step"},
         ends=ZeroDivisionError,
         steps=(2, 7),
     ),
-    "disk full at a checkpoint": Failure(
+    "disk full or read-only at a checkpoint": Failure(
         GOOD + "with room again, " + RESUMED,
-        fill_disk,
-        dict.fromkeys((f"{free} bytes for every file" for free in (0, 2_000, 20_000)), "could not be written"),
+        hinder_writes,
+        {
+            f"{how} at every file": "could not be written"
+            for how in ("0 bytes", "2000 bytes", "20000 bytes", "read-only")
+        },
         ends=RunError,
         steps=(2, 7),
     ),
     "disk full at a figure, history.csv or run.json": Failure(
         "a figure or history.csv costs a warning, run.json ends the run with one line; with room again, " + RESUMED,
-        fill_disk,
-        {f"0 bytes for {name}": f"{name}'? could not be written" for name in (*FIGURES, "history.csv", "run.json")},
+        hinder_writes,
+        {f"0 bytes at {name}": f"{name}'? could not be written" for name in (*FIGURES, "history.csv", "run.json")},
         ends=None,
         loses=0,
-    ),
-    "output folder becomes read-only": Failure(
-        GOOD + "writable again, " + RESUMED,
-        lock_folder,
-        {"locked": "could not be written"},
-        ends=RunError,
-        steps=(2, 7),
     ),
     "output folder vanishes": Failure(
         "it is made again with a warning, and the run ends as the unbroken one, bit for bit",
@@ -317,8 +283,8 @@ FAILURES: dict[str, Failure] = {
     ),
     "out of memory in a step": Failure(
         GOOD.replace("says so", "says which batch size would do") + RESUMED,
-        exhaust_memory,
-        dict.fromkeys(MEMORY_ERRORS, r"does not hold a batch of 15 images; try batches of 7: --batch-size 7"),
+        raise_error,
+        dict.fromkeys(list(ERRORS)[:3], r"does not hold a batch of 15 images; try batches of 7: --batch-size 7"),
         ends=TrainingError,
         steps=(6,),
     ),
