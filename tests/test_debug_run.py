@@ -204,17 +204,11 @@ def test_an_interrupted_evaluation_says_that_the_training_is_kept(
     )
 
 
-def test_an_interruption_before_a_step_is_finished(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        in_step(patch, 1, lambda *_: signal.default_int_handler(signal.SIGINT, None))
-        assert run_command(tmp_path / "run") == 130
-    captured = capsys.readouterr()
-    assert "stopped within a step; no step was finished, so there is nothing to resume" in captured.err
-    assert captured.out == ""
+def test_an_interruption_before_the_training(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(pipeline, "prepare_data", send(signal.SIGINT))
-    assert run_command(tmp_path / "other") == 130
+    assert run_command(tmp_path / "run") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -285,9 +279,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
     (["--epochs", "0"], "epochs=0: need 1..100000, a whole number"),
     (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-    (["--batch-size", "0"], "batch_size=0: need 2..1000000, a whole number"),
     (["--limit", "9"], "limit=9: need a whole number from 10 (one image a class)"),
-    (["--seed", "-1"], "seed=-1: need 0..2147483647, a whole number"),
     (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
     (["--resume"], "there is no checkpoint at"),
     (["--checkpoint-every", "0"], "--checkpoint-every 0: need a whole number of steps, at least 1"),
@@ -306,13 +298,6 @@ def test_bad_input_is_one_message_and_nothing_is_created(
     assert captured.err.count("error: ") == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_the_run_as_it_was(finished: Path, capsys: Capture) -> None:
-    before = contents(finished)
-    assert run_command(finished, "--resume", "--seed", "4") == 2
-    assert "another configuration (seed: 0 then, 4 now)" in capsys.readouterr().err.splitlines()[-1]
-    assert contents(finished) == before
 
 
 # --- nobody reads what it prints

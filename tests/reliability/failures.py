@@ -212,7 +212,7 @@ FAILURES: dict[str, Failure] = {
         kill,
         {"in a step": "", "before a renaming": ""},
         ends=Killed,
-        steps=(1, 3, 4, 6, 11),
+        steps=(1, 4, 6, 11),
     ),
     "SIGINT, SIGTERM or SIGHUP in a step": Failure(
         f"status 130, 143 or 129, it says how to continue, no step is lost; {RESUMED}",

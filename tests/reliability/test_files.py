@@ -10,7 +10,7 @@ import pytest
 from tests.reliability.files import ROWS, damaged
 from tests.reliability.small_run import Unbroken
 
-QUICK = 6
+QUICK = 4
 
 
 @pytest.mark.parametrize("name", ROWS)
