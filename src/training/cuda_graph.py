@@ -7,7 +7,7 @@ is the optimizer's own, so that its rates, hooks and state are as without a grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.storage import Notify
 from src.training.step import Objective, StepLosses, step_gradients, train_step
 
 WARM_UP = 3  # eager passes before a recording, in which libraries choose algorithms and allocate workspaces
@@ -41,7 +42,7 @@ class GraphedStep:
     runs no Python, so while a module has a hook, steps are those of `train_step`, too.
     """
 
-    def __init__(self, notify: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, notify: Notify = lambda line: None) -> None:
         self._notify = notify
         self._recordings: dict[Any, _Recording] = {}
         self._model: nn.Module | None = None

@@ -52,14 +52,12 @@ def watch_update(
         if flat and not torch.isfinite(torch.cat(flat).sum()):
             found.extend(filter(None, [first_not_finite(images, parameters, gradients)]))
 
-    if not enabled:
-        yield found
-        return
-    hook = optimizer.register_step_pre_hook(before_update)
+    hook = optimizer.register_step_pre_hook(before_update) if enabled else None
     try:
         yield found
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
 
 
 def first_not_finite(images: Tensor, weights: Named, gradients: Named = ()) -> str:
