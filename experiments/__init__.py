@@ -19,9 +19,9 @@ for _name, _value in OPENMP.items():
     os.environ.setdefault(_name, _value)
 
 ROOT = Path(__file__).resolve().parent.parent
-# What only the commands, the page and the server need; sliders are left out where ipywidgets is absent.
+# What only the commands, the page and the server need; without ipywidgets the sliders are missing.
 ELSEWHERE = frozenset({"ipywidgets", "jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
-ELSEWHERE |= {"jinja2", "latex2mathml", "pygments", "onnx", "onnxruntime"}
+ELSEWHERE |= {"latex2mathml", "pygments", "onnx", "onnxruntime"}
 
 
 def required(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:

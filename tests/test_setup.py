@@ -131,24 +131,29 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@needs_make
-def test_make_passes_parameters_on_as_they_were_typed(checkout: Path) -> None:
-    value = 'folder:/x y/it\'s "q" $HOME `ls` $(rm) a;b'
-    output = make("walkthrough", f"DATA={value}", "EPOCHS=3", "LIMIT=", folder=checkout)
-    assert output.splitlines() == ["-m", "experiments.run_notebook", "--set", f"DATA={value}", "--set", "EPOCHS=3"]
+AS_TYPED = 'DATA=folder:/x y/it\'s "q" $HOME `ls` $(rm) a;b'
 
 
 @needs_make
-def test_make_debug_turns_parameters_into_flags_of_the_script(checkout: Path) -> None:
-    output = make("debug", "PRESET=smoke", "BATCH_SIZE=64", "OUTPUT_DIR=my runs", folder=checkout)
-    assert output.splitlines()[2:] == ["--preset=smoke", "--batch-size=64", "--output=my runs"]
-
-
-@needs_make
-def test_make_lab_explores_the_run_that_is_named(checkout: Path) -> None:
-    assert make("lab", folder=checkout).splitlines() == ["-m", "experiments.lab"]
-    output = make("lab", "OUTPUT_DIR=my runs", folder=checkout)
-    assert output.splitlines() == ["-m", "experiments.lab", "--output=my runs"]
+@pytest.mark.parametrize(
+    ("arguments", "passed_on"),
+    [
+        (
+            ["walkthrough", AS_TYPED, "EPOCHS=3", "LIMIT="],
+            ["experiments.run_notebook", "--set", AS_TYPED, "--set", "EPOCHS=3"],
+        ),
+        (
+            ["debug", "PRESET=smoke", "OUTPUT_DIR=my runs"],
+            ["experiments.debug_run", "--preset=smoke", "--output=my runs"],
+        ),
+        (["lab"], ["experiments.lab"]),
+        (["lab", "OUTPUT_DIR=my runs"], ["experiments.lab", "--output=my runs"]),
+    ],
+)
+def test_make_passes_parameters_on_as_they_were_typed(
+    checkout: Path, arguments: list[str], passed_on: list[str]
+) -> None:
+    assert make(*arguments, folder=checkout).splitlines() == ["-m", *passed_on]
 
 
 @needs_make
@@ -198,16 +203,10 @@ def set_up(
 
 
 @pytest.mark.parametrize("place", ["notebooks", ".", "src"], ids=["JupyterLab, VS Code", "VS Code, workspace", "other"])
-def test_notebook_finds_the_checkout_that_it_lies_in(place: str) -> None:
-    done = set_up(ROOT / place)
+def test_notebook_finds_its_checkout_also_when_its_cells_are_run_again(place: str) -> None:
+    done = set_up(ROOT / place, code=f"{SETUP}\n{SETUP}{REPORT}")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [str(ROOT)] * 3
-
-
-def test_set_up_cells_can_be_run_again() -> None:
-    done = set_up(ROOT / "notebooks", code=f"{SETUP}\n{SETUP}{REPORT}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)[0] == str(ROOT)
 
 
 def test_notebook_that_came_alone_says_how_to_get_the_project(tmp_path: Path) -> None:
@@ -237,13 +236,6 @@ def test_notebook_that_came_alone_clones_the_project_where_it_is_told_from_where
         assert json.loads(done.stdout) == [str((folder / "codeq-walkthrough").resolve())] * 3
 
 
-def test_address_that_cannot_be_cloned_is_an_error_of_git(tmp_path: Path) -> None:
-    done = set_up(tmp_path, repository=(tmp_path / "none").as_uri())
-    assert done.returncode == 1
-    assert "none" in done.stderr
-    assert "CalledProcessError" in done.stderr
-
-
 def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     experiments.check_packages()  # all of them are here
     monkeypatch.setattr(experiments, "required", lambda: ["torch>=2.6", "no-such-package>=1.2", "nor-this"])
@@ -257,10 +249,13 @@ def test_packages_that_the_notebook_does_without_are_still_dependencies() -> Non
     assert {"torch", "numpy", "constriction", "matplotlib"} <= {*map(experiments.name_of, experiments.required())}
 
 
-WITHOUT_WIDGETS = """
+WITHOUT = """
 import sys
-sys.modules["ipywidgets"] = None  # an import of it fails, as where it is not installed
 import IPython
+import experiments
+for package in experiments.ELSEWHERE:  # an import of it fails, as where it is not installed
+    sys.modules.setdefault(package.replace("-", "_"), None)
+from experiments import doctor, pipeline
 from experiments.notebook import explorers, live
 shown = []
 live.in_notebook = lambda: True
@@ -271,8 +266,15 @@ print(shown)
 """
 
 
-def test_explorers_show_their_figure_where_ipywidgets_is_missing() -> None:
-    done = set_up(ROOT, code=WITHOUT_WIDGETS)
+def test_the_notebook_does_without_the_packages_that_only_commands_need() -> None:
+    """Explorers show their figure where ipywidgets is missing."""
+    done = set_up(ROOT, code=WITHOUT)
     assert done.returncode == 0, done.stderr
     assert "image/png" in done.stdout
     assert "need the package ipywidgets" in done.stdout
+
+
+def test_commands_that_answer_at_once_do_not_load_torch() -> None:
+    code = "import sys, src.storage, experiments.headless, experiments.lab, experiments.run_notebook"
+    done = set_up(ROOT, code=f"{code}; print('torch' in sys.modules, 'matplotlib' in sys.modules)")
+    assert done.stdout == "False False\n", done.stderr
