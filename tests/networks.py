@@ -6,6 +6,8 @@ channel to channel after `randomize`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,6 +95,18 @@ class FlattenArea(nn.Module):
         return self.linear(self.flatten(F.relu(self.conv(x))))
 
 
+class Applied(nn.Module):
+    """One function of an image behind a 1x1 convolution 2->4, so that what the function reads is not the image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor | tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.function(self.conv(x))
+
+
 class UnknownOperation(nn.Module):
     """conv1 2->3, softmax over channels (which mixes them), conv2 3->2, ReLU, mean, linear 2->2."""
 
@@ -144,7 +158,7 @@ def zero_some(model: nn.Module, seed: int, share: float = 0.4) -> nn.Module:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.weight[off(module.weight.shape[0])] = 0
             module.weight[:, off(module.weight.shape[1])] = 0
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             module.weight[off(module.num_features)] = 0
             module.bias[off(module.num_features)] = 0
     return model

@@ -12,20 +12,8 @@ from torch import Tensor, nn
 from resnet import resnet20
 from src.pruning import GraphError, Op, channel_groups, compact, trace
 from src.quantizer import DeadZoneLDZCompander
-from tests.networks import IMAGE, TOPOLOGIES, Chain, FlattenArea, OptionAShortcut
+from tests.networks import IMAGE, Applied, Chain, FlattenArea, OptionAShortcut
 from utils_quantization import attach_weight_quantizers
-
-
-class Wrapped(nn.Module):
-    """One function of an image behind a 1x1 convolution 2->4, so that the function's input is no image."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 1)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.conv(x))
 
 
 class FirstOfTwo(nn.Module):
@@ -45,7 +33,7 @@ def kinds(model: nn.Module) -> list[str]:
 
 def made_of(function: Callable[[Tensor], Tensor]) -> list[Op]:
     """The operations that `function` adds."""
-    return trace(Wrapped(function), IMAGE)[2:-1]
+    return trace(Applied(function), IMAGE)[2:-1]
 
 
 def test_chain() -> None:
@@ -122,6 +110,7 @@ def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> No
         torch.sigmoid,
         lambda x: x * 2,
         lambda x: x + 1,
+        lambda x: x + F.relu(x, inplace=True),  # the sum reads what was overwritten
         lambda x: torch.relu(x) + torch.relu(x)[:, :, :1, :],  # broadcast
         lambda x: x[:, :2],
         lambda x: x[:, :, 1::2, ::2],
@@ -170,21 +159,17 @@ def test_a_module_called_twice_is_opaque() -> None:
     assert kinds(Twice()) == ["input", "opaque", "relu", "opaque", "relu", "output"]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_tracing_leaves_the_network_as_it_was(topology: type[nn.Module]) -> None:
-    model = topology().train()
-    next(model.children()).eval()
+def test_tracing_leaves_the_network_as_it_was() -> None:
+    model = Chain().train()
+    model.bn1.eval()
     training = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     trace(model, IMAGE)
+    with pytest.raises(GraphError, match=r"Chain does not accept an image of size \(5, 6, 6\).*input_size"):
+        trace(model, (5, 6, 6))
     assert [module.training for module in model.modules()] == training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_wrong_image_size() -> None:
-    with pytest.raises(GraphError, match=r"Chain does not accept an image of size \(5, 6, 6\).*input_size"):
-        trace(Chain(), (5, 6, 6))
 
 
 def test_forward_pass_that_depends_on_values() -> None:
@@ -194,13 +179,6 @@ def test_forward_pass_that_depends_on_values() -> None:
 
     with pytest.raises(GraphError, match=r"Branches cannot be traced.*fixed graph"):
         trace(Branches(), IMAGE)
-
-
-def test_state_is_restored_after_an_error() -> None:
-    model = Chain().train()
-    with pytest.raises(GraphError):
-        trace(model, (5, 6, 6))
-    assert all(module.training for module in model.modules())
 
 
 class OldEnding(nn.Module):
@@ -220,19 +198,13 @@ class OldEnding(nn.Module):
         return self.linear(x.view(x.size(0), -1))
 
 
-def test_pooling_functions_and_views_by_size_are_followed() -> None:
-    ops = {op.name: op for op in trace(OldEnding())}
-    assert [op.kind for op in ops.values()] == [
-        *("input", "conv", "batchnorm", "relu", "pool", "conv", "relu", "pool", "flatten", "linear", "output")
-    ]
-    assert ops["max_pool2d"].settings == {"average": False, "kernel": 2, "stride": 2}
-    assert ops["avg_pool2d"].settings == {"average": True, "kernel": 16, "stride": 16}
-    assert len(channel_groups(OldEnding())) == 4 + 6
-
-
 def test_a_network_with_the_old_ending_loses_its_dead_channels_exactly() -> None:
     torch.manual_seed(0)
     model = OldEnding().double().eval()
+    ops = {op.name: op for op in trace(model)}
+    assert ops["max_pool2d"].settings == {"average": False, "kernel": 2, "stride": 2}
+    assert ops["avg_pool2d"].settings == {"average": True, "kernel": 16, "stride": 16}
+    assert len(channel_groups(model)) == 4 + 6
     with torch.no_grad():
         model.conv1.weight[1] = 0
         model.bn1.bias[1] = 0.5  # a constant that conv2 reads through its padding

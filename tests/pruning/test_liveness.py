@@ -1,0 +1,240 @@
+"""Liveness of channels by hand on tiny networks. tests/pruning/test_compaction.py compares whole random networks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from src.pruning import LayerLiveness, analyze_liveness
+from src.pruning.liveness import Liveness, is_padded
+from src.quantizer import DeadZoneLDZCompander
+from tests.networks import (
+    IMAGE,
+    Chain,
+    FlattenArea,
+    IdentityShortcut,
+    OptionAShortcut,
+    UnknownOperation,
+    randomize,
+    tiny_resnet,
+)
+from utils_quantization import attach_weight_quantizers, quantization
+
+NAN = float("nan")
+
+
+def layer(found: Liveness, name: str) -> LayerLiveness:
+    return next(each for each in found.layers if each.name == name)
+
+
+@torch.no_grad()
+def chain(padding: int = 1, shift: float = 0.5) -> Chain:
+    """All weights 1; filter 1 of conv1 is 0. BatchNorm: gamma 2, mean 3, var 4 - eps, so scale 1 and offset -3."""
+    model = Chain(padding).double().eval()
+    for parameter in model.parameters():
+        parameter.fill_(1)
+    assert model.bn1.running_mean is not None
+    assert model.bn1.running_var is not None
+    assert model.conv2.bias is not None
+    model.bn1.running_mean.fill_(3)
+    model.bn1.running_var.fill_(4 - model.bn1.eps)
+    model.bn1.weight.fill_(2)
+    model.bn1.bias.fill_(3 + shift)
+    model.conv1.weight[1] = 0
+    model.conv2.bias.zero_()
+    return model
+
+
+def test_a_dead_filter_leaves_a_constant_not_zero() -> None:
+    """relu(beta - gamma mean / sqrt(var + eps)) = relu(3.5 - 2 * 3 / 2) = 0.5."""
+    found = analyze_liveness(chain(), IMAGE)
+    values = {op.name: found.constant[op.name] for op in found.ops}
+    np.testing.assert_array_equal(values["conv1"], [NAN, 0, NAN])
+    np.testing.assert_allclose(values["bn1"], [NAN, 0.5, NAN])
+    np.testing.assert_allclose(values["relu"], [NAN, 0.5, NAN])
+    first, second = layer(found, "conv1"), layer(found, "conv2")
+    assert first.dead_out.tolist() == [False, True, False]
+    assert first.kept_out.tolist() == [0, 2]
+    assert first.kept_in.tolist() == [0, 1]
+    assert second.kept_in.tolist() == [0, 2]
+    assert second.carries_constants, "its zero padding makes 0.5 differ at the border"
+    assert second.inputs_after_removal == 3
+    assert not first.carries_constants
+    assert (first.pixels, second.pixels, layer(found, "linear").pixels) == (36, 36, 1)
+
+
+@pytest.mark.parametrize(
+    ("padding", "shift", "carries"),
+    [(1, 0.5, True), (1, -0.5, False), (1, 0.0, False), (0, 0.5, False)],
+    ids=["positive", "stopped by ReLU", "zero", "no padding: goes into the bias"],
+)
+def test_when_constants_have_to_be_carried(padding: int, shift: float, carries: bool) -> None:
+    second = layer(analyze_liveness(chain(padding, shift), IMAGE), "conv2")
+    assert second.carries_constants is carries
+    assert second.inputs_after_removal == 2 + carries
+
+
+def test_constants_are_not_carried_where_no_kept_filter_reads_them() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.conv2.weight[:, 1] = 0
+    assert not layer(analyze_liveness(model, IMAGE), "conv2").carries_constants
+
+
+def test_all_dead_and_unpadded_is_constant_throughout() -> None:
+    """conv2 reads 0.5 nine times on each of 3 channels: 13.5, plus bias 2 = 15.5; linear: 4 * 15.5 + 1 = 63."""
+    model = chain(padding=0)
+    with torch.no_grad():
+        model.conv1.weight.zero_()
+        model.conv2.bias.fill_(2)
+    found = analyze_liveness(model, IMAGE)
+    second = layer(found, "conv2")
+    np.testing.assert_allclose(second.constant_out, [15.5] * 4)
+    assert second.kept_out.tolist() == []
+    assert not second.dead_out.any()
+    final = layer(found, "linear")
+    assert final.kept_out.tolist() == [0, 1], "the scores stay"
+    assert final.kept_in.tolist() == []
+    np.testing.assert_allclose(model(torch.randn(2, *IMAGE).double()).detach().numpy(), 63)
+
+
+def test_a_padded_read_of_a_constant_is_live() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.conv1.weight.zero_()
+    second = layer(analyze_liveness(model, IMAGE), "conv2")
+    assert np.isnan(second.constant_out).all()
+    assert second.inputs_after_removal == 1
+
+
+def test_a_channel_nobody_reads_takes_its_producer_along() -> None:
+    """Linear's columns 0 and 3 are zero: conv2's filters 0 and 3 go, and with them the last readers of conv1's 2."""
+    model = chain()
+    with torch.no_grad():
+        model.linear.weight[:, [0, 3]] = 0
+        model.conv2.weight[[1, 2], 2] = 0  # channel 2 of conv1 is read by filters 0 and 3 alone
+    found = analyze_liveness(model, IMAGE)
+    assert layer(found, "conv2").kept_out.tolist() == [1, 2]
+    assert layer(found, "conv2").kept_in.tolist() == [0]
+    assert layer(found, "conv1").kept_out.tolist() == [0]
+    assert np.isnan(layer(found, "conv1").constant_out).tolist() == [True, False, True], "live, but unread"
+
+
+def test_a_zero_scale_makes_a_live_channel_constant() -> None:
+    model = chain()
+    with torch.no_grad():
+        model.bn1.weight[2] = 0
+    found = analyze_liveness(model, IMAGE)
+    np.testing.assert_allclose(found.constant["relu"], [NAN, 0.5, 3.5])  # beta alone: 3.5
+    assert layer(found, "conv1").kept_out.tolist() == [0]
+    assert layer(found, "conv1").dead_out.tolist() == [False, True, False]
+
+
+def test_a_stream_channel_goes_only_when_all_its_producers_are_constant() -> None:
+    model = randomize(IdentityShortcut(), 3)
+    with torch.no_grad():
+        model.stem.weight[0] = 0
+    assert np.isnan(analyze_liveness(model, IMAGE).constant["relu_2"][0]), "b still writes to it"
+    with torch.no_grad():
+        model.b.weight[0] = 0
+    found = analyze_liveness(model, IMAGE)
+    assert found.constant["relu_2"][0] == 0
+    assert layer(found, "stem").kept_out.tolist() == [1, 2]
+    assert layer(found, "b").kept_out.tolist() == [1, 2]
+    assert layer(found, "a").kept_in.tolist() == [1, 2]
+    assert layer(found, "linear").kept_in.tolist() == [1, 2]
+
+
+@torch.no_grad()
+def test_option_a_index_map() -> None:
+    """Stem channel 0 is stream channel 1: both must be dead for linear to lose column 1. Channel 0 is `a`'s alone."""
+    model = randomize(OptionAShortcut(), 5)
+    model.a.weight[[0, 1]] = 0
+    found = analyze_liveness(model, IMAGE)
+    mean, variance = model.bn.running_mean, model.bn.running_var
+    assert mean is not None
+    assert variance is not None
+    offset = (model.bn.bias - model.bn.weight * mean / (variance + model.bn.eps).sqrt()).numpy()
+    np.testing.assert_allclose(found.constant["bn"], [offset[0], offset[1], NAN, NAN])
+    np.testing.assert_allclose(found.constant["pad"], [0, NAN, NAN, 0])
+    np.testing.assert_allclose(found.constant["relu_1"], [max(offset[0], 0), NAN, NAN, NAN])
+    assert layer(found, "linear").kept_in.tolist() == [1, 2, 3]
+    assert layer(found, "stem").kept_out.tolist() == [0, 1]
+    model.stem.weight[0] = 0
+    found = analyze_liveness(model, IMAGE)
+    np.testing.assert_allclose(found.constant["relu_1"], [max(offset[0], 0), max(offset[1], 0), NAN, NAN])
+    assert layer(found, "linear").kept_in.tolist() == [2, 3]
+    assert layer(found, "stem").kept_out.tolist() == [1]
+    assert layer(found, "a").kept_in.tolist() == [1]
+
+
+@torch.no_grad()
+def test_flatten_index_map() -> None:
+    model = randomize(FlattenArea(), 1)
+    model.linear.weight[:, 9:18] = 0
+    assert layer(analyze_liveness(model, IMAGE), "conv").kept_out.tolist() == [0, 2]
+    model.linear.weight[1, 13] = 1  # one pixel of channel 1 is read after all
+    found = analyze_liveness(model, IMAGE)
+    assert layer(found, "conv").kept_out.tolist() == [0, 1, 2]
+    assert layer(found, "linear").kept_in.tolist() == [*range(9), 13, *range(18, 27)]
+
+
+@torch.no_grad()
+def test_nothing_is_removed_around_an_unknown_operation() -> None:
+    model = randomize(UnknownOperation(), 2)
+    model.conv1.weight[0] = 0
+    model.conv2.weight[:, 1] = 0
+    found = analyze_liveness(model, IMAGE)
+    assert layer(found, "conv1").kept_out.tolist() == [0, 1, 2]
+    assert np.isnan(found.constant["softmax"]).all()
+    model.conv2.weight[0] = 0
+    assert layer(analyze_liveness(model, IMAGE), "conv2").kept_out.tolist() == [1], "after it, as usual"
+
+
+def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
+    )
+    with torch.no_grad():
+        model.get_submodule("0").weight[0] = 0
+        model.get_submodule("2").weight[1] = 0
+    found = analyze_liveness(model, IMAGE)
+    grouped = layer(found, "2")
+    assert layer(found, "0").kept_out.tolist() == [0, 1, 2, 3]
+    assert (grouped.out_channels, grouped.in_channels, grouped.pixels) == (6, 2, 36)
+    assert grouped.dead_out.tolist() == [False, True, False, False, False, False]
+    assert grouped.inputs_after_removal == 2
+    assert [each.name for each in found.layers] == ["0", "2", "6"]
+
+
+def test_quantized_weights_are_read_where_they_are_switched_on() -> None:
+    model = tiny_resnet()
+    attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, {"init_deadzone_logit": 0.6})
+    inner = model.get_submodule("layer1.0.conv1")
+    with torch.no_grad():
+        original = inner.parametrizations.weight.original
+        original[0] = 1e-3 * original.abs().max()
+    assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [True, False]
+    with quantization(model, enabled=False):
+        assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("module", "padded"),
+    [
+        (nn.Conv2d(1, 1, 3, padding=1), True),
+        (nn.Conv2d(1, 1, 3, padding=(0, 1)), True),
+        (nn.Conv2d(1, 1, 3), False),
+        (nn.Conv2d(1, 1, 3, padding="valid"), False),
+        (nn.Conv2d(1, 1, 3, padding="same"), True),
+        (nn.Conv2d(1, 1, 1, padding="same"), False),
+        (nn.Conv2d(1, 1, (1, 3), padding="same"), True),
+        (nn.Linear(1, 1), False),
+    ],
+    ids=str,
+)
+def test_padding(module: nn.Module, padded: bool) -> None:
+    assert is_padded(module) is padded
