@@ -46,18 +46,6 @@ from src.runs import CHECKPOINT, RunFolder
 from src.storage import check_writable, fail, log_info
 from src.training import EpochRecord, History, TrainingError
 
-__all__ = [
-    "Pipeline",
-    "Report",
-    "Reported",
-    "Watcher",
-    "afterwards",
-    "before",
-    "examine",
-    "first_steps",
-    "while_training",
-]
-
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate": 6e-3}
 """What the doctor's own run changes of the preset `smoke`: shorter, with faster logits."""
