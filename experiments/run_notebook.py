@@ -14,7 +14,6 @@ Exit status: 0 finished; 1 a cell failed, ran out of time or its kernel died; 2 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from experiments.headless import (
     read_notebook,
     to_html,
 )
-from src.storage import BAD_INPUT, log_info, write_atomic
+from src.storage import BAD_INPUT, StorageError, check_output, log_info, write_atomic
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -53,10 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         values = parse_settings(options.set, parameter_defaults(read_notebook(options.notebook)))
         for path in (executed, page):
-            _check_output(path, options.notebook)
+            if path.resolve() == options.notebook.resolve():
+                raise NotebookInputError(
+                    f"{path} is the notebook itself, which stays without outputs: name another file"
+                )
+            check_output(path, force=True)
         limits = {"cell_timeout": options.cell_timeout or None, "startup_timeout": options.startup_timeout}
         execution = execute(options.notebook, values, notify=log_info, **limits)
-    except NotebookInputError as error:
+    except (NotebookInputError, StorageError) as error:
         log_info(f"run_notebook: {error}")
         return BAD_INPUT
     command = ["python", "-m", "experiments.run_notebook", *(f"--set={setting}" for setting in options.set)]
@@ -90,20 +93,6 @@ def _write_page(executed: NotebookNode, page: Path, notebook: Path) -> None:
     page = _failed(page) if failed else page
     write_atomic(page, to_html(executed, notebook.parent).encode())
     print(f"page      {page}")
-
-
-def _check_output(path: Path, notebook: Path) -> None:
-    """Raises NotebookInputError where a result could not be written; makes the folder."""
-    if path.resolve() == notebook.resolve():
-        raise NotebookInputError(f"{path} is the notebook itself, which stays without outputs: give another file")
-    if path.is_dir():
-        raise NotebookInputError(f"cannot write {path}: it is a folder; give the name of a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotebookInputError(f"cannot write {path}: {error.strerror}; give a file in another folder") from error
-    if not os.access(path.parent, os.W_OK):
-        raise NotebookInputError(f"cannot write {path}: permission denied; give a file in another folder")
 
 
 def _seconds(text: str) -> float:

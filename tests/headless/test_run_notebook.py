@@ -140,8 +140,8 @@ def test_bad_input_ends_with_status_2_and_writes_nothing(
         (["--notebook", str(tmp_path / "broken.ipynb")], "not a Jupyter notebook"),
         (["--notebook", str(tmp_path / "list.ipynb")], "not a Jupyter notebook"),
         (["--notebook", str(lesson), "--output-notebook", str(lesson)], "the notebook itself"),
-        (["--notebook", str(lesson), "--html", str(folder)], "it is a folder"),
-        (["--notebook", str(lesson), "--html", str(lesson / "x.html")], "cannot write"),
+        (["--notebook", str(lesson), "--html", str(folder)], "is a folder; name a file in it"),
+        (["--notebook", str(lesson), "--html", str(lesson / "x.html")], "cannot be written"),
         (["--notebook", str(lesson), "--render-only"], "run without --render-only first"),
     ]:
         assert main([*out, *arguments]) == 2
