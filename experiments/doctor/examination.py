@@ -1,6 +1,6 @@
 """The doctor beside a run that trains anyway: `python -m experiments.debug_run --doctor`, and anybody's own script.
 
-examination = Examination(run, say)
+examination = Examination(run, log_info)
 examination.begin()                    # before the first step; changes nothing
 examination.step(epoch, step)          # after every step
 examination.epoch(record)              # after every epoch
@@ -9,32 +9,35 @@ report = examination.conclude(checkpoint, result, accuracy)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from experiments.doctor import examine
 from experiments.doctor.core.findings import BEFORE, FIRST_STEPS, Report
+from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.examine import afterwards, before, first_steps
+from experiments.doctor.training.reported import Reported
+from experiments.doctor.training.training_checks import Watcher
 from experiments.evaluator import EvalResult
 from experiments.pipeline import Run
+from src.storage import Notify
 from src.training import EpochRecord, Step
 
 
 class Examination:
-    """All four stages around a run. tell: hears of each stage in one line, as soon as it is known."""
+    """All four stages around a run. notify: gets one line for each stage, as soon as it is known."""
 
-    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
-        self._run, self._tell = run, tell
-        self._pipeline = examine.Pipeline.of_run(run)
-        self._watcher = examine.Watcher(self._pipeline)
+    def __init__(self, run: Run, notify: Notify) -> None:
+        self._run, self._notify = run, notify
+        self._pipeline = Pipeline.of_run(run)
+        self._watcher = Watcher(self._pipeline)
         self.report = Report()
 
     def begin(self) -> None:
-        """The first two stages, which take some seconds. A run that is taken up has its first steps behind it."""
+        """The first two stages, which take some seconds. A resumed run has its first steps behind it."""
         if self._run.history.records or self._run.means.steps:
-            self._tell("doctor: a run that is taken up; what it was before training is not examined again")
+            self._notify("doctor: this run is resumed; its state before training is not examined again")
             return
-        self._add(BEFORE, examine.before(self._pipeline))
-        self._add(FIRST_STEPS, examine.first_steps(self._pipeline))
+        self._add(BEFORE, before(self._pipeline))
+        self._add(FIRST_STEPS, first_steps(self._pipeline))
 
     def step(self, epoch: int, step: Step) -> None:
         """After an update; `epoch` from 0."""
@@ -48,10 +51,10 @@ class Examination:
         """What was seen in training, and what was reported of it a second time; returns the whole report."""
         if self._run.history.records:
             self.report += self._watcher.report()
-        told = examine.Reported(checkpoint, self._run.history, result, accuracy)
-        self.report += examine.afterwards(self._pipeline, told)
+        reported = Reported(checkpoint, self._run.history, result, accuracy)
+        self.report += afterwards(self._pipeline, reported)
         return self.report
 
     def _add(self, stage: str, found: Report) -> None:
         self.report += found
-        self._tell(f"doctor: {stage}: {found.line}")
+        self._notify(f"doctor: {stage}: {found.line}")
