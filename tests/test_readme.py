@@ -45,15 +45,22 @@ def test_every_make_target_and_command_exists(page: Path) -> None:
     targets = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
     assert {target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)} == set()
     modules = set(re.findall(r"python -m (experiments\.\w+)", text))
-    assert {name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).exists()} == set()
+    assert {name for name in modules if not _sources(name)} == set()
     flags = {
         (name, flag)
         for name, rest in re.findall(r"python -m (experiments\.\w+)([^`\n|]*)", text)
         for flag in re.findall(r"--[a-z-]+", rest)
     }
     for name, flag in flags:
-        sources = "".join(path.read_text() for path in (ROOT / "experiments").glob(f"{name.split('.')[1]}*.py"))
-        assert f'"{flag}"' in sources, f"{page.name}: {name} has no {flag}"
+        assert f'"{flag}"' in _sources(name), f"{page.name}: {name} has no {flag}"
+
+
+def _sources(name: str) -> str:
+    """The source of a command: one file, or a package with a `__main__`. Empty where there is none."""
+    command = ROOT / name.replace(".", "/")
+    if command.with_suffix(".py").exists():
+        return command.with_suffix(".py").read_text(encoding="utf-8")
+    return "".join(path.read_text(encoding="utf-8") for path in command.glob("*.py"))
 
 
 def test_the_console_lines_shown_have_the_form_that_is_printed() -> None:
