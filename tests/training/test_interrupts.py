@@ -144,19 +144,6 @@ def test_an_interruption_within_a_destructor_comes_again(number: int, capsys: py
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_another_error_within_a_destructor_is_shown_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[Any] = []
-    monkeypatch.setattr("sys.unraisablehook", shown.append)
-
-    class Closing:
-        def __del__(self) -> None:
-            raise ValueError("broken")
-
-    with terminations():
-        Closing()
-    assert isinstance(shown[0].exc_value, ValueError)
-
-
 @pytest.mark.parametrize("block", [between_steps, terminations])
 def test_another_thread_is_left_alone(block: Callable[[], AbstractContextManager[None]]) -> None:
     seen: list[Any] = []
