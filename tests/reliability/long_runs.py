@@ -59,13 +59,16 @@ def memory_of(command: Sequence[str], output: Path) -> list[tuple[int, int]]:
     samples: list[tuple[int, int]] = []
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, stdout=told, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
-                epoch = (output / "history.csv").read_bytes().count(b"\n") - 1
-                watched = [*psutil.Process(process.pid).children(), psutil.Process(process.pid)][0]
-                if epoch < EPOCHS:
-                    samples.append((epoch, watched.memory_info().rss))
-            time.sleep(0.05)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+                    epoch = (output / "history.csv").read_bytes().count(b"\n") - 1
+                    watched = [*psutil.Process(process.pid).children(), psutil.Process(process.pid)][0]
+                    if epoch < EPOCHS:
+                        samples.append((epoch, watched.memory_info().rss))
+                time.sleep(0.05)
+        finally:
+            process.kill()
         told.seek(0)
         assert process.returncode == 0, told.read()[-1000:]
     return samples
