@@ -215,7 +215,7 @@ def check_range(
     The message is "name=value: need lowest..highest; remedy". True and False are not numbers here.
     """
     is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and lowest <= value <= highest:
+    if is_number and (isinstance(value, int) or math.isfinite(value)) and lowest <= value <= highest:
         return
     limits = f"{lowest} or more" if highest == math.inf else f"{lowest}..{highest}"
     need = "any finite number" if lowest == -math.inf else limits

@@ -5,7 +5,7 @@ One description, read off the torch.fx graph, serves the penalty's groups, the l
 
 from __future__ import annotations
 
-from src.pruning.compact_network import CompactionError, CompactNetwork, state_shapes, value_shapes
+from src.pruning.compact_network import CompactionError, CompactNetwork, value_shapes
 from src.pruning.compaction import compact
 from src.pruning.graph import GraphError, Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
@@ -26,7 +26,6 @@ __all__ = [
     "channel_groups",
     "compact",
     "groups_of",
-    "state_shapes",
     "trace",
     "value_shapes",
 ]

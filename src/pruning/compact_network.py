@@ -29,6 +29,7 @@ class CompactionError(ValueError):
 class CompactNetwork(nn.Module):
     """The network that `description` says: (N, C, H, W) images of its `input_size` -> the result of its `output`.
 
+    description: a copy, which `json.dumps` can write. input_size: (C, H, W) of one image.
     Layers keep the names they had in the network it was made from, and so do the keys of the state dictionary. Restore
     with `net = CompactNetwork(description); net.load_state_dict(state)`: until then its parameters are on the "meta"
     device and nothing is allocated; it takes over the state's tensors, with their device and dtype.
@@ -38,9 +39,9 @@ class CompactNetwork(nn.Module):
     def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
         shapes = value_shapes(description)
-        self._description = copy.deepcopy(dict(description))
-        self._input_size: Shape = shapes[0]
-        self._operations: list[Operation] = self._description["steps"]
+        self.description = copy.deepcopy(dict(description))
+        self.input_size: Shape = shapes[0]
+        self._operations: list[Operation] = self.description["steps"]
         self._module_names: dict[int, str] = {}
         for number, operation in enumerate(self._operations, start=1):
             build = OPERATIONS[operation["op"]].module
@@ -52,21 +53,11 @@ class CompactNetwork(nn.Module):
         self._last_use = {value: number for number, each in enumerate(self._operations, 1) for value in each["inputs"]}
         self._last_use[description["output"]] = len(self._operations) + 1
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """The description, a copy, ready for `json.dumps`."""
-        return copy.deepcopy(self._description)
-
-    @property
-    def input_size(self) -> Shape:
-        """(C, H, W) of one image."""
-        return self._input_size
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the output, usually (N, classes). Raises CompactionError for images of another size."""
-        if tuple(x.shape[1:]) != self._input_size:
+        if tuple(x.shape[1:]) != self.input_size:
             raise CompactionError(
-                f"got images of shape {tuple(x.shape[1:])}: this network was made for {self._input_size}; compact the "
+                f"got images of shape {tuple(x.shape[1:])}: this network was made for {self.input_size}; compact the "
                 "original network with the input_size you need"
             )
         values = {0: x}
@@ -79,7 +70,7 @@ class CompactNetwork(nn.Module):
                 assert run is not None
                 values[number] = run(operation, *inputs)
             values = {value: held for value, held in values.items() if self._last_use.get(value, 0) > number}
-        return values[self._description["output"]]
+        return values[self.description["output"]]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
         """As nn.Module does, with `assign=True`, because the parameters of a new network are on the "meta" device."""
@@ -87,7 +78,7 @@ class CompactNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         """The image size and how many operations there are."""
-        return f"input_size={self._input_size}, {len(self._operations)} operations"
+        return f"input_size={self.input_size}, {len(self._operations)} operations"
 
 
 def value_shapes(description: Mapping[str, Any]) -> list[Shape]:
@@ -115,11 +106,6 @@ def value_shapes(description: Mapping[str, Any]) -> list[Shape]:
     except ValueError as error:
         raise _damaged(where, str(error)) from error
     return shapes
-
-
-def state_shapes(description: Mapping[str, Any]) -> dict[str, Shape]:
-    """Name and shape of every entry of the state dictionary. Allocates nothing; raises CompactionError."""
-    return {name: tuple(value.shape) for name, value in CompactNetwork(description).state_dict().items()}
 
 
 def _check_fields(operation: Any, number: int) -> None:

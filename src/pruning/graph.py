@@ -189,8 +189,8 @@ def _function_kind(node: fx.Node) -> tuple[str, Settings] | None:
         named = dict(zip(POOLING[target], arguments, strict=False)) | node.kwargs
         known = {name: v.meta.get("size") if isinstance(v, fx.Node) else v for name, v in named.items()}
         return _pooling(known, target is F.avg_pool2d)
-    if target is operator.getitem and (step := _stride(arguments[1])) is not None:
-        return "stride", {"step": step}
+    if target is operator.getitem:
+        return _stride(arguments[1])
     if target is F.pad:
         return _channel_padding(node)
     return None
@@ -229,28 +229,24 @@ def _pooling(given: Mapping[str, Any], average: bool) -> tuple[str, Settings] | 
     return "pool", {"average": average, "kernel": kernel, "stride": stride}
 
 
-def _stride(index: Any) -> int | None:
-    """The step of x[:, :, ::step, ::step], or None where the index is anything else."""
-    if not (isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice)):
-        return None
-    step = index[2].step
-    steps = slice(None, None, step)
-    if index != (slice(None), slice(None), steps, steps) or not isinstance(step, int) or step < 1:
-        return None
-    return step
+def _stride(index: Any) -> tuple[str, Settings] | None:
+    """x[:, :, ::step, ::step], or None where the index is anything else."""
+    step = index[2].step if isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice) else None
+    steps, everything = slice(None, None, step), slice(None)
+    if index == (everything, everything, steps, steps) and isinstance(step, int) and step > 0:
+        return "stride", {"step": step}
+    return None
 
 
 def _channel_padding(node: fx.Node) -> tuple[str, Settings] | None:
     """Zero channels by F.pad(x, (0, 0, 0, 0, before, after)), or None for any other padding."""
     given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    padding = given.get("pad")
+    padding: Any = given.get("pad")
     zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
-    if not (zeros and isinstance(padding, (tuple, list)) and len(padding) == 6 and tuple(padding[:4]) == (0, 0, 0, 0)):
+    plain = isinstance(padding, (tuple, list)) and all(isinstance(count, int) and count >= 0 for count in padding)
+    if not (zeros and plain and tuple(padding[:4]) == (0, 0, 0, 0) and len(padding) == 6):
         return None
-    before, after = padding[4:]
-    if not (isinstance(before, int) and isinstance(after, int) and before >= 0 and after >= 0):
-        return None
-    return "select", {"channels": [-1] * before + [*range(_source_shape(node)[1])] + [-1] * after}
+    return "select", {"channels": [-1] * padding[4] + [*range(_source_shape(node)[1])] + [-1] * padding[5]}
 
 
 def _one(value: Any) -> int | None:

@@ -125,7 +125,7 @@ DAMAGE: dict[str, Damage] = {
 
 @pytest.mark.parametrize("message", DAMAGE)
 def test_damaged_descriptions(network: CompactNetwork, message: str) -> None:
-    description = network.description
+    description = copy.deepcopy(network.description)
     DAMAGE[message](description)
     with pytest.raises(CompactionError, match=message):
         CompactNetwork(description)

@@ -63,6 +63,7 @@ def test_a_dead_filter_leaves_a_constant_not_zero() -> None:
     assert second.inputs_after_removal == 3
     assert not first.carries_constants
     assert (first.pixels, second.pixels, layer(found, "linear").pixels) == (36, 36, 1)
+    np.testing.assert_allclose(found.propagated_constants("conv1"), [NAN, 0.5, NAN])
 
 
 @pytest.mark.parametrize(
