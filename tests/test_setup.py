@@ -267,7 +267,7 @@ print(shown)
 
 
 def test_the_notebook_does_without_the_packages_that_only_commands_need() -> None:
-    """Explorers show their figure where ipywidgets is missing."""
+    """Explorers show their figure where ipywidgets is missing. Takes seconds: a process that loads torch."""
     done = set_up(ROOT, code=WITHOUT)
     assert done.returncode == 0, done.stderr
     assert "image/png" in done.stdout
@@ -275,6 +275,7 @@ def test_the_notebook_does_without_the_packages_that_only_commands_need() -> Non
 
 
 def test_commands_that_answer_at_once_do_not_load_torch() -> None:
+    """Takes seconds: a process that loads nbconvert."""
     code = "import sys, src.storage, experiments.headless, experiments.lab, experiments.run_notebook"
     done = set_up(ROOT, code=f"{code}; print('torch' in sys.modules, 'matplotlib' in sys.modules)")
     assert done.stdout == "False False\n", done.stderr

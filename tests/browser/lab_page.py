@@ -18,7 +18,7 @@ KERNEL = "window.jupyterapp?.shell.currentWidget?.context?.sessionContext?.sessi
 LOOPBACK = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
 CONTROLS = ".widget-slider, .widget-dropdown, .widget-select, .widget-select-multiple, .widget-toggle-buttons"
 
-# What every output of a cell shows beside its controls; a long picture is told by its length and its end.
+# What every output of a cell shows besides its controls; a long picture is identified by its length and its end.
 SHOWN = """(cell) => [...cell.querySelectorAll('.jp-OutputArea-output')]
     .filter((output) => !output.querySelector('.jupyter-widgets'))
     .map((output) => [...output.querySelectorAll('img')].map((i) => i.src.length + i.src.slice(-80)).join()
@@ -166,7 +166,7 @@ class Notebook:
         return cell
 
     def shown(self, index: int) -> str:
-        """What the outputs of a cell show beside its controls; equal only if nothing has changed."""
+        """What the outputs of a cell show besides its controls; equal only if nothing has changed."""
         return str(self.cell(index).evaluate(SHOWN))
 
     def with_controls(self) -> list[int]:

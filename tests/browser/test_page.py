@@ -1,6 +1,6 @@
 """The page in a browser without a network: what it may fetch, how it folds, how it is read on narrow and dark screens.
 
-The pages are made from small notebooks; the page of a whole run is looked at in test_lab.py.
+The pages are made from small notebooks; the page of a whole run is tested in test_lab.py.
 """
 
 from __future__ import annotations

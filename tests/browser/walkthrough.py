@@ -1,4 +1,4 @@
-"""The walkthrough, run once in JupyterLab as a reader would who changes his mind: run all, stop, go on to the end."""
+"""The walkthrough, run once in JupyterLab as by a reader who changes their mind: run all, stop, continue to the end."""
 
 from __future__ import annotations
 

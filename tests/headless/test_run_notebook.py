@@ -1,7 +1,7 @@
 """The headless runner on tiny notebooks.
 
 Oracles: values that the notebook itself prints, and exit statuses of the real command. Kernels are slow to start, so
-the tests that need one share it where they can. The page that the runner writes is looked at in test_page.py.
+the tests that need one share it where they can. The page that the runner writes is tested in test_page.py.
 """
 
 from __future__ import annotations
