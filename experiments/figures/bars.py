@@ -90,7 +90,7 @@ def layer_sparsity_bars(
 ) -> Figure:
     """Two shares (0 to 1) of each layer, drawn in per cent: zero weights (wide bar) and dead channels (thin bar)."""
     zeros, dead = 100 * np.asarray(sparsity, dtype=float), 100 * np.asarray(structured, dtype=float)
-    title = alt = "No layer was measured"
+    title, alt = "No layer was measured", "No layer was measured."
     if len(zeros):
         low, high, top = int(zeros.argmin()), int(zeros.argmax()), int(dead.argmax())
         title = f"Zeros: from {zeros[low]:.1f} % in {names[low]} to {zeros[high]:.1f} % in {names[high]}"

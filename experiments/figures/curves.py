@@ -20,7 +20,7 @@ Array = NDArray[np.floating]
 def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None = None) -> Figure:
     """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed."""
     test, train = history.column("accuracy"), history.column("train_accuracy")
-    title = alt = "No epoch has finished yet"
+    title, alt = "No epoch has finished yet", "No epoch has finished yet."
     if len(test):
         best = int(test.argmax())
         title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(test[-1])} after epoch {len(test)}"
@@ -44,7 +44,7 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
     """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed)."""
     zeros, dead = history.column("unstructured_sparsity"), history.column("structured_sparsity")
     coefficient = history.column("coefficient")
-    title = alt = "No epoch has finished yet"
+    title, alt = "No epoch has finished yet", "No epoch has finished yet."
     if len(zeros):
         title = f"{percent(zeros[-1])} of the weights are zero and {percent(dead[-1])} of the channels dead"
         first = f"in epoch {int((dead > 0).argmax()) + 1}" if dead.any() else "in no epoch"

@@ -209,7 +209,7 @@ def png_bytes(figure: Figure, *, limit: int = MAX_PNG_BYTES) -> bytes:
 
 
 def _with_palette(image: Image.Image) -> Image.Image:
-    """In 256 colours where they differ from all by less than 0.7 of 255 on average, so that large areas stay as they are.
+    """In 256 colours where these differ from all by less than 0.7 of 255 on average: large areas stay as they are.
 
     The first method keeps rare colours apart, the second one common colours that are alike, such as white and paper.
     """

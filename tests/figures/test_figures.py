@@ -295,7 +295,7 @@ def test_the_channel_group_diagram_colours_rows_and_columns() -> None:
 
 def test_figures_leave_no_state_behind(history: History) -> None:
     """No pyplot figure, no changed setting; a user's own settings do not reach the figures."""
-    code = "import matplotlib as m; a = dict(m.rcParams); import experiments.notebook, sys; "
+    code = "import matplotlib as m; a = dict(m.rcParams); import experiments.figures, sys; "
     code += "assert dict(m.rcParams) == a; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -23,7 +23,7 @@ from PIL import Image
 from experiments import figures
 from experiments.figures import ImageTrace, Stage, style
 from src.runs import EDGES, LayerSnapshot
-from src.training import LayerRecord
+from src.training import History, LayerRecord
 from tests.histories import NAMES, make_history
 
 LEAST_DIFFERENCE = 20.0
@@ -150,13 +150,17 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "dashboard, deep": lambda: figures.dashboard(DEEP, subtitle=SUBTITLE),
     "accuracy": lambda: figures.accuracy_curve(SHORT, subtitle=SUBTITLE, chance=0.1),
     "accuracy, long": lambda: figures.accuracy_curve(LONG, chance=0.1),
+    "accuracy, nothing yet": lambda: figures.accuracy_curve(History(1)),
+    "sparsity, nothing yet": lambda: figures.sparsity_curves(History(1)),
     "sparsity": lambda: figures.sparsity_curves(SHORT, subtitle=SUBTITLE),
     "sparsity, long": lambda: figures.sparsity_curves(LONG),
     "liveness": lambda: figures.channel_liveness(SHORT.last.layers, subtitle=SUBTITLE),
+    "liveness, all alive": lambda: figures.channel_liveness(SHORT.records[0].layers),
     "liveness, deep": lambda: figures.channel_liveness(DEEP.last.layers),
     "channels": lambda: figures.per_layer_channels(SHORT.last.layers),
     "channels, deep": lambda: figures.per_layer_channels(DEEP.last.layers),
     "sparsity bars": lambda: figures.layer_sparsity_bars(NAMES, [0.5] * 18, [0.1] * 18),
+    "sparsity bars, no layer": lambda: figures.layer_sparsity_bars([], [], []),
     "sparsity bars, deep": lambda: figures.layer_sparsity_bars([f"l{i}" for i in range(108)], [0.5] * 108, [0.1] * 108),
     "kernel map": lambda: figures.sparsity_map(np.random.default_rng(0).normal(size=(64, 64, 3, 3)), "layer3.2.conv2"),
     "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
