@@ -27,7 +27,7 @@ from src.storage import check_writable, fail, folder_lock, log_info, prepare_str
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
-GO_ON = "the same command with --resume goes on"
+RESUME_HINT = "the same command with --resume continues"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
         options.output,
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
-        report=log_info,
-        go_on=GO_ON,
+        notify=log_info,
+        resume_hint=RESUME_HINT,
     )
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
@@ -89,13 +89,15 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     try:
         return _conclude(run, loop.folder, examination)
     except KeyboardInterrupt:
-        log_info(f"the training is complete and kept in {loop.folder.path}; {GO_ON} with its evaluation and figures")
+        log_info(
+            f"the training is complete and kept in {loop.folder.path}; {RESUME_HINT} with its evaluation and figures"
+        )
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         kept = f"the training is complete and kept in {loop.folder.path}"
-        return fail(f"the memory does not hold the evaluation; {kept}; end other programs, and {GO_ON} with it")
+        return fail(f"the memory does not hold the evaluation; {kept}; end other programs, and {RESUME_HINT} with it")
 
 
 def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination: Examination | None) -> None:
@@ -129,7 +131,7 @@ def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | N
         diagnosis = report.to_json() if report else None
         folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict, diagnosis))
     except OSError as error:  # after hours of training the results are at least told
-        failure = f"run.json could not be written ({error.strerror or error}); {GO_ON} and writes it"
+        failure = f"run.json could not be written ({error.strerror or error}); {RESUME_HINT} and writes it"
     print_result(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")
@@ -169,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and say what is broken")
+    parser.add_argument(
+        "--doctor", action="store_true", help="examine the run check by check, and log_info what is broken"
+    )
     parser.add_argument(
         "--checkpoint-every",
         type=int,

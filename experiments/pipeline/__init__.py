@@ -8,8 +8,8 @@ from __future__ import annotations
 from experiments.pipeline import comparison
 from experiments.pipeline.compression import compress, removal_map
 from experiments.pipeline.config import DEBUG, PRESETS, ConfigError, RunConfig, configure
-from experiments.pipeline.loop import TrainingLoop, epoch_settings, finish_epoch, steps_left, train_epochs
-from experiments.pipeline.run import Run
+from experiments.pipeline.loop import TrainingLoop
+from experiments.pipeline.run import Run, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
     attach,
@@ -55,7 +55,6 @@ __all__ = [
     "epoch_settings",
     "evaluate_run",
     "expected_layers",
-    "finish_epoch",
     "judge",
     "judge_run",
     "load_run",
@@ -63,9 +62,7 @@ __all__ = [
     "removal_map",
     "save_figures",
     "spread",
-    "steps_left",
     "summary",
     "synchronize",
     "time_in_turns",
-    "train_epochs",
 ]

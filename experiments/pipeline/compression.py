@@ -9,6 +9,7 @@ packed      that network in one file of entropy-coded integers (src/packing.py),
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,32 +37,17 @@ KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One row of the table. Costs are per image; what does not apply to a stage is None.
-
-    relative_time: of a forward pass over the dense network's, as `relative_times` has it.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-    structured_bops: float
-    unstructured_bops: float | None
-    stored_bytes: int
-    accuracy: float | None
-    relative_time: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Compression:
     """The stages of one run, the smaller network, and the proofs that it computes the same.
 
+    stages: one row each, by name; costs per image, times over the dense network's in the same round (median, quartiles
+        and samples, see `spread`); NaN where a figure does not apply.
     largest_difference: of the logits of 256 test images between the quantized and the compacted network, relative to
         the largest logit, in float64 and float32.
     same_predictions: compacted and unpacked give the quantized network's class for every test image.
     """
 
-    stages: tuple[Stage, ...]
+    stages: pd.DataFrame
     network: CompactNetwork
     packed: PackReport
     largest_difference: Mapping[str, float]
@@ -69,21 +55,11 @@ class Compression:
 
     def table(self) -> Styler:
         """The stages as a table; a dash where a figure does not apply."""
-        rows = [
-            {
-                "stage": stage.name,
-                "parameters": f"{stage.parameters:,}",
-                "MACs": f"{stage.macs:,}",
-                "BOPs, channels": _giga(stage.structured_bops),
-                "BOPs, non-zero": "-" if stage.unstructured_bops is None else _giga(stage.unstructured_bops),
-                "bytes": f"{stage.stored_bytes:,}",
-                "accuracy": "-" if stage.accuracy is None else f"{stage.accuracy:.2%}",
-                "time / FP32's": _ratio(stage.relative_time),
-            }
-            for stage in self.stages
-        ]
-        styled = pd.DataFrame(rows).style.hide(axis="index").set_properties(**{"text-align": "right"})
-        return names_left(styled)
+        styled = self.stages.rename_axis("stage").reset_index().style.hide(axis="index")
+        counts = dict.fromkeys(("parameters", "MACs", "bytes"), "{:,}")
+        bops = dict.fromkeys(("BOPs, channels", "BOPs, non-zero"), _giga)
+        styled = styled.format({**counts, **bops, "accuracy": "{:.2%}", "time / FP32's": _ratio}, na_rep="-")
+        return names_left(styled.set_properties(**{"text-align": "right"}))
 
     def proof(self) -> str:
         """The equality checks in words."""
@@ -97,30 +73,43 @@ class Compression:
 def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path) -> Compression:
     """Compact and pack the trained network of `run` to `path`, and measure every stage.
 
-    Raises what `compact` and `pack` raise.
+    baseline: the dense network the run started from; result: from `evaluate_run`. Raises what `compact` and `pack`
+    raise.
     """
     model = run.model.eval()
     network = compact(model)
     report = pack(model, path, force=True)
     read_back = unpack(path).to(run.device)
     sample, _ = next(test_batches(run.data, 64))
-    networks = {"FP32 at the start": baseline.eval(), "quantized": model, "compacted": network, "packed": read_back}
-    speed = relative_times(networks, sample)
-    predictions = {name: predict(net, run.data)[0] for name, net in networks.items() if name != "FP32 at the start"}
+    trained = {"quantized": model, "compacted": network, "packed": read_back}
+    dense_name = "FP32 at the start"
+    speed = relative_times({dense_name: baseline.eval(), **trained}, sample)
+    predictions = {name: predict(net, run.data)[0] for name, net in trained.items()}
     accuracy = {name: int((found == run.data.test_labels).sum()) / len(found) for name, found in predictions.items()}
-    structured, unstructured = result.structured_stats, result.unstructured_stats
     dense = QuantizationComparison().set_baseline(baseline)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
-    dense_bytes = report.fp32_state_bytes
-    rows = {
-        "FP32 at the start": (_count(baseline), dense.total_macs, dense.total_bops, None, dense_bytes),
-        "quantized": (_count(baseline), in_place.total_macs, in_place.total_bops, unstructured.total_bops, dense_bytes),
-        "compacted": (_count(network), structured.total_macs, structured.total_bops, None, report.compact_state_bytes),
-        "packed": (_count(read_back), structured.total_macs, structured.total_bops, None, report.file_bytes),
+    removed, nonzero_bops = result.structured_stats, result.unstructured_stats.total_bops
+    costs = {
+        dense_name: (baseline, dense, math.nan, report.fp32_state_bytes),
+        "quantized": (baseline, in_place, nonzero_bops, report.fp32_state_bytes),
+        "compacted": (network, removed, math.nan, report.compact_state_bytes),
+        "packed": (read_back, removed, math.nan, report.file_bytes),
     }
-    stages = [Stage(name, *row, accuracy.get(name), speed[name]) for name, row in rows.items()]
+    stages = {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in net.parameters()),
+            "MACs": stats.total_macs,
+            "BOPs, channels": stats.total_bops,
+            "BOPs, non-zero": nonzero,
+            "bytes": size,
+            "accuracy": accuracy.get(name, math.nan),
+            "time / FP32's": speed[name],
+        }
+        for name, (net, stats, nonzero, size) in costs.items()
+    }
     same = all(torch.equal(found, predictions["quantized"]) for found in predictions.values())
-    return Compression(tuple(stages), network, report, differences(model, network, run), same)
+    table = pd.DataFrame.from_dict(stages, orient="index")
+    return Compression(table, network, report, differences(model, network, run), same)
 
 
 @torch.no_grad()
@@ -178,7 +167,3 @@ def _ratio(figures: Mapping[str, Any]) -> str:
 
 def _giga(number: float) -> str:
     return f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from experiments.schedules import Schedule, linear_warmup
@@ -22,37 +23,31 @@ LEARNING_RATE_SHAPES: dict[str, Callable[[float], LrLambda]] = {
     "hold_then_linear": hold_then_linear,
     "cosine": lambda hold: cosine_to_zero,
 }
-REGULARIZATIONS = ("loss", "decoupled")
-WHOLE_NUMBERS = {
-    "epochs": (1, 100_000),
-    "batch_size": (2, 1_000_000),
-    "limit": (1, 10**9),
-    "seed": (0, 2**31 - 1),
-    "crop_padding": (0, 32),
-    "delay": (0, 100_000),
-    "ramp": (0, 100_000),
-}
-NUMBERS = {
-    "learning_rate": (0, 10),
-    "dz_learning_rate": (0, 10),
-    "bit_learning_rate": (0, 10),
-    "logit_decay_dz": (0, 1000),
-    "logit_decay_bit": (0, 1000),
-    "peak": (0, 1000),
-    "hold": (0, 0.999),
-    "expected_accuracy": (0, 1),
-}
 
 
 class ConfigError(ValueError):
     """A setting is out of range or unknown."""
 
 
-def _choice(name: str, value: object, allowed: Any) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        near = difflib.get_close_matches(str(value), list(allowed), n=1)
+def _check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ConfigError, with the nearest known name, unless `value` is one of `allowed`."""
+    known = list(allowed)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}{hint}")
+        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}{hint}")
+
+
+def _one_of(default: str, allowed: Iterable[str]) -> Any:
+    """A field whose value is one of `allowed`."""
+    return field(default=default, metadata={"check": partial(_check_choice, allowed=allowed)})
+
+
+def _within(default: float | None, lowest: float, highest: float = math.inf, remedy: str = "") -> Any:
+    """A field with a number in lowest..highest, a whole one unless the default is a float."""
+    whole = not isinstance(default, float)
+    check = partial(check_range, lowest=lowest, highest=highest, whole=whole, remedy=remedy, error=ConfigError)
+    return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class RunConfig:
         "loss" adds their weighted squares to the loss, as the paper does; "decoupled" hands them to AdamW.
     peak, delay, ramp: the sparsity coefficient, 0 up to epoch `delay`, `peak` from epoch `delay + ramp` on.
     hold: share of the run after which a "hold_then_linear" learning rate starts to fall. It acts on the weights alone.
-    limit: at most so many training and so many test images; None for all.
+    limit: use at most this many training images and this many test images; None for all.
     expected_accuracy: what the verdict asks of a full run, as a share.
     given: names of the settings that were asked for by name; they stay when the data calls for another preset.
     """
@@ -71,53 +66,42 @@ class RunConfig:
     preset: str
     data: str = "auto"
     data_root: str = "data"
-    model: str = "resnet20"
-    shortcut: str = "A"
-    epochs: int = 20
-    batch_size: int = 512
-    limit: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    crop_padding: int = 4
+    model: str = _one_of("resnet20", NETWORKS)
+    shortcut: str = _one_of("A", ("A", "B"))
+    epochs: int = _within(20, 1, 100_000)
+    batch_size: int = _within(512, 2, 1_000_000)
+    limit: int | None = _within(None, 1, 10**9)
+    seed: int = _within(0, 0, 2**31 - 1)
+    device: str = _one_of("auto", DEVICES)
+    precision: str = _one_of("auto", PRECISIONS)
+    crop_padding: int = _within(4, 0, 32)
     flip: bool = True
     exclude_layers: tuple[str, ...] = ("conv1", "bn", "linear")
-    fixed_bits: int = 4
-    max_bits: int = 8
-    init_bit_logit: float = 3.0
-    init_deadzone_logit: float = 3.0
+    fixed_bits: int = _within(4, MIN_BITS, LARGEST_BITS, BITS_REMEDY)
+    max_bits: int = _within(8, MIN_BITS, LARGEST_BITS, BITS_REMEDY)
+    init_bit_logit: float = _within(3.0, -math.inf, remedy=LOGIT_REMEDY)
+    init_deadzone_logit: float = _within(3.0, -math.inf, remedy=LOGIT_REMEDY)
     learnable_bit: bool = True
     learnable_deadzone: bool = True
-    learning_rate: float = 1e-3
-    dz_learning_rate: float = 1e-3
-    bit_learning_rate: float = 1e-3
-    learning_rate_shape: str = "hold_then_linear"
-    hold: float = 0.7
-    regularization: str = "loss"
-    logit_decay_dz: float = 0.01
-    logit_decay_bit: float = 0.01
-    delay: int = 5
-    ramp: int = 5
-    peak: float = 0.008
-    expected_accuracy: float = 0.6
+    learning_rate: float = _within(1e-3, 0, 10)
+    dz_learning_rate: float = _within(1e-3, 0, 10)
+    bit_learning_rate: float = _within(1e-3, 0, 10)
+    learning_rate_shape: str = _one_of("hold_then_linear", LEARNING_RATE_SHAPES)
+    hold: float = _within(0.7, 0, 0.999)
+    regularization: str = _one_of("loss", ("loss", "decoupled"))
+    logit_decay_dz: float = _within(0.01, 0, 1000)
+    logit_decay_bit: float = _within(0.01, 0, 1000)
+    delay: int = _within(5, 0, 100_000)
+    ramp: int = _within(5, 0, 100_000)
+    peak: float = _within(0.008, 0, 1000)
+    expected_accuracy: float = _within(0.6, 0, 1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        _choice("model", self.model, NETWORKS)
-        _choice("shortcut", self.shortcut, ("A", "B"))
-        _choice("device", self.device, DEVICES)
-        _choice("precision", self.precision, PRECISIONS)
-        _choice("learning_rate_shape", self.learning_rate_shape, LEARNING_RATE_SHAPES)
-        _choice("regularization", self.regularization, REGULARIZATIONS)
-        for name, (lowest, highest) in WHOLE_NUMBERS.items():
-            if name != "limit" or self.limit is not None:
-                check_range(name, getattr(self, name), lowest, highest, error=ConfigError)
-        for name, (least, most) in NUMBERS.items():
-            check_range(name, getattr(self, name), least, most, whole=False, error=ConfigError)
-        for name in ("fixed_bits", "max_bits"):
-            check_range(name, getattr(self, name), MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY, error=ConfigError)
-        for name in ("init_bit_logit", "init_deadzone_logit"):
-            check_range(name, getattr(self, name), -math.inf, whole=False, remedy=LOGIT_REMEDY, error=ConfigError)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if "check" in setting.metadata and not (setting.name == "limit" and value is None):
+                setting.metadata["check"](setting.name, value)
         if isinstance(self.exclude_layers, str):
             raise ConfigError(
                 f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)"
@@ -195,10 +179,10 @@ def configure(preset: str = "debug", **changes: Any) -> RunConfig:
 
     Raises ConfigError for an unknown preset or setting, with the nearest known name.
     """
-    _choice("preset", preset, PRESETS)
+    _check_choice("preset", preset, PRESETS)
     known = [f.name for f in fields(RunConfig) if f.name != "given"]
     for name in changes:
-        _choice("setting", name, known)
+        _check_choice("setting", name, known)
     given = {name: value for name, value in changes.items() if value is not None}
     if given.get("data") == "auto":  # some presets are made for one dataset
         del given["data"]

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,27 +32,27 @@ from src.training import History, keep_freed_memory, repeatable
 from utils_quantization import attach_weight_quantizers, quantized_layers
 
 
-def prepare_data(config: RunConfig, report: Callable[[str], None] | None = None) -> tuple[RunConfig, ImageData]:
-    """Load the data, and the configuration that suits it; `report` hears where that is not the one asked for.
+def prepare_data(config: RunConfig, notify: Notify | None = None) -> tuple[RunConfig, ImageData]:
+    """Load the data, and return it with the configuration that suits it; `notify` is told what was changed.
 
-    Raises DataError or TrainingError (absent device). Also prepares this process: src/memory.py, and
-    `repeatable` in src/devices.py.
+    Raises DataError or TrainingError (absent device). Also prepares this process: `keep_freed_memory`, `repeatable`.
     """
     keep_freed_memory()
     device = training.pick_device(config.device)
     repeatable(device)
-    data = load_data(config.data, config.data_root, config.limit, report)
-    suited = suited_to(config, data.name)
-    if suited != config and report:
-        report(
+    data = load_data(config.data, config.data_root, config.limit, notify)
+    suited, changes, count = suited_to(config, data.name), [], len(data.train_labels)
+    if suited != config:
+        changes.append(
             f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: batches of {suited.batch_size}, "
             f"{suited.epochs} epochs"
         )
-    count = len(data.train_labels)
     if suited.batch_size > count:
         suited = replace(suited, batch_size=max(2, count))
-        if report:
-            report(f"batch size lowered to {count}: there are no more training images")
+        changes.append(f"batch size lowered to {count}: there are no more training images")
+    for change in changes:
+        if notify:
+            notify(change)
     return suited, data.to(device)
 
 
@@ -108,28 +109,26 @@ def evaluate_run(run: Run) -> tuple[EvalResult, float]:
 
 
 def judge_run(run: Run) -> Verdict:
-    """What `experiments.verdict.judge` says of a finished run."""
+    """The verdict on a finished run."""
     steps = len(run.history) * steps_per_epoch(run.data, run.config.batch_size)
     return judge(run.history, run.config, run.data.num_classes, expected_layers(run.config, run.model), steps)
 
 
 def save_figures(run: Run, folder: RunFolder) -> list[str]:
     """Write the four diagnostic plots; returns their names. One that cannot be drawn or written is a warning."""
-    from experiments.figures import png_bytes
-
-    subtitle, chance = run.subtitle, 1 / run.data.num_classes
+    history, shown = run.history, {"subtitle": run.subtitle}
     drawings: dict[str, Callable[[], Figure]] = {
-        "accuracy_curve.png": lambda: figures.accuracy_curve(run.history, subtitle=subtitle, chance=chance),
-        "sparsity_curves.png": lambda: figures.sparsity_curves(run.history, subtitle=subtitle),
-        "channel_liveness.png": lambda: figures.channel_liveness(run.history.last.layers, subtitle=subtitle),
-        "per_layer_channels.png": lambda: figures.per_layer_channels(run.history.last.layers, subtitle=subtitle),
+        "accuracy_curve.png": partial(figures.accuracy_curve, history, chance=1 / run.data.num_classes, **shown),
+        "sparsity_curves.png": partial(figures.sparsity_curves, history, **shown),
+        "channel_liveness.png": partial(figures.channel_liveness, history.last.layers, **shown),
+        "per_layer_channels.png": partial(figures.per_layer_channels, history.last.layers, **shown),
     }
     written = []
     for name, draw in drawings.items():
         try:
-            data = png_bytes(draw())
+            data = figures.png_bytes(draw())
         except Exception as error:  # whatever a drawing library can raise: no picture is worth a run
-            text = f"{name} could not be drawn: {type(error).__name__}: {error}; the run goes on"
+            text = f"{name} could not be drawn: {type(error).__name__}: {error}; the run continues"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             continue
         if folder.try_write(name, data):
@@ -188,31 +187,21 @@ def summary(
 
 
 def compression_table(result: EvalResult, accuracy: float) -> str:
-    """Compression a layer at a time, and in total, as text."""
-    header = (
-        f"{'layer':<16} {'bits':>4} {'zeros':>7} {'dead':>8} {'left':>8} {'MACs non-zero':>14} {'MACs removed':>13}"
-    )
+    """Compression a layer at a time, and in total, as text. accuracy: a share, of the network in float32."""
+    row = "{:<16} {:>4} {:>7} {:>8} {:>8} {:>14} {:>13}"
+    header = row.format("layer", "bits", "zeros", "dead", "left", "MACs non-zero", "MACs removed")
+    structured, unstructured = result.structured_stats, result.unstructured_stats
     lines = [header, "-" * len(header)]
-    for row in result.rows():
-        lines.append(
-            f"{row['layer']:<16} {row['bits']:>4.0f} {100 * float(row['zeros']):>6.1f}% "
-            f"{row['dead filters']:>3}/{row['channels']:<4} {row['channels left']:>3}/{row['channels']:<4} "
-            f"{row['MACs, non-zero weights']:>14,} {row['MACs, after removal']:>13,}"
-        )
-    lines += [
-        "-" * len(header),
-        f"{'network':<16} {'':>4} {'':>7} {'':>8} {'':>8} {result.unstructured_stats.total_macs:>14,} "
-        f"{result.structured_stats.total_macs:>13,}",
-        _ratios(
-            "Unstructured:", result.unstructured_mac_ratio, result.unstructured_bops_ratio, "every non-zero weight"
-        ),
-        _ratios(
-            "Structured:", result.structured_mac_ratio, result.structured_bops_ratio, "after exact channel removal"
-        ),
-        f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%",
-    ]
-    return "\n".join(lines)
-
-
-def _ratios(kind: str, macs: float, bops: float, meaning: str) -> str:
-    return f"{kind:<13} {macs:.2f}x fewer MACs, {bops:.2f}x fewer BOPs than dense FP32 ({meaning})"
+    for layer in result.rows():
+        dead, left = (f"{layer[name]:>3}/{layer['channels']:<4}" for name in ("dead filters", "channels left"))
+        macs = (f"{layer[name]:,}" for name in ("MACs, non-zero weights", "MACs, after removal"))
+        lines.append(row.format(layer["layer"], f"{layer['bits']:.0f}", f"{layer['zeros']:.1%}", dead, left, *macs))
+    totals = f"{unstructured.total_macs:,}", f"{structured.total_macs:,}"
+    lines += ["-" * len(header), row.format("network", "", "", "", "", *totals)]
+    for kind, macs_ratio, bops_ratio, meaning in (
+        ("Unstructured:", result.unstructured_mac_ratio, result.unstructured_bops_ratio, "every non-zero weight"),
+        ("Structured:", result.structured_mac_ratio, result.structured_bops_ratio, "after exact channel removal"),
+    ):
+        ratios = f"{macs_ratio:.2f}x fewer MACs, {bops_ratio:.2f}x fewer BOPs than dense FP32"
+        lines.append(f"{kind:<13} {ratios} ({meaning})")
+    return "\n".join([*lines, f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%"])

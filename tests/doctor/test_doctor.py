@@ -21,7 +21,6 @@ from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
 from experiments.doctor.demonstration import small_config, small_data, small_network
 from experiments.doctor.examine import examine, main
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
-from experiments.pipeline.loop import finish_epoch, steps_left, train_epochs
 from resnet import NETWORKS
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
@@ -300,13 +299,13 @@ def watched(run: Run, *, restart_at: int | None = None, from_step: int = 0) -> W
     """A watcher of all epochs; a fresh one from step `from_step` of the run on; deaf for two steps from restart_at."""
     watcher, count = Watcher(Pipeline.of_run(run)), 0
     while len(run.history) < run.config.epochs:
-        for step in steps_left(run):
+        for step in run.steps():
             if count == from_step:
                 watcher = Watcher(Pipeline.of_run(run))
             if count >= from_step and (restart_at is None or not restart_at <= count < restart_at + 2):
                 watcher.step(len(run.history), step)
             count += 1
-        record = finish_epoch(run)
+        record = run.finish_epoch()
         if count > from_step:
             watcher.epoch(record)
     return watcher
@@ -371,8 +370,7 @@ def test_bad_input_of_the_command_is_exit_status_2(tmp_path: Path, capsys: pytes
 def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, data = prepare_data(configure("smoke", limit=60, epochs=1, batch_size=30, device="cpu"))
     run = build_run(config, data)
-    for _ in train_epochs(run):
-        pass
+    watched(run)
     folder = RunFolder.open(tmp_path / "run")
     folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
     folder_lock.release(folder.path)

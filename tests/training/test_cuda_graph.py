@@ -155,11 +155,13 @@ def test_a_resumed_run_ends_with_the_same_bits(ordered_sums: None, tmp_path: Pat
 def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
     run = small_run()
     watcher = doctor.Watcher(doctor.Pipeline.of_run(run))
-    for record in pipeline.train_epochs(run, watcher.step):
-        watcher.epoch(record)
+    for epoch in range(run.config.epochs):
+        for step in run.steps():
+            watcher.step(epoch, step)
+        watcher.epoch(run.finish_epoch())
     report = watcher.report()
-    assert isinstance(run.step, GraphedStep)
-    assert run.step._recordings
+    assert isinstance(run.step_fn, GraphedStep)
+    assert run.step_fn._recordings
     assert not report.failed, report.text(passed=False)
 
 
@@ -218,6 +220,6 @@ def test_hooks_run_in_every_step(refused: list[object], plain: tuple[nn.Module, 
 def test_only_a_cuda_device_records() -> None:
     config = configure("smoke", data="digits", device="cpu", limit=48)
     run = pipeline.build_run(*pipeline.prepare_data(config))
-    assert run.step is None
-    assert isinstance(replace(run, device=CUDA).step, GraphedStep), "the notebook builds its run by hand"
+    assert run.step_fn is None
+    assert isinstance(replace(run, device=CUDA).step_fn, GraphedStep), "the notebook builds its run by hand"
     assert not torch.are_deterministic_algorithms_enabled()
