@@ -4,9 +4,10 @@
 
 One line per epoch on stdout, then the compression table and the verdict; progress and notices on stderr. The output
 folder gets four figures, history.csv, run.json and checkpoint.pt (and checkpoint.previous.pt, the one before it).
-With --doctor the run is examined before, while and after it trains; the findings are told and go into run.json.
-Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could not go on;
-130 interrupted, 143 terminated (checkpoint, history and figures kept: --resume goes on, with the same result).
+With --doctor the run is examined before, while and after it trains; the findings are printed and written to run.json.
+Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could not
+continue; 130 interrupted, 143 terminated (checkpoint, history and figures kept: --resume continues, with the same
+result).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from experiments.doctor import Examination
 from experiments.notebook import TerminalProgress
 from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
 from src.data import steps_per_epoch
+from src.quantizer import check_range
 from src.runs import CHECKPOINT, RunFolder
 from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
@@ -58,51 +60,45 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     folder_lock.check_free(options.output)
     if options.resume:
         RunFolder(Path(options.output)).check_resumable()
-    if options.checkpoint_every is not None and options.checkpoint_every < 1:
-        raise ConfigError(f"--checkpoint-every {options.checkpoint_every}: need a whole number of steps, at least 1")
+    every = options.checkpoint_every
+    if every is not None:
+        check_range("--checkpoint-every", every, 1, remedy="it counts steps", error=ConfigError)
     config, data = pipeline.prepare_data(config, log_info)
     run = pipeline.build_run(config, data)
     loop = pipeline.TrainingLoop.open(
-        run,
-        options.output,
-        resume=options.resume,
-        checkpoint_every=options.checkpoint_every,
-        notify=log_info,
-        resume_hint=RESUME_HINT,
+        run, options.output, resume=options.resume, checkpoint_every=every, notify=log_info, resume_hint=RESUME_HINT
     )
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
     examination = Examination(run, log_info) if options.doctor else None
     if examination:
         examination.begin()
-    progress = TerminalProgress()
-    steps = steps_per_epoch(data, config.batch_size)
-    progress.start(config.epochs, steps, len(run.history), run.means.steps)
     try:
-        _train(loop, progress, examination)
+        _train(loop, examination)
     except KeyboardInterrupt as stopped:
         if run.history.records:
             pipeline.save_figures(run, loop.folder)
         return _status(stopped)
     except TrainingError as error:
         return fail(f"{error}; {loop.kept}")
+    complete = f"the training is complete and kept in {loop.folder.path}"
     try:
         return _conclude(run, loop.folder, examination)
     except KeyboardInterrupt:
-        log_info(
-            f"the training is complete and kept in {loop.folder.path}; {RESUME_HINT} with its evaluation and figures"
-        )
+        log_info(f"{complete}; {RESUME_HINT} with its evaluation and figures")
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        kept = f"the training is complete and kept in {loop.folder.path}"
-        return fail(f"the memory does not hold the evaluation; {kept}; end other programs, and {RESUME_HINT} with it")
+        advice = f"end other programs, and {RESUME_HINT} with it"
+        return fail(f"the memory does not hold the evaluation; {complete}; {advice}")
 
 
-def _train(loop: pipeline.TrainingLoop, progress: TerminalProgress, examination: Examination | None) -> None:
+def _train(loop: pipeline.TrainingLoop, examination: Examination | None) -> None:
     """Train the epochs that are left; a line on stdout for each."""
-    epochs, ended = loop.run.config.epochs, "stopped"
+    run, progress, ended = loop.run, TerminalProgress(), "stopped"
+    epochs, steps = run.config.epochs, steps_per_epoch(run.data, run.config.batch_size)
+    progress.start(epochs, steps, len(run.history), run.means.steps)
     try:
         with loop:
             for epoch in loop.epochs():
@@ -159,26 +155,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Train with the learnable dead-zone quantizer, evaluate the compression, and judge the run.",
         epilog="Ctrl-C and SIGTERM let the running step finish and write a checkpoint; a second Ctrl-C ends at once. "
         "Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could "
-        "not go on (not a number, memory or disk full), 130 interrupted, 143 terminated.",
+        "not continue (not a number, memory or disk full), 130 interrupted, 143 terminated.",
     )
     parser.add_argument("--preset", default="debug", help=f"one of {', '.join(PRESETS)} (default: debug)")
     parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
     parser.add_argument("--data-root", default="data", help="where CIFAR-10 is or will be (default: data)")
     parser.add_argument("--epochs", type=int, help="epochs to train (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: the preset's)")
-    parser.add_argument("--limit", type=int, help="at most so many training and test images (default: all)")
+    parser.add_argument("--limit", type=int, help="use at most this many training and test images (default: all)")
     parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    parser.add_argument(
-        "--doctor", action="store_true", help="examine the run check by check, and log_info what is broken"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and name what is broken")
     parser.add_argument(
         "--checkpoint-every",
         type=int,
         metavar="STEPS",
-        help="write a checkpoint every so many steps, too (default: after each epoch, and when interrupted)",
+        help="write a checkpoint also after this many steps (default: after each epoch, and when interrupted)",
     )
     return parser
 

@@ -28,6 +28,7 @@ from src import runs, training
 from src.data import ImageData, load_data, steps_per_epoch
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder
+from src.storage import Notify
 from src.training import History, keep_freed_memory, repeatable
 from utils_quantization import attach_weight_quantizers, quantized_layers
 
