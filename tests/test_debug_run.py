@@ -275,7 +275,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--limit", "9"], "limit=9: need a whole number from 10 (one image a class)"),
     (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
     (["--resume"], "there is no checkpoint at"),
-    (["--checkpoint-every", "0"], "--checkpoint-every 0: need a whole number of steps, at least 1"),
+    (["--checkpoint-every", "0"], "--checkpoint-every=0: need 1 or more, a whole number; it counts steps"),
 ]
 
 

@@ -114,7 +114,7 @@ def train_unbroken(folder: Path) -> Unbroken:
 def open_loop(data: ImageData, folder: Path, report: Callable[[str], None], resume: bool = False) -> TrainingLoop:
     """The training loop of a new run. A resumed one starts from other weights and other states of the generators."""
     run = build_run(data, disturbed=resume)
-    return TrainingLoop.open(run, folder, resume=resume, checkpoint_every=EVERY, report=report)
+    return TrainingLoop.open(run, folder, resume=resume, checkpoint_every=EVERY, notify=report)
 
 
 def build_run(data: ImageData, disturbed: bool = False) -> Run:
