@@ -18,7 +18,7 @@ import sys
 import time
 
 from experiments import OPENMP
-from experiments.pipeline import at_least, build_run, configure, prepare_data, steps_left
+from experiments.pipeline import at_least, build_run, configure, prepare_data
 
 SETTINGS = ["default", "OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=0", "GOMP_SPINCOUNT=10000", "OMP_NUM_THREADS=1"]
 WARM_UP = 5  # of the 29 steps of an epoch
@@ -30,7 +30,7 @@ CHILD = "import torch; from experiments.benchmarks.threads import measure; measu
 def measure() -> None:
     """Print the seconds per step and the sum of the losses of an epoch without its first steps, as JSON."""
     run = build_run(*prepare_data(configure("smoke", data="digits", device="cpu", delay=0)))
-    steps = steps_left(run)
+    steps = run.steps()
     for _ in range(WARM_UP):
         next(steps)
     start = time.perf_counter()

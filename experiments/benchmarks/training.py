@@ -73,7 +73,7 @@ def full(config: RunConfig, data: ImageData, device: torch.device) -> Take:
             # every step with the penalty on, as most of a run is, and with rates that never fall
             settings |= {"epochs": epoch + 1, "coefficient": config.peak, "lr_lambda": lambda done: 1.0}
             yield from training.train_epoch(
-                run.model, run.optimizer, run.data, run.objective, step=run.step, **settings
+                run.model, run.optimizer, run.data, run.objective, step=run.step_fn, **settings
             )
 
     endless = steps()
