@@ -166,7 +166,7 @@ def test_what_the_doctor_finds_is_exit_status_1(tmp_path: Path, monkeypatch: Pat
     assert found["likely_causes"][0]["key"] == "partial-test-set"
     assert len(found["findings"]) > 40
     assert run_command(folder, "--resume", "--doctor") == 1
-    assert "what it was before training is not examined again" in capsys.readouterr().err
+    assert "its state before training is not examined again" in capsys.readouterr().err
 
 
 # --- a run that is stopped

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from experiments.pipeline import TrainingLoop
-from experiments.pipeline.loop import train_epochs
 from src.data import ImageData, load_data
 from src.runs import RunError, Snapshots
 from src.training import Step, TrainingError
@@ -177,10 +176,10 @@ def test_the_gradient_that_backward_reaches_first_is_named(data: ImageData) -> N
     run = build_run(data)
     run.model.layer2.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("nan"),))
     with pytest.raises(TrainingError, match=r"a gradient is not finite .*: gradient of layer1\.0\.bn2\.bias"):
-        list(train_epochs(run))
+        list(run.steps())
 
 
 def test_an_input_that_is_not_finite_is_named(data: ImageData) -> None:
     run = build_run(replace(data, mean=(0.1, float("nan"), 0.1)))
     with pytest.raises(TrainingError, match=r"loss is nan at epoch 1, step 1 .*: input: 15 of 15 images of the batch"):
-        list(train_epochs(run))
+        list(run.steps())
