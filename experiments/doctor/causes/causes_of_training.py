@@ -34,7 +34,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "penalty-groups-shifted": (
         "the penalty's groups are shifted against the channels they should hold.",
-        "take the groups from src/channels.py; option A's shortcut shifts channels by planes / 4 and nothing else does",
+        "take the groups from src/pruning; option A's shortcut shifts channels by planes / 4 and nothing else does",
     ),
     "penalty-ignores-shortcut": (
         "the penalty's groups ignore the shortcut: channels that are added are not tied together.",
