@@ -98,24 +98,25 @@ def load_checkpoint(
     RunError where neither can be read, and for another version, which the one before it is of, too.
     """
     path = Path(path)
-    try:
+    places = [path, path.with_name(CHECKPOINT_BEFORE)] if path.name == CHECKPOINT else [path]
+    existing = [place for place in places if place.exists()]
+    if not existing:
+        raise RunError(f"there is no checkpoint at {str(path)!r} to resume from; run without --resume first")
+    errors = []
+    for place in existing:
         try:
-            return _read(path, device)
+            state = _read(place, device)
         except (DamagedFileError, OSError) as error:
-            before = path.with_name(CHECKPOINT_BEFORE)
-            if path.name != CHECKPOINT or not before.exists():
-                raise
-            try:
-                state = _read(before, device)
-            except (DamagedFileError, OSError) as second:
-                raise DamagedFileError(f"{error}; {CHECKPOINT_BEFORE} cannot be read either") from second
-        notice = f"NOTICE: {CHECKPOINT} is missing or damaged; reading {CHECKPOINT_BEFORE}, the one before it"
-        (notify or warnings.warn)(notice)
+            errors.append(str(error))
+            continue
+        except StorageError as error:
+            raise RunError(f"the checkpoint cannot be read: {error}; start without --resume") from error
+        if place != path:
+            (notify or warnings.warn)(
+                f"NOTICE: {CHECKPOINT} is missing or damaged; reading {CHECKPOINT_BEFORE}, the one before it"
+            )
         return state
-    except FileNotFoundError as error:
-        raise RunError(f"there is no checkpoint at {str(path)!r} to resume from; run without --resume first") from error
-    except (StorageError, OSError) as error:
-        raise RunError(f"the checkpoint cannot be read: {error}; start without --resume") from error
+    raise RunError(f"the checkpoint cannot be read: {', and '.join(errors)}; start without --resume")
 
 
 def restore(
@@ -134,7 +135,12 @@ def restore(
     """
     try:
         _check_config(state["config"], config)
-        _check_data(str(state.get("data_digest", "")), data_digest)
+        trained_on = str(state.get("data_digest", ""))
+        if trained_on and data_digest and trained_on != data_digest:
+            raise RunError(
+                f"the checkpoint was trained on other images or labels (digest {trained_on[:12]} then, "
+                f"{data_digest[:12]} now); put the data back as it was, or start without --resume"
+            )
         check_model_state(model, state["model"])
         _check_optimizer(optimizer, state)
         unfinished = state["unfinished"]
@@ -203,8 +209,8 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise StorageError(f"{str(path)!r} is incomplete: no {', '.join(absent)} in it")
     try:
         state: dict[str, Any] = _with_tensors(description, placed)
-        state["optimizer"]["state"] = {int(key): moments for key, moments in state["optimizer"]["state"].items()}
-    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        state["optimizer"]["state"] = {int(key): dict(moments) for key, moments in state["optimizer"]["state"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{str(path)!r} holds something else than a checkpoint ({error!r:.200})") from error
     return state
 
@@ -223,32 +229,16 @@ def _check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _check_data(before: str, now: str) -> None:
-    if before and now and before != now:
-        raise RunError(
-            f"the checkpoint was trained on other images or labels (digest {before[:12]} then, {now[:12]} now); "
-            "put the data back as it was, or start without --resume"
-        )
-
-
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise RunError for the state of an optimizer of another class, with other groups, or of other parameters."""
-    saved = state["optimizer"]
-    groups = [
+    """Raise RunError for the state of an optimizer of another class or with other groups of parameters."""
+    own, saved = (
         [(group.get("name"), group["params"]) for group in held["param_groups"]]
-        for held in (optimizer.state_dict(), saved)
-    ]
-    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
-    odd = [
-        f"{name} of parameter {number}"
-        for number, moments in saved["state"].items()
-        for name, moment in moments.items()
-        if isinstance(moment, Tensor) and number < len(shapes) and moment.shape not in (shapes[number], torch.Size())
-    ]
-    if state["optimizer_class"] != type(optimizer).__name__ or groups[0] != groups[1] or odd:
+        for held in (optimizer.state_dict(), state["optimizer"])
+    )
+    if state["optimizer_class"] != type(optimizer).__name__ or own != saved:
         raise RunError(
-            "the checkpoint is of another optimizer, or of other parameters"
-            f"{f' ({odd[0]})' if odd else ''}; build the same one, or start without --resume"
+            "the checkpoint is of another optimizer, or of other parameters; build the same one, or start without "
+            "--resume"
         )
 
 

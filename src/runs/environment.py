@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from contextlib import suppress
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,13 @@ import torch
 LIBRARIES = ("torch", "torchvision", "numpy", "matplotlib", "seaborn", "ipywidgets", "nbclient", "scikit-learn")
 
 
-@lru_cache(maxsize=1)  # it reads files, and every checkpoint asks
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Python and the libraries that shape a result, by name."""
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
         with suppress(PackageNotFoundError):
             found[library] = version(library)
     return found
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that shape a result, by name."""
-    return dict(_versions())
 
 
 def machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
@@ -39,7 +33,6 @@ def machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=8)
 def _device_name(device: torch.device) -> str:
     """The maker's name of the device, where the system knows it."""
     if device.type == "cuda":

@@ -16,16 +16,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from src.quantizer import LARGEST_BITS, MIN_BITS, weight_ranges
 from src.storage import check_arrays, container_bytes, read_container, save_arrays
-from utils_quantization import latent_weight, quantized_layers, quantizer_of, shared_quantized_weights
+from src.training import layer_records
+from utils_quantization import latent_weight, quantized_layers
 
 SNAPSHOTS = "snapshots.npz"
 INNER_BINS = 121  # odd: the middle one is centred on 0
@@ -35,7 +36,7 @@ EDGES: NDArray[np.float64] = np.linspace(-REACH, REACH, INNER_BINS + 1)
 MOST_BYTES = 1_800_000
 BYTES_PER_LAYER = 130  # of one layer in one snapshot, compressed; measured 110 on ResNets
 # Attributes of LayerSnapshot that are one number a layer, (E, L) in the file, and their types there.
-COLUMNS = {"range": "<f4", "dead_zone": "<f4", "bits": "|u1", "sparsity": "<f8"}
+COLUMNS = {"range": "<f4", "dead_zone": "<f8", "bits": "|u1", "sparsity": "<f8"}
 
 
 class SnapshotError(ValueError):
@@ -110,7 +111,7 @@ class Snapshots:
                 "hand over the names that attaching the quantizers returned"
             )
         self.cut(epoch - 1)
-        self._rows[epoch] = _measure(layers, epoch)
+        self._rows[epoch] = _measure(model, epoch)
         self._thin_out()
 
     def view(self, layer: str, epoch: int) -> LayerSnapshot:
@@ -195,11 +196,11 @@ class Snapshots:
         if not epochs:
             return found
         shape = (len(epochs), len(layers))
-        if epochs != sorted(set(epochs)) or len(epochs) > found.most_kept or len(channels) != len(layers):
+        if epochs != sorted(set(epochs)) or len(channels) != len(layers):
             raise ValueError(f"{len(epochs)} epochs, or not in order; {len(channels)} channels, {len(layers)} layers")
-        columns: dict[str, tuple[str, tuple[int | None, ...]]] = {name: (kind, shape) for name, kind in COLUMNS.items()}
-        dead = ("|u1", (len(epochs), -(-sum(channels) // 8)))
-        check_arrays(arrays, {**columns, "counts": ("|u1", (None,)), "dead": dead})
+        needed: dict[str, tuple[str, tuple[int | None, ...]]] = {name: (kind, shape) for name, kind in COLUMNS.items()}
+        needed |= {"counts": ("|u1", (None,)), "dead": ("|u1", (len(epochs), -(-sum(channels) // 8)))}
+        check_arrays(arrays, needed)
         planes_shape = (4, *shape, INNER_BINS + 2)
         unpacked = zlib.decompressobj().decompress(arrays["counts"].tobytes(), int(np.prod(planes_shape)) + 1)
         planes = np.moveaxis(np.frombuffer(unpacked, dtype=np.uint8).reshape(planes_shape), 0, -1)
@@ -222,32 +223,26 @@ class Snapshots:
         return found
 
 
-def _measure(layers: dict[str, nn.Module], epoch: int) -> list[LayerSnapshot]:
-    latent = [latent_weight(layer).detach().float() for layer in layers.values()]
+def _measure(model: nn.Module, epoch: int) -> list[LayerSnapshot]:
+    latent = [latent_weight(layer).detach().float() for layer in quantized_layers(model).values()]
     ranges = weight_ranges(latent)
-    scale = torch.where(ranges > 0, ranges, torch.ones_like(ranges))
-    places = []
-    for number, w in enumerate(latent):
-        share = torch.nan_to_num(w.flatten() / scale[number], nan=2 * REACH)
+    bins = []
+    for w, scale in zip(latent, torch.where(ranges > 0, ranges, torch.ones_like(ranges)), strict=True):
+        share = torch.nan_to_num(w.flatten() / scale, nan=2 * REACH)
         inner = torch.floor((share + REACH) * (INNER_BINS / (2 * REACH))).clamp(-1, INNER_BINS)
-        places.append(inner.long() + 1 + number * (INNER_BINS + 2))
-    counts = torch.bincount(torch.cat(places), minlength=len(latent) * (INNER_BINS + 2)).view(len(latent), -1)
-    together = nn.ModuleList(layers.values())
-    with shared_quantized_weights(together):
-        zero = [cast(Tensor, layer.weight).flatten(1) == 0 for layer in together]
-    quantizers = [cast(Any, quantizer_of(layer)) for layer in layers.values()]
-    share = torch.stack([quantizer.dead_zone_share() for quantizer in quantizers]).float()
-    columns = zip(
-        layers,
-        counts.cpu().numpy(),
-        ranges.float().tolist(),
-        (2 * ranges * share).float().tolist(),
-        torch.stack([quantizer.get_bitwidth() for quantizer in quantizers]).int().tolist(),
-        torch.stack([z.sum() for z in zero]).tolist(),
-        torch.cat([z.all(1) for z in zero]).cpu().split([len(z) for z in zero]),
-        strict=True,
-    )
+        bins.append(torch.bincount(inner.long() + 1, minlength=INNER_BINS + 2))
     return [
-        LayerSnapshot(name, epoch, seen, range_, zone, bits, zeros / int(seen.sum()), dead.numpy())
-        for name, seen, range_, zone, bits, zeros, dead in columns
+        LayerSnapshot(
+            name=record.name,
+            epoch=epoch,
+            counts=counts,
+            range=range_,
+            dead_zone=2 * range_ * record.dead_zone,
+            bits=int(record.bits),
+            sparsity=record.sparsity,
+            dead=np.array(record.dead),
+        )
+        for record, counts, range_ in zip(
+            layer_records(model), torch.stack(bins).cpu().numpy(), ranges.float().tolist(), strict=True
+        )
     ]

@@ -61,7 +61,7 @@ def container_bytes(kind: str, description: Mapping[str, Any], body: bytes) -> b
         text = zlib.compress(text, 9)
     fields = (MARK, VERSION, kind.encode(), len(text), len(body))
     head = _HEADER.pack(*fields, bytes(32))[:-32]
-    return head + hashlib.sha256(head + text + body).digest() + text + body
+    return b"".join((head, _digest(head, text, body), text, body))
 
 
 def read_container(
@@ -75,17 +75,12 @@ def read_container(
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
         _check_mark(path, kind, head)
-        actual = os.fstat(file.fileno()).st_size
-        if len(head) < _HEADER.size:
-            raise _damaged(path, f"it has {actual} bytes, and needs at least {_HEADER.size}")
-        _, version, found, text_bytes, body_bytes, digest = _HEADER.unpack(head)
-        if actual != _HEADER.size + text_bytes + body_bytes:
-            raise _damaged(path, f"it has {actual:,} bytes, its header says {_HEADER.size + text_bytes + body_bytes:,}")
+        _, version, found, text_bytes, body_bytes, digest = _HEADER.unpack(head.ljust(_HEADER.size, b"\0"))
+        actual, claimed = os.fstat(file.fileno()).st_size, _HEADER.size + text_bytes + body_bytes
+        if actual != claimed:
+            raise _damaged(path, f"it has {actual:,} bytes, its header says {claimed:,}")
         text, body = file.read(text_bytes), file.read(body_bytes)
-    sha = hashlib.sha256(head[:-32])
-    sha.update(text)
-    sha.update(body)
-    if sha.digest() != digest:
+    if _digest(head[:-32], text, body) != digest:
         raise _damaged(path, "its checksum does not fit its contents")
     if version != VERSION:
         raise StorageError(f"{str(path)!r} has format version {version}, this version of the project reads {VERSION}")
@@ -107,6 +102,13 @@ def check_arrays(arrays: Arrays, needed: Mapping[str, tuple[str, tuple[int | Non
         fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
         if found.dtype != np.dtype(kind) or not fits:
             raise StorageError(f"tensor {name!r} is {found.dtype} {found.shape}, need {np.dtype(kind)} {shape}")
+
+
+def _digest(*parts: bytes) -> bytes:
+    sha = hashlib.sha256()
+    for part in parts:  # one by one: joined, they would take their memory twice
+        sha.update(part)
+    return sha.digest()
 
 
 def _check_mark(path: str | Path, kind: str, head: bytes) -> None:

@@ -156,7 +156,7 @@ def test_the_file_of_a_long_run_of_the_largest_network_stays_below_two_megabytes
 
 FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "epochs in no order": lambda d, a: d.update(epochs=[1, 0]),
-    "more epochs than are kept": lambda d, a: d.update(epochs=list(range(600))),
+    "epochs that are not there": lambda d, a: d.update(epochs=list(range(600))),
     "a layer twice as wide": lambda d, a: d["channels"].append(8),
     "channels that are not there": lambda d, a: d.update(channels=[3 * 10**7] * 6),
     "channels below zero": lambda d, a: d.update(channels=[-8, *d["channels"][1:-1], d["channels"][-1] + 10]),
