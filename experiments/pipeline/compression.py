@@ -79,37 +79,24 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     model = run.model.eval()
     network = compact(model)
     report = pack(model, path, force=True)
-    read_back = unpack(path).to(run.device)
-    sample, _ = next(test_batches(run.data, 64))
-    trained = {"quantized": model, "compacted": network, "packed": read_back}
-    dense_name = "FP32 at the start"
-    speed = relative_times({dense_name: baseline.eval(), **trained}, sample)
-    predictions = {name: predict(net, run.data)[0] for name, net in trained.items()}
-    accuracy = {name: int((found == run.data.test_labels).sum()) / len(found) for name, found in predictions.items()}
+    trained = {"quantized": model, "compacted": network, "packed": unpack(path).to(run.device)}
+    speed = relative_times({"FP32 at the start": baseline.eval(), **trained}, next(test_batches(run.data, 64))[0])
+    predictions = [predict(each, run.data)[0] for each in trained.values()]
     dense = QuantizationComparison().set_baseline(baseline)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
-    removed, nonzero_bops = result.structured_stats, result.unstructured_stats.total_bops
-    costs = {
-        dense_name: (baseline, dense, math.nan, report.fp32_state_bytes),
-        "quantized": (baseline, in_place, nonzero_bops, report.fp32_state_bytes),
-        "compacted": (network, removed, math.nan, report.compact_state_bytes),
-        "packed": (read_back, removed, math.nan, report.file_bytes),
+    costs = [dense, in_place, result.structured_stats, result.structured_stats]
+    columns = {
+        "parameters": [_parameters(each) for each in (baseline, baseline, network, trained["packed"])],
+        "MACs": [cost.total_macs for cost in costs],
+        "BOPs, channels": [cost.total_bops for cost in costs],
+        "BOPs, non-zero": [math.nan, result.unstructured_stats.total_bops, math.nan, math.nan],
+        "bytes": [report.fp32_state_bytes, report.fp32_state_bytes, report.compact_state_bytes, report.file_bytes],
+        "accuracy": [math.nan, *(int((found == run.data.test_labels).sum()) / len(found) for found in predictions)],
+        "time / FP32's": list(speed.values()),
     }
-    stages = {
-        name: {
-            "parameters": sum(parameter.numel() for parameter in net.parameters()),
-            "MACs": stats.total_macs,
-            "BOPs, channels": stats.total_bops,
-            "BOPs, non-zero": nonzero,
-            "bytes": size,
-            "accuracy": accuracy.get(name, math.nan),
-            "time / FP32's": speed[name],
-        }
-        for name, (net, stats, nonzero, size) in costs.items()
-    }
-    same = all(torch.equal(found, predictions["quantized"]) for found in predictions.values())
-    table = pd.DataFrame.from_dict(stages, orient="index")
-    return Compression(table, network, report, differences(model, network, run), same)
+    same = all(torch.equal(found, predictions[0]) for found in predictions)
+    stages = pd.DataFrame(columns, index=list(speed))
+    return Compression(stages, network, report, differences(model, network, run), same)
 
 
 @torch.no_grad()
@@ -167,3 +154,7 @@ def _ratio(figures: Mapping[str, Any]) -> str:
 
 def _giga(number: float) -> str:
     return f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -14,23 +14,10 @@ import torch
 from torch import nn
 
 from experiments.pipeline.config import RunConfig
+from src import training
 from src.data import ImageData
 from src.runs import RunProgress, Snapshots
-from src.training import (
-    EpochMeans,
-    EpochRecord,
-    GraphedStep,
-    History,
-    Interrupted,
-    Objective,
-    Step,
-    StepFunction,
-    TrainingError,
-    batch_size_advice,
-    is_out_of_memory,
-    measure_epoch,
-    train_epoch,
-)
+from src.training import EpochMeans, EpochRecord, GraphedStep, History, Interrupted, Objective, Step, StepFunction
 
 
 def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
@@ -106,7 +93,7 @@ class Run:
         self.is_consistent = False
         try:
             with self._explained_out_of_memory():
-                for step in train_epoch(self.model, self.optimizer, self.data, self.objective, **settings):
+                for step in training.train_epoch(self.model, self.optimizer, self.data, self.objective, **settings):
                     now = time.perf_counter()
                     self.means.add(step)
                     self.seconds, began, self.is_consistent = self.seconds + now - began, now, True
@@ -124,7 +111,7 @@ class Run:
         """
         epoch = len(self.history)
         with self._explained_out_of_memory():
-            record = measure_epoch(
+            record = training.measure_epoch(
                 self.model,
                 self.optimizer,
                 self.data,
@@ -144,8 +131,9 @@ class Run:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not training.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
             shape = tuple(self.data.train_images.shape[1:])
-            raise TrainingError(batch_size_advice(self.config.batch_size, self.model, shape, self.precision)) from error
+            advice = training.batch_size_advice(self.config.batch_size, self.model, shape, self.precision)
+            raise training.TrainingError(advice) from error
