@@ -32,16 +32,16 @@ def batch(count: int, seed: int) -> bytes:
 
 
 def packed(files: dict[str, bytes], extra: tuple[tarfile.TarInfo, ...] = ()) -> bytes:
-    """A tar.gz of the files in the official folder, after the members in `extra`."""
+    """A tar.gz of the files in the official folder, and then the empty members in `extra`."""
     out = io.BytesIO()
     # Without the time of day, so that every process makes the same bytes.
     with gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w:") as tar:
-        for info in extra:
-            tar.addfile(info, io.BytesIO(b"x" * info.size))
         for name, payload in files.items():
             info = tarfile.TarInfo(f"{cifar10.FOLDER}/{name}")
             info.size = len(payload)
             tar.addfile(info, io.BytesIO(payload))
+        for info in extra:
+            tar.addfile(info)
     return out.getvalue()
 
 
