@@ -236,7 +236,7 @@ Node = tuple[str, list[str], dict[str, Any]]  # kind, inputs, attributes
 
 
 def _conv(graph: _Graph, operation: Operation, inputs: list[str], output: str) -> Node:
-    padding, kernel, dilation = (operation[name] for name in ("padding", "kernel", "dilation"))
+    padding, kernel, dilation = (operation[name] for name in ("padding", "kernel_size", "dilation"))
     pads = [*padding, *padding]
     if padding == "same":
         spare = [step * (side - 1) for step, side in zip(dilation, kernel, strict=True)]
@@ -267,9 +267,9 @@ def _shift(graph: _Graph, operation: Operation, inputs: list[str], output: str) 
 
 def _pool(graph: _Graph, operation: Operation, inputs: list[str], output: str) -> Node:
     kind = "AveragePool" if operation["average"] else "MaxPool"
-    if operation["kernel"] is None:
+    if operation["kernel_size"] is None:
         return f"Global{kind}", inputs, {}
-    return kind, inputs, {"kernel_shape": [operation["kernel"]] * 2, "strides": [operation["stride"]] * 2}
+    return kind, inputs, {"kernel_shape": [operation["kernel_size"]] * 2, "strides": [operation["stride"]] * 2}
 
 
 def _stride(graph: _Graph, operation: Operation, inputs: list[str], output: str) -> Node:

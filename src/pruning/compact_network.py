@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from src.pruning.operations import INPUT_SIZE, MAX_CHANNELS, OPERATIONS, Operation, Shape
 from src.quantizer import check_range
 
-FORMAT = 1
+FORMAT = 2
 MAX_OPERATIONS = 10_000
 MAX_VALUES = 2**28  # numbers in one operation's result, for one image
 
@@ -44,10 +44,11 @@ class CompactNetwork(nn.Module):
         self._operations: list[Operation] = self.description["steps"]
         self._module_names: dict[int, str] = {}
         for number, operation in enumerate(self._operations, start=1):
-            build = OPERATIONS[operation["op"]].module
-            if build is not None:
+            kind = OPERATIONS[operation["op"]]
+            if kind.layer is not None:
                 name = operation.get("name", f"_{operation['op']}_{number}")
-                _place(self, name, build(operation, shapes[operation["inputs"][0]][0]))
+                fields = {field: operation[field] for field in kind.fields if field != "name"}
+                _place(self, name, kind.layer(shapes[operation["inputs"][0]][0], **fields, device="meta"))
                 self._module_names[number] = name
         # activations are large and most are read once: each goes after the operation that reads it last
         self._last_use = {value: number for number, each in enumerate(self._operations, 1) for value in each["inputs"]}

@@ -161,8 +161,8 @@ class _Writer:
         self.state[f"{layer.name}.weight"] = weight.contiguous()
         if bias is not None:
             self.state[f"{layer.name}.bias"] = bias
-        fields = {"name": layer.name, "out": len(layer.kept_out), **op.settings, "bias": bias is not None}
-        return self._describe(op.kind, value, **fields)
+        width = {"out_channels" if op.kind == "conv" else "out_features": len(layer.kept_out)}
+        return self._describe(op.kind, value, name=layer.name, **width, **op.settings, bias=bias is not None)
 
     def _add(self, op: Op) -> int:
         """Each branch is put where its channels belong; what its constant channels add becomes one shift."""

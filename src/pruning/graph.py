@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from src.pruning.operations import OPERATIONS
+from src.pruning.operations import settings_of
 from utils_quantization import eval_mode
 
 LAYERS = ("conv", "linear")
@@ -149,17 +149,17 @@ def _recognised(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, S
 
 def _module_kind(module: nn.Module) -> tuple[str, Settings] | None:
     if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-        return "conv", OPERATIONS["conv"].read(module)
+        return "conv", settings_of("conv", module)
     if isinstance(module, nn.Linear):
         return "linear", {}
     if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-        return "batchnorm", OPERATIONS["batchnorm"].read(module)
+        return "batchnorm", settings_of("batchnorm", module)
     if isinstance(module, nn.ReLU):
         return "relu", {}
     if isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)):
         return "pass", {}
     if isinstance(module, nn.AdaptiveAvgPool2d) and _one(module.output_size) == 1:
-        return "pool", {"average": True, "kernel": None, "stride": None}
+        return "pool", {"average": True, "kernel_size": None, "stride": None}
     if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
         return _pooling(vars(module), isinstance(module, nn.AvgPool2d))
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
@@ -177,7 +177,7 @@ def _function_kind(node: fx.Node) -> tuple[str, Settings] | None:
         if arguments[0] is not arguments[1] and shapes[0] == shapes[1] is not None:
             return "add", {}
     if target is F.adaptive_avg_pool2d and _one(given.get(1, given.get("output_size"))) == 1:
-        return "pool", {"average": True, "kernel": None, "stride": None}
+        return "pool", {"average": True, "kernel_size": None, "stride": None}
     if target in (torch.flatten, "flatten") and arguments[1:] in ((1,), (1, -1)) and not node.kwargs:
         return "flatten", {}
     if target in ("view", "reshape", torch.reshape):
@@ -226,7 +226,7 @@ def _pooling(given: Mapping[str, Any], average: bool) -> tuple[str, Settings] | 
     unusual = any(given.get(name) for name in ("ceil_mode", "divisor_override", "return_indices"))
     if kernel is None or stride is None or not plain or unusual:
         return None
-    return "pool", {"average": average, "kernel": kernel, "stride": stride}
+    return "pool", {"average": average, "kernel_size": kernel, "stride": stride}
 
 
 def _stride(index: Any) -> tuple[str, Settings] | None:

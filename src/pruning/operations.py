@@ -7,15 +7,15 @@ adds what operations 3 and 7 gave.
     conv, linear, batchnorm   nn.Conv2d, nn.Linear, nn.BatchNorm2d
     shift                     x + one learnable constant per channel
     relu, add, flatten        as named
-    pool                      average or maximum; kernel null: over all pixels
+    pool                      average or maximum; kernel_size null: over all pixels
     stride                    every step-th row and column
     select                    channel j is input channel channels[j], zeros for -1
     fill                      (N, *size) of one number, 0 or 1
     join                      the channels of its two inputs, one after the other
 
-A row of the table says which fields an operation has and what they may hold, which fields a module of the original
-network gives, the shape of the result, and how torch computes it. The traced graph (src/pruning/graph.py) uses the same
-names and fields; src/export/onnx_file.py has an ONNX writer for every row.
+A row of the table says which fields an operation has and what they may hold, the shape of its result, and how torch
+computes it. Fields of layers have the names of torch's own arguments. The traced graph (src/pruning/graph.py) uses the
+same names and fields; src/export/onnx_file.py has an ONNX writer for every row.
 
 `fill` reads no value, but is given the image, which says how many there are, and where.
 
@@ -53,8 +53,7 @@ class OperationType:
     inputs: how many values it reads. dimensions: of which kind: 3 for (C, H, W), 1 for features, None for both.
     shape: operation, shapes of its inputs -> shape of its result. Raises ValueError where they do not fit.
     run: operation, inputs -> result, for an operation without a module of its own.
-    module: operation, input channels -> the module that computes it, on the "meta" device, for all others.
-    read: module of the original network -> the fields that it gives.
+    layer: class of the module that computes it, for all others, made of the input channels and the fields.
     """
 
     fields: Mapping[str, Check] = field(default_factory=dict)
@@ -62,16 +61,15 @@ class OperationType:
     dimensions: int | None = None
     shape: Callable[[Operation, list[Shape]], Shape] = lambda operation, sources: sources[0]
     run: Callable[..., Tensor] | None = None
-    module: Callable[[Operation, int], nn.Module] | None = None
-    read: Callable[[Any], dict[str, Any]] = lambda module: {}
+    layer: Callable[..., nn.Module] | None = None
 
 
 class Shift(nn.Module):
     """x + one learnable constant per channel: what removed channels added to those that stayed."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, device: str) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.empty(channels, device="meta"))
+        self.value = nn.Parameter(torch.empty(channels, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (N, C) -> the same shape."""
@@ -81,10 +79,11 @@ class Shift(nn.Module):
 class Select(nn.Module):
     """Channel j is input channel `channels[j]`, or zeros where that is -1. available: how many channels the input has.
 
-    The indices belong to the description: they follow the network to a device, and are not part of its state.
+    The indices belong to the description: they are there before the state is, follow the network to a device, and are
+    not part of its state.
     """
 
-    def __init__(self, channels: list[int], available: int) -> None:
+    def __init__(self, available: int, channels: list[int], device: str) -> None:
         super().__init__()
         self.padded = min(channels) < 0
         indices = torch.tensor([available if channel < 0 else channel for channel in channels])
@@ -127,12 +126,15 @@ def _path(name: str, value: Any) -> None:
 
 def _conv_shape(operation: Operation, sources: list[Shape]) -> Shape:
     _, *sides = sources[0]
-    kernel, stride, padding, dilation = (operation[name] for name in ("kernel", "stride", "padding", "dilation"))
+    kernel, stride, padding, dilation = (operation[name] for name in ("kernel_size", "stride", "padding", "dilation"))
     if padding == "same":
         if tuple(stride) != (1, 1):
             raise ValueError(f"padding='same' with stride {tuple(stride)}: need stride 1")
-        return (operation["out"], *sides)
-    return (operation["out"], *(_windows(sides[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)))
+        return (operation["out_channels"], *sides)
+    return (
+        operation["out_channels"],
+        *(_windows(sides[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)),
+    )
 
 
 def _windows(side: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> int:
@@ -142,17 +144,17 @@ def _windows(side: int, kernel: int, stride: int, padding: int = 0, dilation: in
 
 def _pool_shape(operation: Operation, sources: list[Shape]) -> Shape:
     channels, *sides = sources[0]
-    kernel, stride = operation["kernel"], operation["stride"]
+    kernel, stride = operation["kernel_size"], operation["stride"]
     if (kernel is None) != (stride is None):
-        raise ValueError(f"kernel={kernel} and stride={stride}: need two numbers, or null for both")
+        raise ValueError(f"kernel_size={kernel} and stride={stride}: need two numbers, or null for both")
     return (channels, *(1 if kernel is None else _windows(side, kernel, stride) for side in sides))
 
 
 def _pool(operation: Operation, x: Tensor) -> Tensor:
-    if operation["kernel"] is None:
+    if operation["kernel_size"] is None:
         return F.adaptive_avg_pool2d(x, 1) if operation["average"] else F.adaptive_max_pool2d(x, 1)
     pool = F.avg_pool2d if operation["average"] else F.max_pool2d
-    return pool(x, operation["kernel"], operation["stride"])
+    return pool(x, operation["kernel_size"], operation["stride"])
 
 
 def _add_shape(operation: Operation, sources: list[Shape]) -> Shape:
@@ -179,57 +181,49 @@ def _fill_shape(operation: Operation, sources: list[Shape]) -> Shape:
     return tuple(operation["size"])
 
 
-def _conv(operation: Operation, channels: int) -> nn.Module:
-    kernel, stride, dilation = (tuple(operation[name]) for name in ("kernel", "stride", "dilation"))
-    padding = operation["padding"] if operation["padding"] == "same" else tuple(operation["padding"])
-    settings = {"stride": stride, "padding": padding, "dilation": dilation, "bias": operation["bias"]}
-    return nn.Conv2d(channels, operation["out"], kernel, device="meta", **settings)
+def settings_of(kind: str, module: nn.Module) -> dict[str, Any]:
+    """The fields of an operation that a module of the original network gives, without its name, width and bias."""
+    found = {name: getattr(module, name) for name in OPERATIONS[kind].fields if name not in WRITTEN_ANEW}
+    if found.get("padding") == "valid":
+        found["padding"] = (0, 0)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def _linear(operation: Operation, channels: int) -> nn.Module:
-    return nn.Linear(channels, operation["out"], bias=operation["bias"], device="meta")
-
-
-def _batchnorm(operation: Operation, channels: int) -> nn.Module:
-    eps, momentum, affine = (operation[name] for name in ("eps", "momentum", "affine"))
-    return nn.BatchNorm2d(channels, eps, momentum, affine, device="meta")
-
-
-def _read_conv(module: nn.Conv2d) -> dict[str, Any]:
-    padding = [0, 0] if module.padding == "valid" else module.padding
-    return {
-        "kernel": list(module.kernel_size),
-        "stride": list(module.stride),
-        "padding": padding if isinstance(padding, str) else list(padding),
-        "dilation": list(module.dilation),
-    }
-
-
+WRITTEN_ANEW = ("name", "out_channels", "out_features", "bias")  # fields that removal changes
 INPUT_SIZE = _numbers(1, MAX_SIDE, 3, 3)
 COUNT, SIDE, PAIR = _number(1, MAX_CHANNELS), _number(1, MAX_SIDE), _numbers(1, MAX_SIDE, 2, 2)
 OPERATIONS: dict[str, OperationType] = {
     "conv": OperationType(
-        fields={"name": _path, "out": COUNT, "kernel": PAIR, "stride": PAIR, "dilation": PAIR, "bias": _flag}
-        | {"padding": _or("same", _numbers(0, MAX_SIDE, 2, 2))},
+        fields={
+            "name": _path,
+            "out_channels": COUNT,
+            "kernel_size": PAIR,
+            "stride": PAIR,
+            "padding": _or("same", _numbers(0, MAX_SIDE, 2, 2)),
+            "dilation": PAIR,
+            "bias": _flag,
+        },
         dimensions=3,
         shape=_conv_shape,
-        module=_conv,
-        read=_read_conv,
+        layer=nn.Conv2d,
     ),
     "linear": OperationType(
-        fields={"name": _path, "out": COUNT, "bias": _flag},
+        fields={"name": _path, "out_features": COUNT, "bias": _flag},
         dimensions=1,
-        shape=lambda operation, sources: (operation["out"],),
-        module=_linear,
+        shape=lambda operation, sources: (operation["out_features"],),
+        layer=nn.Linear,
     ),
     "batchnorm": OperationType(
-        fields={"name": _path, "eps": _number(0, 1e6, whole=False), "affine": _flag}
-        | {"momentum": _or(None, _number(0, 1, whole=False))},
+        fields={
+            "name": _path,
+            "eps": _number(0, 1e6, whole=False),
+            "momentum": _or(None, _number(0, 1, whole=False)),
+            "affine": _flag,
+        },
         dimensions=3,
-        module=_batchnorm,
-        read=lambda module: {"eps": module.eps, "momentum": module.momentum, "affine": module.affine},
+        layer=nn.BatchNorm2d,
     ),
-    "shift": OperationType(fields={"name": _path}, module=lambda operation, channels: Shift(channels)),
+    "shift": OperationType(fields={"name": _path}, layer=Shift),
     "relu": OperationType(run=lambda operation, x: F.relu(x)),
     "flatten": OperationType(
         shape=lambda operation, sources: (math.prod(sources[0]),), run=lambda operation, x: x.flatten(1)
@@ -237,7 +231,7 @@ OPERATIONS: dict[str, OperationType] = {
     "add": OperationType(inputs=2, shape=_add_shape, run=lambda operation, x, y: x + y),
     "join": OperationType(inputs=2, shape=_join_shape, run=lambda operation, x, y: torch.cat([x, y], dim=1)),
     "pool": OperationType(
-        fields={"average": _flag, "kernel": _or(None, SIDE), "stride": _or(None, SIDE)},
+        fields={"average": _flag, "kernel_size": _or(None, SIDE), "stride": _or(None, SIDE)},
         dimensions=3,
         shape=_pool_shape,
         run=_pool,
@@ -251,7 +245,7 @@ OPERATIONS: dict[str, OperationType] = {
     "select": OperationType(
         fields={"channels": _numbers(-1, MAX_CHANNELS, 1, MAX_CHANNELS)},
         shape=_select_shape,
-        module=lambda operation, channels: Select(operation["channels"], channels),
+        layer=Select,
     ),
     "fill": OperationType(
         fields={"value": _number(0, 1), "size": _numbers(1, MAX_CHANNELS, 1, 3)},

@@ -151,7 +151,7 @@ def test_every_operation(dead: bool, tmp_path: Path) -> None:
 
 
 def described(steps: list[dict[str, object]], size: tuple[int, int, int] = (2, 3, 4)) -> CompactNetwork:
-    text = {"format": 1, "input_size": list(size), "steps": steps, "output": len(steps)}
+    text = {"format": 2, "input_size": list(size), "steps": steps, "output": len(steps)}
     return CompactNetwork(text).eval()
 
 
@@ -164,7 +164,7 @@ def described(steps: list[dict[str, object]], size: tuple[int, int, int] = (2, 3
         [{"op": "fill", "inputs": [], "value": 0, "size": [2, 3, 4]}, {"op": "add", "inputs": [1, 0]}],
         [{"op": "stride", "inputs": [0], "step": 2}],
         [{"op": "flatten", "inputs": [0]}, {"op": "select", "inputs": [1], "channels": [23, -1, 0]}],
-        [{"op": "pool", "inputs": [0], "average": False, "kernel": None, "stride": None}],
+        [{"op": "pool", "inputs": [0], "average": False, "kernel_size": None, "stride": None}],
         [{"op": "shift", "inputs": [0], "name": "shift"}, {"op": "relu", "inputs": [1]}],
     ],
     ids=lambda steps: "-".join(step["op"] for step in steps),

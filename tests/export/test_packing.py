@@ -273,11 +273,11 @@ def _network(described: dict[str, Any], kind: str, **fields: Any) -> None:
 
 # what the error says, and the change that it answers to; a reader must not take what a description only claims
 FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "cannot add values of shapes": lambda d: _network(d, "conv", out=2**16),
-    r"gives a value of shape": lambda d: _network(d, "conv", kernel=[4096, 4096]),
+    "cannot add values of shapes": lambda d: _network(d, "conv", out_channels=2**16),
+    r"gives a value of shape": lambda d: _network(d, "conv", kernel_size=[4096, 4096]),
     "cannot join values of shapes": lambda d: d["network"].update(input_size=[3, 4096, 4096]),
-    "out=1000.*: need 1..65536": lambda d: _network(d, "conv", out=10**400),
-    "out=0: need 1..65536": lambda d: _network(d, "conv", out=0),
+    "out_channels=1000.*: need 1..65536": lambda d: _network(d, "conv", out_channels=10**400),
+    "out_channels=0: need 1..65536": lambda d: _network(d, "conv", out_channels=0),
     "bits=1000000000: need 2..16": lambda d: d["quantized"][0].update(bits=10**9),
     "bits=17: need 2..16": lambda d: d["quantized"][0].update(bits=17),
     "bits=True: need 2..16": lambda d: d["quantized"][0].update(bits=True),
@@ -331,8 +331,8 @@ def test_zeros_without_end_are_refused(small: Path) -> None:
     def grow(described: dict[str, Any]) -> dict[str, Any]:
         name = described["quantized"][0]["name"]
         image = [2048, 4, 4]
-        kernel = {"kernel": [5, 5], "stride": [1, 1], "padding": [2, 2], "dilation": [1, 1]}
-        step = {"op": "conv", "inputs": [0], "name": name, "out": 1024, "bias": False, **kernel}
+        kernel = {"kernel_size": [5, 5], "stride": [1, 1], "padding": [2, 2], "dilation": [1, 1]}
+        step = {"op": "conv", "inputs": [0], "name": name, "out_channels": 1024, "bias": False, **kernel}
         network = {"format": described["network"]["format"], "input_size": image, "steps": [step], "output": 1}
         return {"network": network, "quantized": [{"name": name, "bits": 8, "columns": 2048}]}
 

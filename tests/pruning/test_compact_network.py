@@ -40,7 +40,7 @@ def images(count: int = 6) -> Tensor:
 
 def test_every_operation_has_an_onnx_writer_and_is_computed_in_one_way() -> None:
     assert set(OPERATION_WRITERS) == set(OPERATIONS)
-    assert all((kind.run is None) != (kind.module is None) for kind in OPERATIONS.values())
+    assert all((kind.run is None) != (kind.layer is None) for kind in OPERATIONS.values())
 
 
 def test_restores_from_description_and_state(network: CompactNetwork, tmp_path: Path) -> None:
@@ -103,18 +103,18 @@ DAMAGE: dict[str, Damage] = {
     "exactly the fields": lambda d: d["steps"][0].update(more=1),
     r"inputs=\[\]: need a list of 1": lambda d: d["steps"][0].update(inputs=[]),
     "an input=1: need 0..0": lambda d: d["steps"][0].update(inputs=[1]),
-    "out=99999999: need 1..65536": lambda d: first(d, "conv").update(out=99_999_999),
-    "out=True": lambda d: first(d, "conv").update(out=True),
+    "out_channels=99999999: need 1..65536": lambda d: first(d, "conv").update(out_channels=99_999_999),
+    "out_channels=True": lambda d: first(d, "conv").update(out_channels=True),
     "bias=1: need true or false": lambda d: first(d, "conv").update(bias=1),
     "name='../x': need a module path": lambda d: first(d, "conv").update(name="../x"),
     "'conv1' is an attribute or a layer already": lambda d: first(d, "batchnorm").update(name="conv1"),
     "'conv1' is an attribute or": lambda d: first(d, "batchnorm").update(name="conv1.x"),
     "'forward' is an attribute": lambda d: first(d, "batchnorm").update(name="forward"),
-    r"kernel=\[3\]: need a list": lambda d: first(d, "conv").update(kernel=[3]),
-    "conv gives a value of shape": lambda d: first(d, "conv").update(kernel=[99, 99]),
+    r"kernel_size=\[3\]: need a list": lambda d: first(d, "conv").update(kernel_size=[3]),
+    "conv gives a value of shape": lambda d: first(d, "conv").update(kernel_size=[99, 99]),
     "need stride 1": lambda d: first(d, "conv").update(padding="same", stride=[2, 2]),
     "eps=nan": lambda d: first(d, "batchnorm").update(eps=float("nan")),
-    "kernel=2 and stride=None": lambda d: first(d, "pool").update(kernel=2),
+    "kernel_size=2 and stride=None": lambda d: first(d, "pool").update(kernel_size=2),
     "channel 4000": lambda d: first(d, "select").update(channels=[4000]),
     r"size=\[1, 2\]": lambda d: first(d, "fill").update(size=[1, 2]),
     "linear cannot read a value of shape": lambda d: first(d, "linear").update(inputs=[1]),
@@ -133,7 +133,7 @@ def test_damaged_descriptions(network: CompactNetwork, message: str) -> None:
 
 def test_absurd_sizes_allocate_nothing() -> None:
     """Two layers of 2**16 x 2**16 weights would be 32 GiB: they are described, and not there before their state is."""
-    linear = [{"op": "linear", "inputs": [n], "name": f"fc{n}", "out": 2**16, "bias": False} for n in (1, 2)]
+    linear = [{"op": "linear", "inputs": [n], "name": f"fc{n}", "out_features": 2**16, "bias": False} for n in (1, 2)]
     flatten = {"op": "flatten", "inputs": [0]}
-    described = {"format": 1, "input_size": [1, 256, 256], "steps": [flatten, *linear], "output": 3}
+    described = {"format": 2, "input_size": [1, 256, 256], "steps": [flatten, *linear], "output": 3}
     assert all(parameter.is_meta for parameter in CompactNetwork(described).parameters())

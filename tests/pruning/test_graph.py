@@ -202,8 +202,8 @@ def test_a_network_with_the_old_ending_loses_its_dead_channels_exactly() -> None
     torch.manual_seed(0)
     model = OldEnding().double().eval()
     ops = {op.name: op for op in trace(model)}
-    assert ops["max_pool2d"].settings == {"average": False, "kernel": 2, "stride": 2}
-    assert ops["avg_pool2d"].settings == {"average": True, "kernel": 16, "stride": 16}
+    assert ops["max_pool2d"].settings == {"average": False, "kernel_size": 2, "stride": 2}
+    assert ops["avg_pool2d"].settings == {"average": True, "kernel_size": 16, "stride": 16}
     assert len(channel_groups(model)) == 4 + 6
     with torch.no_grad():
         model.conv1.weight[1] = 0
