@@ -79,11 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def try_all(
     rows: Mapping[str, Row], tries: int, seed: int, unbroken: Unbroken, tmp: Path, end: float
 ) -> dict[str, Tally]:
-    """Try each failure `tries` times its share, and at least once; in turns, so that the time ends them evenly."""
+    """Try each failure `tries` times its share, at least once, in turns, until the time `end`."""
     tallies = {name: Tally() for name in rows}
     for number in range(tries):
         for name, row in rows.items():
-            if number >= max(1, round(row.share * tries)) or (number and time.monotonic() > end):
+            if number >= max(1, round(row.share * tries)) or time.monotonic() > end:
                 continue
             tally, what, began = tallies[name], f"{name}, try {number}", time.monotonic()
             with tempfile.TemporaryDirectory(dir=tmp) as folder:
