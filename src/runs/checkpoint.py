@@ -85,7 +85,10 @@ def checkpoint_bytes(
 def state_bytes(state: Mapping[str, Any]) -> bytes:
     """The file's contents for a dictionary as `load_checkpoint` returns it: nested JSON values and tensors."""
     tensors: dict[str, Tensor] = {}
-    description = _without_tensors(state, "", tensors)
+    description = {
+        part: value if part == "history" else _without_tensors(value, part, tensors)  # long, and without tensors
+        for part, value in state.items()
+    }
     return container_bytes("checkpoint", description, safetensors.torch.save(tensors))
 
 
@@ -185,7 +188,7 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {str(key): _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+        return {str(key): _without_tensors(item, f"{name}.{key}", tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_tensors(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
     return value
