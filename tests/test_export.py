@@ -14,7 +14,6 @@ from experiments.export import main
 from experiments.pipeline import SavedRun
 from src.data import load_data
 from src.export import unpack
-from src.pruning import compact
 from src.runs import load_checkpoint, state_bytes
 from src.training import evaluate
 
@@ -59,6 +58,8 @@ def test_named_files_and_force(run: Path, tmp_path: Path, capsys: pytest.Capture
     written = packed.read_bytes(), onnx.read_bytes()
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main([str(run), "--packed", str(run / "x"), "--onnx", str(run / "x")]) == 2
+    assert "name two files" in capsys.readouterr().err
     assert main([*arguments, "--force"]) == 0
     assert (packed.read_bytes(), onnx.read_bytes()) == written  # the same run gives the same files
 
@@ -71,30 +72,25 @@ def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys:
     assert not (run / "model.cdq").exists()
 
 
-def test_without_the_runs_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run on other data than is here: checked on noise, and said so."""
-    state = load_checkpoint(run / "checkpoint.pt")
-    (run / "checkpoint.pt").write_bytes(state_bytes({**state, "data_digest": "0" * 64}))
-    assert main([str(run)]) == 0
-    captured = capsys.readouterr()
-    assert "test set is not here" in captured.err
-    assert "on 256 images" in captured.out
-
-
 def test_interrupted_run_has_no_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "run.json").unlink()
     assert main([str(run)]) == 0
     assert "of 100 right" in capsys.readouterr().out
 
 
-def test_cifar10_is_not_downloaded_for_a_check(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("source", ["digits", "cifar10"])
+def test_without_the_runs_images_noise_is_used_and_nothing_is_downloaded(
+    source: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = load_checkpoint(run / "checkpoint.pt")
-    state["config"]["data"] = "cifar10"
-    state["data_digest"] = "0" * 64
-    (run / "checkpoint.pt").write_bytes(state_bytes(state))
+    state["config"]["data"] = source
+    (run / "checkpoint.pt").write_bytes(state_bytes({**state, "data_digest": "0" * 64}))
     (run / "run.json").unlink()
     assert main([str(run), "--data-root", str(tmp_path / "empty")]) == 0
-    assert "test set is not here" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "was trained on other images" in captured.err
+    assert "test set is not here" in captured.err
+    assert "on 256 images" in captured.out
     assert not (tmp_path / "empty").exists()
 
 
@@ -138,19 +134,6 @@ def test_bad_runs(run: Path, harm: object, words: str, capsys: pytest.CaptureFix
         assert not (run / "model.cdq").exists()
     else:
         assert main([str(run)]) in (1, 2)  # not a number anywhere is never passed as equal
-
-
-def test_same_file_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(run), "--packed", str(run / "x"), "--onnx", str(run / "x")]) == 2
-    assert "name two files" in capsys.readouterr().err
-
-
-def test_load_run_gives_the_trained_network(trained: Path) -> None:
-    saved = SavedRun.open(trained)
-    model = saved.network()
-    assert not any(module.training for module in model.modules())
-    assert saved.config.limit == 100
-    assert compact(model).input_size == (3, 32, 32)
 
 
 def _edit(run: Path, part: str, **values: object) -> None:

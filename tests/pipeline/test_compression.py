@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from experiments.pipeline import compression, configure
 from src.pruning import analyze_liveness, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder
-from src.training import EpochMeans, History
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
 
 DEAD = (1, 4, 5)  # filters of every block's conv1 that are made zero
@@ -60,10 +60,8 @@ def test_the_stages_against_other_counts(run: pipeline.Run, compressed: compress
     assert list(rows.index) == ["FP32 at the start", "quantized", "compacted", "packed"]
     # 18 layers at 8 bits, stem (3*16*9*1024 MACs) and linear (640) at 32
     rest = 3 * 16 * 9 * 1024 + 640
-    assert list(rows["BOPs, channels"][:2]) == [
-        40_551_040 * 32 * 32,
-        ((40_551_040 - rest) * 8 + rest * 32) * 32,
-    ]
+    bops = 40_551_040 * 32 * 32, ((40_551_040 - rest) * 8 + rest * 32) * 32
+    assert tuple(rows["BOPs, channels"][:2]) == bops
     with FlopCounterMode(display=False) as counter:
         compressed.network(torch.zeros(1, 3, 32, 32))
     left = counter.get_total_flops() // 2
@@ -170,7 +168,7 @@ def test_the_forms_that_are_timed_compute_the_same(run: pipeline.Run, tmp_path: 
 
 def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder.open(tmp_path / "run")
-    folder.save_progress(run.model, run.optimizer, run.history, _config(run))
+    folder.save_progress(run.model, run.optimizer, run.history, asdict(run.config))
     target = tmp_path / "times.json"
     arguments = [str(folder.path), "--batch-sizes", "1", "2", "--rounds", "1", "--json", str(target)]
     assert bench.main(["inference", *arguments]) == 0
@@ -179,16 +177,3 @@ def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytes
     assert set(written["batch_sizes"]["1"]) == set(inference.FORMS)
     assert all(form["seconds"]["median"] > 0 for form in written["batch_sizes"]["2"].values())
     assert "ONNX Runtime, compacted, integers" in capsys.readouterr().out
-
-
-def test_an_empty_epoch_is_an_error() -> None:
-    with pytest.raises(ValueError, match="training set is empty"):
-        EpochMeans().read()
-    with pytest.raises(ValueError, match="history is empty"):
-        _ = History(3).last
-
-
-def _config(run: pipeline.Run) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(run.config)

@@ -49,7 +49,7 @@ def verdict_of(
 
 
 def statuses(verdict: Verdict) -> dict[str, str]:
-    return {finding.name: finding.status for finding in verdict.expectations}
+    return {each.name: each.status for each in verdict.expectations}
 
 
 def ending(**changes: Any) -> list[EpochRecord]:
@@ -67,11 +67,12 @@ def test_a_healthy_run() -> None:
     assert (verdict.healthy, verdict.faulty) == (True, False)
     assert verdict.headline == "HEALTHY: all 9 expectations met"
     assert verdict.to_json()["state"] == "healthy"
-    measured = {finding.name: finding.measured for finding in verdict.expectations}
-    assert measured["accuracy reached"] == "82.0%"
-    assert measured["zeros appear"] == "0.0% -> 52.0%"
-    assert measured["channels die"] == "25.0% of the filters"
-    assert measured["bits fall"] == "7.00 bits on average"
+    assert [each.measured for each in verdict.expectations] == [
+        *("2", "0.50 task loss", "82.0%", "82.0%", "0.0% -> 52.0%", "25.0% of the filters", "7.00 bits on average"),
+        *("82.0%", "all live"),
+    ]
+    dead = verdict_of(whole_layer_dead())
+    assert dead.expectations[-1].measured == "b", "the dead layer is named"
 
 
 def whole_layer_dead() -> list[EpochRecord]:
@@ -106,13 +107,13 @@ def test_one_expectation_that_is_not_met_is_the_only_failure(name: str) -> None:
     assert (verdict.healthy, verdict.faulty) == (False, True)
     assert verdict.headline == f"FAULT: 1 of 9 expectations not met ({name})"
     assert verdict.to_json()["state"] == "faulty"
-    (failed,) = [finding for finding in verdict.expectations if finding.status == FAILED]
+    (failed,) = [each for each in verdict.expectations if each.status == FAILED]
     lines = verdict.text().splitlines()
     at = next(index for index, line in enumerate(lines) if line.startswith(f"  FAILED      {name} "))
     assert failed.measured in lines[at]
     assert failed.expected in lines[at]
     assert lines[at + 1].strip() == f"look at: {failed.look_at}"
-    assert len(lines) == 1 + 9 + 1  # the headline, the findings, and where to look for the one
+    assert len(lines) == 1 + 9 + 1  # the headline, the expectations, and where to look for the one
 
 
 @pytest.mark.parametrize("zeros", [(0.0, 0.009), (0.3, 0.3), (0.3, 0.2)])
@@ -120,11 +121,6 @@ def test_zeros_must_grow_and_be_more_than_a_rounding(zeros: tuple[float, float])
     first, *between = ending(unstructured_sparsity=zeros[1])
     verdict = verdict_of([replace(first, unstructured_sparsity=zeros[0]), *between])
     assert statuses(verdict)["zeros appear"] == FAILED
-
-
-def test_the_dead_layer_is_named() -> None:
-    found = {finding.name: finding.measured for finding in verdict_of(whole_layer_dead()).expectations}
-    assert found["no layer dies whole"] == "b"
 
 
 def test_one_epoch_is_not_judged_by_what_takes_longer() -> None:
@@ -166,19 +162,15 @@ def test_a_configuration_of_ones_own_is_measured_by_itself() -> None:
     assert verdict_of(healthy(), replace(mine, expected_accuracy=0.83)).faulty
 
 
-def test_an_empty_history_is_an_error() -> None:
+def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
     with pytest.raises(ValueError, match="no epoch has finished"):
         verdict_of([])
-
-
-def test_few_steps_are_not_judged_and_two_classes_can_pass() -> None:
     records = healthy()
     few = judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS - 1)
-    statuses = {finding.name: finding.status for finding in few.expectations}
-    assert statuses["channels die"] == statuses["bits fall"] == statuses["accuracy reached"] == NOT_JUDGED
-    assert statuses["layers quantized"] == PASSED
-    assert not few.healthy
-    assert not few.faulty
+    found = statuses(few)
+    assert found["channels die"] == found["bits fall"] == found["accuracy reached"] == NOT_JUDGED
+    assert found["layers quantized"] == PASSED
+    assert (few.healthy, few.faulty) == (False, False)
     assert judge(History(DEBUG.epochs, records), DEBUG, 10, ("a", "b"), steps=FEWEST_STEPS).healthy
     perfect = [replace(record, accuracy=1.0) for record in records]
     # chance is 1/2, so twice chance would be 100 %: the bar is 1/2 + 1/8

@@ -14,13 +14,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_the_debug_preset_is_the_specified_run() -> None:
-    assert (DEBUG.model, DEBUG.epochs, DEBUG.batch_size, DEBUG.crop_padding, DEBUG.flip) == (
-        "resnet20",
-        20,
-        512,
-        4,
-        True,
-    )
+    assert (DEBUG.model, DEBUG.epochs, DEBUG.batch_size) == ("resnet20", 20, 512)
+    assert (DEBUG.crop_padding, DEBUG.flip) == (4, True)
     assert DEBUG.exclude_layers == ("conv1", "bn", "linear")
     assert DEBUG.quantizer_kwargs == {
         "fixed_bit_val": 4, "max_bits": 8, "init_bit_logit": 3.0, "init_deadzone_logit": 3.0,
@@ -70,17 +65,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("learning_rate_shape", "step", "choose one of constant, hold_then_linear, cosine"),
     ("regularization", "l2", "choose one of loss, decoupled"),
     ("epochs", 0, "epochs=0: need 1..100000"),
-    ("epochs", -3, "epochs=-3: need 1"),
     ("epochs", "20", "epochs='20': need 1"),
-    ("epochs", 1.5, "epochs=1.5: need 1..100000, a whole number"),
     ("epochs", True, "epochs=True: need .*, a whole number"),
-    ("batch_size", 0, "batch_size=0: need 2"),
     ("batch_size", 1, "batch_size=1: need 2"),
     ("batch_size", None.__class__, "batch_size=<class 'NoneType'>: need .*, a whole number"),
     ("limit", 0, "limit=0: need 1"),
-    ("limit", "all", "limit='all': need .*, a whole number"),
     ("seed", -1, "seed=-1: need 0..2147483647"),
-    ("seed", 2**31, "need 0..2147483647"),
     ("crop_padding", 33, "crop_padding=33: need 0..32"),
     ("delay", -1, "delay=-1: need 0"),
     ("ramp", 0.5, "ramp=0.5: need 0"),
