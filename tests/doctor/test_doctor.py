@@ -325,7 +325,7 @@ def test_a_watcher_that_misses_steps_raises_no_alarm(settings: dict[str, int], m
     statuses = {finding.name: finding.status for finding in report.findings}
     assert statuses["records follow the epochs"] == PASSED
     assert statuses["coefficient applied"] == PASSED
-    watcher.views[-1] = replace(watcher.looks[-1], record=replace(watcher.looks[-1].record, coefficient=7.0))
+    watcher.views[-1] = replace(watcher.views[-1], record=replace(watcher.views[-1].record, coefficient=7.0))
     assert keys(watcher.report(), "coefficient applied")
 
 
