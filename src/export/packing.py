@@ -29,6 +29,7 @@ from src.export.integer_weights import IndexedWeight, compact_with_indices
 from src.pruning import CompactionError, CompactNetwork
 from src.quantizer import LARGEST_BITS, MIN_BITS, check_range
 from src.storage import (
+    DamagedFileError,
     StorageError,
     check_arrays,
     check_output,
@@ -173,7 +174,8 @@ def unpack(path: str | Path) -> CompactNetwork:
         reason = error.strerror or str(error)
         raise StorageError(f"{str(path)!r} cannot be read ({reason}); name a file that pack() wrote") from error
     except StorageError as error:
-        raise StorageError(f"{error}; copy the file again, or pack the network again") from error
+        copy_it = "copy the file again, or " if isinstance(error, DamagedFileError) else ""
+        raise StorageError(f"{error}; {copy_it}pack the network again") from error
     try:
         network = CompactNetwork(described.get("network") or {})
         state = network.state_dict()  # on the "meta" device: shapes, and no numbers yet

@@ -264,7 +264,7 @@ def test_a_damaged_file_and_one_of_an_earlier_version_say_what_to_do(small: Path
         with pytest.raises(StorageError, match="cannot be read"):
             unpack(place)
     damaged(small, data[:-1], r"is damaged: it has .*; copy the file again, or pack the network again")
-    damaged(small, b"\x89CDQP\r\n\x1a" + data[8:], r"earlier version .*format 1.*pack the network again")
+    damaged(small, b"\x89CDQP\r\n\x1a" + data[8:], r"earlier version .*format 1.*wrote it; pack the network again")
 
 
 def _network(described: dict[str, Any], kind: str, **fields: Any) -> None:
