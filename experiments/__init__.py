@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Idle threads sleep instead of spinning, which would take the cores from whoever works (docs/performance.md). OpenMP
-# reads this once, when torch is loaded. What the user's own environment says wins.
-OPENMP = {"OMP_WAIT_POLICY": "passive"}
+# Idle threads spin for a moment only, then sleep and leave the cores to others (docs/performance.md). OpenMP reads this
+# once, when torch is loaded. What the user's own environment says wins.
+OPENMP = {"GOMP_SPINCOUNT": "10000"}
 for _name, _value in OPENMP.items():
     os.environ.setdefault(_name, _value)
 
