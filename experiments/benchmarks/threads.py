@@ -40,7 +40,7 @@ def measure() -> None:
 
 def measured(setting: str, busy: int) -> dict[str, float]:
     """What `measure` prints in a new process with this setting alone, beside `busy` processes that want a core each."""
-    environment = {name: value for name, value in os.environ.items() if name not in {*OPENMP, "GOMP_SPINCOUNT"}}
+    environment = {name: value for name, value in os.environ.items() if name not in {*OPENMP, "OMP_WAIT_POLICY"}}
     if setting != "default":
         environment |= dict(pair.split("=", 1) for pair in setting.split(","))
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]

@@ -36,8 +36,9 @@ def spin_count(**settings: str) -> int:
     return int(found[1])
 
 
-def test_idle_threads_sleep_unless_the_environment_says_otherwise() -> None:
-    assert spin_count() == 0
+def test_idle_threads_spin_briefly_unless_the_environment_says_otherwise() -> None:
+    assert spin_count() == 10_000
+    assert spin_count(OMP_WAIT_POLICY="passive") == 0
     assert spin_count(GOMP_SPINCOUNT="7") == 7
     assert spin_count(OMP_WAIT_POLICY="active") > 10**9
 
