@@ -14,10 +14,8 @@ from pathlib import Path
 
 # Idle threads spin for a moment only, then sleep and leave the cores to others (docs/performance.md). OpenMP reads this
 # once, when torch is loaded. What the user's own environment says wins.
-OPENMP = {"GOMP_SPINCOUNT": "10000"}
 if "OMP_WAIT_POLICY" not in os.environ:
-    for _name, _value in OPENMP.items():
-        os.environ.setdefault(_name, _value)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 ROOT = Path(__file__).resolve().parent.parent
 # What only the commands, the page and the server need; without ipywidgets the sliders are missing.

@@ -14,7 +14,8 @@ from experiments.export import main
 from experiments.pipeline import SavedRun
 from src.data import load_data
 from src.export import unpack
-from src.runs import load_checkpoint, state_bytes
+from src.runs import load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.training import evaluate
 
 

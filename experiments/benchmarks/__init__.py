@@ -4,12 +4,11 @@ All variants are timed in turns, in one process; memory is measured in a process
 """
 
 from experiments.benchmarks.inference import bench_inference, inference_table
-from experiments.benchmarks.training import bench_training, peak_memory, training_table
+from experiments.benchmarks.training import bench_training, training_table
 
 __all__ = [
     "bench_inference",
     "bench_training",
     "inference_table",
-    "peak_memory",
     "training_table",
 ]

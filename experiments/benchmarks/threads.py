@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 
-from experiments import OPENMP
 from experiments.pipeline import at_least, build_run, configure, prepare_data
 
 SETTINGS = ["default", "OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=0", "GOMP_SPINCOUNT=10000", "OMP_NUM_THREADS=1"]
@@ -40,7 +39,9 @@ def measure() -> None:
 
 def measured(setting: str, busy: int) -> dict[str, float]:
     """What `measure` prints in a new process with this setting alone, beside `busy` processes that want a core each."""
-    environment = {name: value for name, value in os.environ.items() if name not in {*OPENMP, "OMP_WAIT_POLICY"}}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    }
     if setting != "default":
         environment |= dict(pair.split("=", 1) for pair in setting.split(","))
     others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]

@@ -6,7 +6,7 @@ Outside a notebook nothing is displayed, and TerminalProgress takes the place of
 from __future__ import annotations
 
 from experiments.notebook import explorers, lessons
-from experiments.notebook.live import FACTS, LiveFigure, figure_bundle, publish, show
+from experiments.notebook.live import FACTS, LiveFigure, publish, show
 from experiments.notebook.progress import ProgressBar, TerminalProgress, duration
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "TerminalProgress",
     "duration",
     "explorers",
-    "figure_bundle",
     "lessons",
     "publish",
     "show",

@@ -24,7 +24,8 @@ from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_d
 from resnet import NETWORKS
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
-from src.runs import CHECKPOINT, RunFolder, load_checkpoint, state_bytes
+from src.runs import CHECKPOINT, RunFolder, load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.storage import folder_lock
 from utils_quantization import attach_weight_quantizers, toggle_quantization
 

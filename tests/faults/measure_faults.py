@@ -19,7 +19,8 @@ from experiments.pipeline import attach
 from metrics import LayerStats, ModelStats
 from src import training
 from src.data import ImageData, augment, normalize
-from src.runs import load_checkpoint, state_bytes
+from src.runs import load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.training import EpochRecord, History, LayerRecord
 from utils_quantization import quantizer_of
 

@@ -16,7 +16,8 @@ from experiments.doctor.demonstration import Fault
 from experiments.evaluator import EvalResult
 from metrics import LayerStats
 from src.data import test_batches
-from src.runs import load_checkpoint, state_bytes
+from src.runs import load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.training import EpochRecord, History
 from tests.faults.measure_faults import recording
 

@@ -11,7 +11,8 @@ import torch
 
 from experiments import pipeline
 from experiments.pipeline import configure, load_run
-from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, state_bytes
+from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.training import layer_records
 from tests.histories import make_history
 

@@ -19,7 +19,7 @@ import nbformat
 import psutil
 
 from experiments import figures
-from experiments.notebook import figure_bundle
+from experiments.notebook.live import figure_bundle
 from src.training import History
 from tests.histories import make_history
 from tests.reliability.small_run import Row, Unbroken

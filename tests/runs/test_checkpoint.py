@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.runs import CHECKPOINT, RunFolder, load_checkpoint, state_bytes
+from src.runs import CHECKPOINT, RunFolder, load_checkpoint
+from src.runs.checkpoint import state_bytes
 from src.training import History
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.runs import RunError, RunFolder, load_checkpoint, load_model_state, machine, state_bytes, versions
+from src.runs import RunError, RunFolder, load_checkpoint, load_model_state, machine, versions
+from src.runs.checkpoint import state_bytes
 from src.storage import StorageError, check_writable, folder_lock, write_atomic
 from src.training import History, TrainingError, make_optimizer, parameter_groups
 from tests.histories import make_history

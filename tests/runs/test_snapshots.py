@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.benchmarks import peak_memory
+from experiments.benchmarks.training import peak_memory
 from resnet import BasicBlock, ResNet, resnet110
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import EDGES, SNAPSHOTS, SnapshotError, Snapshots
