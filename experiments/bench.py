@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 
 from experiments.benchmarks import bench_inference, bench_training, inference_table, training_table
-from experiments.pipeline import DEBUG, at_least
+from experiments.pipeline import DEBUG
+from src.quantizer import check_range
 from src.storage import check_output, fail, write_output
 from src.training import DEVICES
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in BENCHMARKS:
             raise ValueError(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
         options = _parser(name).parse_args(given)
+        check_range("--rounds", options.rounds, 1)
         if options.json:
             check_output(options.json, force=True)
         if options.threads:
@@ -61,18 +63,18 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m experiments.bench {name}", description=BENCHMARKS[name])
     add = parser.add_argument
     if name == "training":
-        add("--rounds", type=at_least(1), default=15, help="turns of every variant (default: 15)")
-        add("--batch-size", type=at_least(2), default=512, help="images a step (default: 512)")
-        add("--images", type=at_least(2), default=50_000, help="synthetic images (default: 50000)")
+        add("--rounds", type=int, default=15, help="turns of every variant (default: 15)")
+        add("--batch-size", type=int, default=512, help="images a step (default: 512)")
+        add("--images", type=int, default=50_000, help="synthetic images (default: 50000)")
         add("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
         add("--precision", default="auto", help="of the fastest mode: auto, fp32 or bf16 (default: auto)")
         add("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
         add("--no-naive", dest="naive", action="store_false", help="leave out the naive pipeline, which takes longest")
     else:
         add("run", metavar="RUN", help="output folder of experiments.debug_run")
-        add("--batch-sizes", type=at_least(1), nargs="+", default=[1, 256], help="default: 1 256")
-        add("--rounds", type=at_least(1), default=30, help="turns of every form (default: 30)")
-    add("--threads", type=at_least(1), help="CPU threads (default: torch's own choice)")
+        add("--batch-sizes", type=int, nargs="+", default=[1, 256], help="default: 1 256")
+        add("--rounds", type=int, default=30, help="turns of every form (default: 30)")
+    add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--json", metavar="F", help="write the figures to this file")
     return parser
 

@@ -222,8 +222,8 @@ def test_an_arrow_that_follows_from_others_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("importer", "line", "complaint"),
     [
-        ("experiments.pipeline.loop", "from src.storage.files import write_atomic", "src.storage.files write_atomic"),
-        ("experiments.pipeline.loop", "import src.storage.files", "src.storage.files"),
+        ("experiments.pipeline.run", "from src.storage.files import write_atomic", "src.storage.files write_atomic"),
+        ("experiments.pipeline.run", "import src.storage.files", "src.storage.files"),
         ("src.data.dataset", "from src.storage import not_public", "src.storage not_public"),
         ("src.data.dataset", "from src.storage import write_atomic", ""),
         ("src.storage.container", "from src.storage.files import write_atomic", ""),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from experiments.pipeline import at_least, build_run, configure, prepare_data
+from experiments.pipeline import build_run, configure, prepare_data
 
 SETTINGS = ["default", "OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=0", "GOMP_SPINCOUNT=10000", "OMP_NUM_THREADS=1"]
 WARM_UP = 5  # of the 29 steps of an epoch
@@ -59,8 +59,8 @@ def main() -> None:
     """Measure every setting in turns and print a line of medians for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", default=SETTINGS, metavar="SETTING")
-    parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--busy", type=at_least(1), default=2 * (os.cpu_count() or 1), help="default: twice the cores")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", type=int, default=2 * (os.cpu_count() or 1), help="default: twice the cores")
     options = parser.parse_args()
     loads = (0, options.busy)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}

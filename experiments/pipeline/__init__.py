@@ -6,10 +6,9 @@ The script and the notebook are two thin callers of these functions.
 from __future__ import annotations
 
 from experiments.pipeline import comparison
-from experiments.pipeline.compression import compress, removal_map
+from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
 from experiments.pipeline.config import DEBUG, PRESETS, ConfigError, RunConfig, configure
-from experiments.pipeline.loop import TrainingLoop
-from experiments.pipeline.run import Run, epoch_settings
+from experiments.pipeline.run import Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
     attach,
@@ -25,7 +24,6 @@ from experiments.pipeline.stages import (
     save_figures,
     summary,
 )
-from experiments.pipeline.timing import Take, at_least, spread, synchronize, time_in_turns
 from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge
 
 __all__ = [
@@ -41,7 +39,6 @@ __all__ = [
     "Take",
     "TrainingLoop",
     "Verdict",
-    "at_least",
     "attach",
     "build_network",
     "build_optimizer",

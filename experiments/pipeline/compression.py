@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +28,14 @@ from torch import Tensor, nn
 from experiments.evaluator import EvalResult
 from experiments.figures import names_left
 from experiments.pipeline.run import Run
-from experiments.pipeline.timing import spread, time_in_turns
 from metrics import QuantizationComparison
 from src.data import test_batches
 from src.export import PackReport, pack, unpack
 from src.pruning import CompactNetwork, analyze_liveness, compact
 from src.training import predict
 
+Take = Callable[[], object]
+WARM_UP, STEPS_A_TURN = 2, {"cpu": 1, "mps": 5, "cuda": 20}
 KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
 
 
@@ -57,17 +60,17 @@ class Compression:
         """The stages as a table; a dash where a figure does not apply."""
         styled = self.stages.rename_axis("stage").reset_index().style.hide(axis="index")
         counts = dict.fromkeys(("parameters", "MACs", "bytes"), "{:,}")
-        bops = dict.fromkeys(("BOPs, channels", "BOPs, non-zero"), _giga)
+        bops = dict.fromkeys(
+            ("BOPs, channels", "BOPs, non-zero"), lambda number: f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
+        )
         styled = styled.format({**counts, **bops, "accuracy": "{:.2%}", "time / FP32's": _ratio}, na_rep="-")
         return names_left(styled.set_properties(**{"text-align": "right"}))
 
     def proof(self) -> str:
         """The equality checks in words."""
         differences = ", ".join(f"{value:.1e} in {name}" for name, value in self.largest_difference.items())
-        images = (
-            "the same class for every test image" if self.same_predictions else "OTHER CLASSES FOR SOME TEST IMAGES"
-        )
-        return f"largest relative difference of a logit: {differences}\n{images}"
+        classes = "the same class for every" if self.same_predictions else "OTHER CLASSES FOR SOME"
+        return f"largest relative difference of a logit: {differences}\n{classes} test image"
 
 
 def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path) -> Compression:
@@ -86,7 +89,10 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
     costs = [dense, in_place, result.structured_stats, result.structured_stats]
     columns = {
-        "parameters": [_parameters(each) for each in (baseline, baseline, network, trained["packed"])],
+        "parameters": [
+            sum(parameter.numel() for parameter in each.parameters())
+            for each in (baseline, baseline, network, trained["packed"])
+        ],
         "MACs": [cost.total_macs for cost in costs],
         "BOPs, channels": [cost.total_bops for cost in costs],
         "BOPs, non-zero": [math.nan, result.unstructured_stats.total_bops, math.nan, math.nan],
@@ -96,35 +102,63 @@ def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path
     }
     same = all(torch.equal(found, predictions[0]) for found in predictions)
     stages = pd.DataFrame(columns, index=list(speed))
-    return Compression(stages, network, report, differences(model, network, run), same)
+    return Compression(stages, network, report, differences(model, network, next(test_batches(run.data, 256))[0]), same)
 
 
-@torch.no_grad()
-def differences(model: nn.Module, network: CompactNetwork, run: Run) -> dict[str, float]:
-    """Largest |difference| of logits over 256 test images, relative to the largest logit, in both precisions."""
-    images, _ = next(test_batches(run.data, 256))
+def differences(model: nn.Module, network: CompactNetwork, images: Tensor) -> dict[str, float]:
+    """Largest |difference| of logits, relative to the largest logit, in both precisions."""
+    wide = copy.deepcopy(model).to("cpu", torch.float64)  # MPS has no float64
+    pairs = {"float64": (wide, compact(wide), images.cpu().double()), "float32": (model, network, images)}
     found = {}
-    for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
-        if dtype == torch.float64 and run.device.type == "mps":
-            continue  # MPS has no float64
-        original = copy.deepcopy(model).to(dtype).eval()
-        smaller = compact(original) if dtype == torch.float64 else network
-        wide = images.to(dtype)
-        reference = original(wide)
-        found[name] = ((smaller(wide) - reference).abs().max() / reference.abs().max()).item()
+    for name, (original, smaller, batch) in pairs.items():
+        with torch.no_grad():
+            reference = original(batch)
+            found[name] = ((smaller(batch) - reference).abs().max() / reference.abs().max()).item()
     return found
 
 
 def relative_times(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, dict[str, Any]]:
-    """Time of one forward pass of `images` over the first network's in the same round: median and quartiles, by name.
-
-    The networks take turns, so that a machine that slows down slows all of them.
-    """
+    """Time of one forward pass of `images` over the first network's in the same round (see `spread`), by name."""
     takes = {name: partial(network, images) for name, network in networks.items()}
     with torch.inference_mode():
         seconds = time_in_turns(takes, rounds, images.device)
     first = next(iter(seconds.values()))
     return {name: spread([a / b for a, b in zip(times, first, strict=True)]) for name, times in seconds.items()}
+
+
+def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds a step of every variant, one number a round.
+
+    The variants take turns in one process, so that a machine that slows down slows all of them alike.
+    """
+    count, names = STEPS_A_TURN[device.type], list(takes)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for take in takes.values():
+        for _ in range(WARM_UP):
+            take()
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                takes[name]()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / count)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and the values themselves."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "samples": list(values)}
 
 
 def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
@@ -150,11 +184,3 @@ def _ratio(figures: Mapping[str, Any]) -> str:
     if figures["low"] == figures["high"]:
         return f"{figures['median']:.2f}"
     return f"{figures['median']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
-
-
-def _giga(number: float) -> str:
-    return f"{number / 1e9:.2f}\N{NO-BREAK SPACE}G"
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

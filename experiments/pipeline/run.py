@@ -1,13 +1,17 @@
-"""A run in memory: everything that moves while a network trains, its steps and its epochs."""
+"""A run in memory, its steps and its epochs, and the loop that the script and the notebook share: nothing is lost."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +20,26 @@ from torch import nn
 from experiments.pipeline.config import RunConfig
 from src import training
 from src.data import ImageData
-from src.runs import RunProgress, Snapshots
-from src.training import EpochMeans, EpochRecord, GraphedStep, History, Interrupted, Objective, Step, StepFunction
+from src.runs import SNAPSHOTS, RunError, RunFolder, RunProgress, SnapshotError, Snapshots
+from src.storage import Notify, StorageError
+from src.training import (
+    EpochMeans,
+    EpochRecord,
+    GraphedStep,
+    History,
+    Interrupted,
+    Objective,
+    Step,
+    StepFunction,
+    Terminated,
+    TrainingError,
+    between_steps,
+    in_notebook,
+    raise_pending,
+)
+from utils_quantization import quantized_layers
+
+KERNEL_GRACE_SECONDS = 3.0  # of a kernel that is asked to end, for the last figure
 
 
 def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
@@ -81,14 +103,14 @@ class Run:
         self.history.records[:] = progress.history.records
         self.means, self.seconds, self.is_consistent = progress.means, progress.seconds, True
 
-    def steps(self, step_fn: StepFunction | None = None) -> Iterator[Step]:
+    def steps(self) -> Iterator[Step]:
         """Train the unfinished epoch from where it stands, yielding after each step, which is counted by then.
 
-        step_fn: what a step does; `self.step_fn` by default. Raises TrainingError where the loss or a gradient is not
-        finite or the memory does not hold a batch; the run is not consistent then.
+        Raises TrainingError where the loss or a gradient is not finite or the memory does not hold a batch; the run is
+        not consistent then.
         """
         settings = epoch_settings(self.config, len(self.history), self.precision)
-        settings |= {"start": self.means.steps, "step": step_fn or self.step_fn}
+        settings |= {"start": self.means.steps, "step": self.step_fn}
         began = time.perf_counter()
         self.is_consistent = False
         try:
@@ -136,4 +158,166 @@ class Run:
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
             shape = tuple(self.data.train_images.shape[1:])
             advice = training.batch_size_advice(self.config.batch_size, self.model, shape, self.precision)
-            raise training.TrainingError(advice) from error
+            raise TrainingError(advice) from error
+
+
+@dataclass
+class TrainingLoop:
+    """A run and its folder, as the script and the notebook train it. As a context manager it keeps what was done.
+
+        with TrainingLoop.open(run, "debug_output") as loop:
+            for epoch in loop.epochs():
+                for step in loop.steps():
+                    ...                       # a Step: progress, observers
+                record = loop.finish_epoch()  # measured, in run.history, and written
+
+    Between two steps a run is consistent: it can be written, read and continued, and the rest is what it would have
+    been. So inside, an interruption waits for the end of the step; then checkpoint and history are written and it is
+    raised: KeyboardInterrupt, or Terminated where the process was asked to end (a notebook's kernel does end then).
+    Entered again, it continues where it stopped; after a step that failed, from the last checkpoint.
+
+    checkpoint_every: steps between two checkpoints within an epoch; None for one after each epoch only. resume_hint:
+    how the user continues after an interruption. saved: the state that is in the folder, in words; "" for none.
+    """
+
+    run: Run
+    folder: RunFolder
+    checkpoint_every: int | None = None
+    notify: Notify = print
+    resume_hint: str = "run this cell again to continue"
+    saved: str = field(default="", init=False)
+
+    @classmethod
+    def open(cls, run: Run, output: str | Path, *, resume: bool = False, **settings: Any) -> TrainingLoop:
+        """Take the folder `output` for `run`: from its checkpoint where `resume` is set, else from the beginning.
+
+        An earlier run there moves to previous/ unless it is resumed. Raises RunError where the folder cannot be used,
+        is in use, or holds no checkpoint that fits; nothing is changed then.
+        """
+        if resume:
+            RunFolder(Path(output)).check_resumable()
+        elif run.optimizer.state and not run.history.records:
+            raise RunError(
+                "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
+                "run the cells from chapter 5 on), or resume"
+            )
+        loop = cls(run, RunFolder.open(output, keep=resume), **settings)
+        if resume:
+            loop._restore()
+            loop.notify(f"resumed {run.progress.text}")
+        return loop
+
+    def epochs(self) -> range:
+        """The epochs that are left, from 0; some steps of the first may be done."""
+        return range(len(self.run.history), self.run.config.epochs)
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left of the unfinished epoch, with a checkpoint every `checkpoint_every`."""
+        for step in self.run.steps():
+            done = len(self.run.history) * step.steps + step.index + 1
+            if self.checkpoint_every and done % self.checkpoint_every == 0 and step.index + 1 < step.steps:
+                self.save()
+            yield step
+
+    def finish_epoch(self) -> EpochRecord:
+        """Measure the epoch, put its record into the history, and write checkpoint and history."""
+        record = self.run.finish_epoch()
+        self._snapshots().add(self.run.model, record.epoch)
+        self.save()
+        return record
+
+    def save(self) -> None:
+        """Write the checkpoint, and after an epoch history and snapshots.
+
+        Raises RunError or TrainingError; the old checkpoint stays.
+        """
+        run, folder = self.run, self.folder.path
+        due = not run.means.steps or not (folder / SNAPSHOTS).exists()
+        gone = not folder.is_dir()  # the checkpoint makes it again
+        if due and not gone:
+            # Before the checkpoint: snapshots ahead of it are cut off by a resumed run, missing ones are lost.
+            self.folder.try_write(SNAPSHOTS, self._snapshots().to_bytes())
+        self.folder.save_progress(
+            run.model, run.optimizer, run.history, asdict(run.config), run.data.digest, run.means, run.seconds
+        )
+        if due and gone:
+            self.folder.try_write(SNAPSHOTS, self._snapshots().to_bytes())
+        self.saved = run.progress.text
+
+    @property
+    def kept(self) -> str:
+        """Which state is in the folder."""
+        return f"the state {self.saved} is in {self.folder.path}" if self.saved else "nothing was written yet"
+
+    def __enter__(self) -> TrainingLoop:
+        self._guard = self._guarded()
+        self._guard.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._guard.__exit__(*raised)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Bring run and folder to the same state; afterwards, and after any error, write what is not written yet."""
+        with between_steps():
+            if self.run.is_consistent:
+                self._save_unsaved()  # what could not be written when it was due
+            elif self.saved:
+                self._restore()
+                self.notify(f"resumed {self.run.progress.text}, the last good state")
+            else:
+                raise RunError("the first steps failed and no checkpoint is there: build the network again")
+            self._snapshots()
+            try:
+                yield
+                raise_pending()
+            except BaseException as error:
+                self._keep(error)
+                raise
+
+    def _save_unsaved(self) -> None:
+        begun = self.run.history.records or self.run.means.steps
+        if begun and self.saved != self.run.progress.text:
+            self.save()
+
+    def _keep(self, error: BaseException) -> None:
+        """Write what is not written yet, and say how to continue."""
+        if isinstance(error, StorageError):
+            self.notify(f"{self.kept}; {self.resume_hint}" if self.saved else self.kept)
+        elif self.run.is_consistent:
+            try:
+                self._save_unsaved()
+            except (StorageError, TrainingError) as failure:
+                self.notify(f"error: {failure}")
+        ends_kernel = isinstance(error, Terminated) and in_notebook()
+        if isinstance(error, KeyboardInterrupt):
+            where = self.run.progress.text if self.run.is_consistent else "within a step"
+            hint = "the notebook with RESUME = True continues" if ends_kernel else self.resume_hint
+            if self.saved:
+                state = "which" if self.saved == where else f"the state {self.saved}"
+                rest = f", {state} is kept in {self.folder.path}; {hint}"
+            else:
+                rest = "; no step was finished, so there is nothing to resume"
+            self.notify(f"stopped {where}{rest}")
+        if ends_kernel:  # IPython outlives every exception, but this process was asked to end
+            threading.Timer(KERNEL_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def _restore(self) -> None:
+        """Load the checkpoint and the snapshots. Damaged snapshots begin again with the present state."""
+        run, config = self.run, asdict(self.run.config)
+        run.progress = self.folder.restore(run.model, run.optimizer, config, run.device, run.data.digest, self.notify)
+        self.saved = run.progress.text
+        layers = list(quantized_layers(run.model))
+        try:
+            run.snapshots = Snapshots.resume(self.folder.path / SNAPSHOTS, layers, run.model, len(run.history))
+        except SnapshotError as error:
+            self.notify(f"the histograms of the epochs so far are lost: {error}")
+            run.snapshots = None
+
+    def _snapshots(self) -> Snapshots:
+        """The run's snapshots, which begin with its present state."""
+        if self.run.snapshots is None:
+            self.run.snapshots = Snapshots(list(quantized_layers(self.run.model)))
+            self.run.snapshots.add(self.run.model, len(self.run.history))
+        return self.run.snapshots

@@ -174,8 +174,9 @@ def test_memory_is_measured_in_a_slow_new_process() -> None:
     ("arguments", "message"),
     [
         (["speed"], "unknown benchmark 'speed': choose one of training, inference"),
-        (["training", "--batch-size", "1"], "'1': need a whole number from 2 on"),
-        (["inference", "--rounds", "many", "run"], "'many': need a whole number from 1 on"),
+        (["training", "--batch-size", "1"], "batch_size=1: need 2..1000000, a whole number"),
+        (["inference", "--rounds", "many", "run"], "invalid int value: 'many'"),
+        (["training", "--rounds", "0"], "--rounds=0: need 1 or more, a whole number"),
         (["inference", "no-such-run"], "no-such-run"),
         (["--device", "gpu"], "'gpu' is unknown"),
         (["--precision", "fp8"], "'fp8' is unknown"),
