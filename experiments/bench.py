@@ -1,9 +1,9 @@
 """What the pipeline costs, and what a compressed network gains, timed on this machine.
 
-    python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--no-naive] [--json F]
+    python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--json F]
     python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--threads N] [--json F]
 
-training: one step of ResNet-20 in four variants (experiments/benchmarks/training.py). inference: one forward pass of a
+training: one step of ResNet-20 in three variants (experiments/benchmarks/training.py). inference: one forward pass of a
 run's network in five forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
@@ -24,7 +24,7 @@ from src.storage import check_output, fail, write_output
 from src.training import DEVICES
 
 BENCHMARKS = {
-    "training": "Time one training step in four variants.",
+    "training": "Time one training step in three variants.",
     "inference": "Time one run's network in five forms.",
 }
 
@@ -43,9 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         if name == "training":
-            settings = {name: getattr(options, name) for name in ("batch_size", "device", "precision")}
-            config = replace(DEBUG, **settings)
-            result = bench_training(config, options.images, options.rounds, options.memory, options.naive)
+            config = replace(DEBUG, batch_size=options.batch_size, device=options.device, precision=options.precision)
+            result = bench_training(config, options.images, options.rounds, options.memory)
             print(training_table(result))
         else:
             result = bench_inference(options.run, options.batch_sizes, options.rounds)
@@ -69,7 +68,6 @@ def _parser(name: str) -> argparse.ArgumentParser:
         add("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
         add("--precision", default="auto", help="of the fastest mode: auto, fp32 or bf16 (default: auto)")
         add("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
-        add("--no-naive", dest="naive", action="store_false", help="leave out the naive pipeline, which takes longest")
     else:
         add("run", metavar="RUN", help="output folder of experiments.debug_run")
         add("--batch-sizes", type=int, nargs="+", default=[1, 256], help="default: 1 256")

@@ -20,8 +20,8 @@ import torch
 
 from experiments.pipeline import SavedRun
 from src.data import ImageData, normalize
-from src.export import check_onnx, export_onnx, pack, unpack
-from src.pruning import CompactNetwork, compact
+from src.export import check_onnx, compact_with_indices, export_onnx, pack, unpack
+from src.pruning import CompactNetwork
 from src.storage import StorageError, check_output, fail, log_info
 from src.training import predict
 
@@ -52,10 +52,12 @@ def export(saved: SavedRun, packed: Path, onnx: Path, *, data_root: str | None =
     """
     model = saved.network()
     _check_outputs(packed, onnx, force)
-    print(pack(model, packed, force=force).text(), end="\n\n")
-    print(export_onnx(model, onnx, force=force).text(), end="\n\n")
-    network, smaller = unpack(packed), compact(model)
-    checks = {"the packed file, read again, holds the compacted network bit for bit": _same_state(network, smaller)}
+    compacted = compact_with_indices(model)
+    print(pack(compacted, packed, force=force).text(), end="\n\n")
+    print(export_onnx(compacted, onnx, force=force).text(), end="\n\n")
+    network = unpack(packed)
+    same = _same_state(network, compacted.network)
+    checks = {"the packed file, read again, holds the compacted network bit for bit": same}
     data = _test_data(saved, data_root)
     if data is None:
         images = torch.randn(NOISE_IMAGES, *network.input_size, generator=torch.Generator().manual_seed(0))
@@ -76,16 +78,11 @@ def export(saved: SavedRun, packed: Path, onnx: Path, *, data_root: str | None =
 
 def _same_state(network: CompactNetwork, other: CompactNetwork) -> bool:
     """Whether two networks have the same description and, byte for byte, the same state."""
-    mine, theirs = network.state_dict(), other.state_dict()
-    return (
-        network.description == other.description
-        and list(mine) == list(theirs)
-        and all(
-            mine[name].dtype == theirs[name].dtype
-            and mine[name].contiguous().numpy().tobytes() == theirs[name].cpu().contiguous().numpy().tobytes()
-            for name in mine
-        )
+    mine, theirs = (
+        {name: (tensor.dtype, tensor.contiguous().numpy().tobytes()) for name, tensor in each.state_dict().items()}
+        for each in (network, other)
     )
+    return network.description == other.description and mine == theirs
 
 
 def _test_data(saved: SavedRun, data_root: str | None) -> ImageData | None:

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from experiments.pipeline import SavedRun, Take, spread, time_in_turns
 from resnet import NETWORKS
 from src import runs
-from src.export import export_onnx, open_session, run_onnx
-from src.pruning import compact
+from src.export import compact_with_indices, export_onnx, open_session, run_onnx
 from utils_quantization import quantized_layers, shared_quantized_weights
 
 CPU = torch.device("cpu")
@@ -48,11 +47,12 @@ def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> d
         weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in quantized_layers(model).items()}
     others = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
     masked.load_state_dict(others | weights)
-    networks = {"dense": dense.eval(), "masked": masked.eval(), "compacted": compact(model)}
+    compacted = compact_with_indices(model)
+    networks = {"dense": dense.eval(), "masked": masked.eval(), "compacted": compacted.network}
     takes: dict[str, Take] = {name: partial(network, images) for name, network in networks.items()}
     for name, integers in (("onnx_fp32", False), ("onnx_int", True)):
         path = folder / f"{name}.onnx"
-        export_onnx(model, path, integer_weights=integers, force=True)
+        export_onnx(compacted, path, integer_weights=integers, force=True)
         session = open_session(path)
         takes[name] = partial(run_onnx, session, images, len(images))
     return takes

@@ -1,10 +1,9 @@
-"""What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in four variants.
+"""What the pipeline costs: one training step of ResNet-20 on synthetic images of CIFAR-10's shape, in three variants.
 
     plain_float32  the network alone: float32, contiguous, a batch that is ready
     plain_fast     the same in the fastest mode the machine has: channels_last, and bfloat16 where it multiplies that
     full           the pipeline in that mode, through src.training.train_epoch: augmentation, quantizers, squared
                    logits, coupled group lasso at the debug preset's peak
-    naive          the same objective as it is written down first (naive.py)
 
 Time: all variants take turns in one process, one step each a round, so that a machine that slows down slows all of
 them; the order rotates. Printed are the median and the quartiles of the rounds; a ratio is the median of the ratios
@@ -20,7 +19,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -31,12 +29,10 @@ from typing import Any
 import torch
 
 from experiments import pipeline
-from experiments.benchmarks.naive import NaiveQuantizer, group_parts, naive_loader, naive_penalty, naive_step
 from experiments.pipeline import RunConfig, Take, spread, synchronize, time_in_turns
 from src import training
 from src.data import CIFAR10_MEAN, CIFAR10_STD, ImageData, normalize
 from src.runs import machine, versions
-from utils_quantization import attach_weight_quantizers
 
 LIMITS = {"full_over_plain": 1.15, "peak_memory_full_over_plain": 1.2}
 
@@ -80,39 +76,18 @@ def full(config: RunConfig, data: ImageData, device: torch.device) -> Take:
     return lambda: means.add(next(endless))
 
 
-def naive(config: RunConfig, data: ImageData, device: torch.device) -> Take:
-    """A step of the slow pipeline, with the same network, objective, rates and batches' distribution."""
-    model = pipeline.build_network(config, data, device).to(memory_format=torch.contiguous_format)
-    attach_weight_quantizers(model, config.exclude_layers, NaiveQuantizer, config.quantizer_kwargs)
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, **config.group_kwargs), foreach=False)
-    parts = group_parts(model)
-    objective = config.objective(lambda network: naive_penalty(network, parts))
-    loader = naive_loader(data, config.batch_size, config.crop_padding, config.flip)
-    batches = itertools.chain.from_iterable(itertools.repeat(loader))
-
-    def step_fn() -> None:
-        images, labels = next(batches)
-        naive_step(model, optimizer, (images.to(device), labels.to(device)), objective, config.peak)
-
-    return step_fn
-
-
 VARIANTS: dict[str, tuple[str, Callable[[RunConfig, ImageData, torch.device], Take]]] = {
     "plain_float32": ("plain, float32, contiguous", partial(plain, fast=False)),
     "plain_fast": ("plain, fastest mode", partial(plain, fast=True)),
     "full": ("full pipeline, fastest mode", full),
-    "naive": ("naive pipeline, float32", naive),
 }
 RATIOS = {
     "full_over_plain": ("full", "plain_fast"),
-    "naive_over_full": ("naive", "full"),
     "plain_float32_over_fast": ("plain_float32", "plain_fast"),
 }
 
 
-def bench_training(
-    config: RunConfig, images: int, rounds: int, memory: bool = True, with_naive: bool = True
-) -> dict[str, Any]:
+def bench_training(config: RunConfig, images: int, rounds: int, memory: bool = True) -> dict[str, Any]:
     """Time the variants, measure their memory, and return the figures that `--json` writes.
 
     config: batch size, device and precision count. images: size of the synthetic training set.
@@ -121,16 +96,15 @@ def bench_training(
     precision = training.pick_precision(config.precision, device)
     training.keep_freed_memory()  # for all variants, as the pipeline does it for itself
     training.repeatable(device)
-    chosen = [name for name in VARIANTS if with_naive or name != "naive"]
     data = synthetic_data(max(images, config.batch_size))
-    step_fns = {name: VARIANTS[name][1](config, data, device) for name in chosen}
+    step_fns = {name: build(config, data, device) for name, (_, build) in VARIANTS.items()}
     seconds = time_in_turns(step_fns, rounds, device)
     step_fns.clear()
     variants: dict[str, Any] = {}
-    for name in chosen:
+    for name, (label, _) in VARIANTS.items():
         figures = spread(seconds[name])
         variants[name] = {
-            "label": VARIANTS[name][0],
+            "label": label,
             "seconds_per_step": figures,
             "images_per_second": config.batch_size / figures["median"],
             "memory": memory_of(name, config) if memory else None,
@@ -138,7 +112,6 @@ def bench_training(
     ratios: dict[str, Any] = {
         name: spread([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
         for name, (over, under) in RATIOS.items()
-        if over in chosen and under in chosen
     }
     if memory:
         used, least = (variants[name]["memory"]["step_bytes"] for name in ("full", "plain_fast"))
@@ -223,5 +196,4 @@ def _high_water_bytes() -> int:
         return int(fields["VmHWM"].split()[0]) * 1024
     import resource  # not on Windows
 
-    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return mark if sys.platform == "darwin" else mark * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

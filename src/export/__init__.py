@@ -9,12 +9,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from src.export.integer_weights import compact_with_indices
 from src.export.packing import PackReport, pack, unpack
 
 if TYPE_CHECKING:
     from src.export.onnx_file import check_onnx, export_onnx, open_session, run_onnx
 
-__all__ = ["PackReport", "check_onnx", "export_onnx", "open_session", "pack", "run_onnx", "unpack"]
+__all__ = [
+    "PackReport",
+    "check_onnx",
+    "compact_with_indices",
+    "export_onnx",
+    "open_session",
+    "pack",
+    "run_onnx",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:

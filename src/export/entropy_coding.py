@@ -7,9 +7,8 @@ Quantized weights are many zeros and a few large values, as often negative as po
     magnitudes  |q| under the model that the table gives
     signs       one bit for each weight that is not zero
 
-Above 8 bits a table of all magnitudes would be longer than the weights: there 0 stays a symbol of its own, and the
-lowest bits of |q| - 1 are stored as they are. All models are made of whole numbers, so that every machine decodes the
-same. A stream is uint32 words. Axis letters: n weights of a layer.
+All models are made of whole numbers, so that every machine decodes the same. A stream is uint32 words.
+Axis letters: n weights of a layer.
 """
 
 from __future__ import annotations
@@ -24,59 +23,36 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int32]
 Words = NDArray[np.uint32]
 
-TABLE_BITS = 8  # magnitudes of wider weights share table entries
 _queue, _model = constriction.stream.queue, constriction.stream.model
-
-
-class CodingError(ValueError):
-    """A stream that cannot be decoded."""
+# 0, then 4 whole numbers per doubling where there are so many: 1 2 3 4 5 6 7 8 10 11 13 16 19 ...
+_LEVELS = np.unique([0] + [round(2 ** (k / 4)) for k in range(4 * 30)]).astype(np.int64)
 
 
 def encode(layers: Sequence[tuple[int, Integers]]) -> Words:
     """(bits, q) of every layer -> one stream. q: int32 (n,), |q| <= 2^(bits - 1) - 1, n >= 1."""
     encoder = _queue.RangeEncoder()
     for bits, q in layers:
-        magnitude, raw_bits = np.abs(q), max(0, bits - TABLE_BITS)
-        outside = magnitude[magnitude > 0] - 1
-        symbols = magnitude.copy()
-        symbols[magnitude > 0] = 1 + (outside >> raw_bits)
-        codes = _codes(np.bincount(symbols, minlength=_symbols(bits)))
+        magnitude = np.abs(q)
+        codes = _codes(np.bincount(magnitude, minlength=2 ** (bits - 1)))
         steps = np.diff(codes, prepend=0)
         encoder.encode(np.where(steps >= 0, 2 * steps, -2 * steps - 1).astype(np.int32), _TABLE_MODEL)
-        encoder.encode(symbols.astype(np.int32), _magnitudes(codes))
+        encoder.encode(magnitude, _magnitudes(codes))
         encoder.encode((q[magnitude > 0] < 0).astype(np.int32), _model.Uniform(2))
-        if raw_bits:
-            encoder.encode((outside & (2**raw_bits - 1)).astype(np.int32), _model.Uniform(2**raw_bits))
     return np.asarray(encoder.get_compressed(), dtype=np.uint32)
 
 
 def decode(words: Words, layers: Sequence[tuple[int, int]]) -> list[Integers]:
-    """A stream and (bits, n) of every layer -> q of every layer, int32 (n,). Raises CodingError."""
+    """A stream that `encode` wrote and (bits, n) of every layer -> q of every layer, int32 (n,)."""
     decoder = _queue.RangeDecoder(words)
     return [_decode_layer(decoder, bits, count) for bits, count in layers]
 
 
 def _decode_layer(decoder: Any, bits: int, count: int) -> Integers:
-    raw_bits = max(0, bits - TABLE_BITS)
-    try:
-        steps = decoder.decode(_TABLE_MODEL, _symbols(bits))
-        codes = np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2))
-        if codes.min() < 0 or codes.max() >= len(_LEVELS) or codes.max() == 0:
-            raise CodingError("the table of a layer holds counts that no encoder writes")
-        symbols: Integers = decoder.decode(_magnitudes(codes), count)
-        outside = int(np.count_nonzero(symbols))
-        negative = decoder.decode(_model.Uniform(2), outside) == 1
-        magnitude = (symbols[symbols > 0] - 1) << raw_bits
-        if raw_bits:
-            magnitude |= decoder.decode(_model.Uniform(2**raw_bits), outside)
-    except CodingError:
-        raise
-    except Exception as error:  # the coder has no class of its own for a stream that fits no model
-        raise CodingError(f"the stream fits no weights ({error})") from error
-    q = np.zeros(count, dtype=np.int32)
-    q[symbols > 0] = np.where(negative, -(magnitude + 1), magnitude + 1)
-    if magnitude.size and magnitude.max() + 1 > 2 ** (bits - 1) - 1:
-        raise CodingError(f"the stream holds a weight beyond {bits} bits")
+    steps = decoder.decode(_TABLE_MODEL, 2 ** (bits - 1))
+    codes = np.cumsum(np.where(steps % 2, -(steps + 1) // 2, steps // 2))
+    q: Integers = decoder.decode(_magnitudes(codes), count)
+    outside = q > 0
+    q[outside] *= 1 - 2 * decoder.decode(_model.Uniform(2), int(outside.sum()))
     return q
 
 
@@ -84,16 +60,6 @@ def entropy_bits(q: NDArray[np.integer]) -> float:
     """Order-0 entropy of n whole numbers, in bits altogether: -sum over values of count log2(count / n)."""
     counts = np.unique(q, return_counts=True)[1]
     return float(-(counts * np.log2(counts / counts.sum())).sum())
-
-
-def _symbols(bits: int) -> int:
-    """Entries of a layer's table: 0, and the magnitudes 1 to Q or the groups of them."""
-    return int(2 ** (min(bits, TABLE_BITS) - 1)) + (0 if bits <= TABLE_BITS else 1)
-
-
-def _levels() -> NDArray[np.int64]:
-    """0, then 4 whole numbers per doubling where there are so many: 1 2 3 4 5 6 7 8 10 11 13 16 19 ..."""
-    return np.unique([0] + [round(2 ** (k / 4)) for k in range(4 * 30)]).astype(np.int64)
 
 
 def _codes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -117,5 +83,4 @@ def _table_model() -> Any:
     return _model.Categorical(np.array(weights, dtype=np.float32), perfect=False)
 
 
-_LEVELS = _levels()
 _TABLE_MODEL = _table_model()

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from src.pruning import CompactNetwork, LayerLiveness, analyze_liveness, compact
 from src.quantizer import DeadZoneLDZCompander, dequantize
-from utils_quantization import FakeQuantParametrization, latent_weight, quantized_layers, quantizer_of
+from utils_quantization import latent_weight, quantized_layers, quantizer_of
 
 
 class IndexingError(ValueError):
@@ -42,65 +41,70 @@ class IndexedWeight:
         return dequantize(self.indices.to(torch.float32), self.step, self.shift)
 
 
+@dataclass(frozen=True, eq=False)
+class IndexedNetwork:
+    """A compacted network, on the CPU, and the weights of those of its layers that are quantized, by name.
+
+    dense_bytes: FP32 state of the network it was made from, see `fp32_state_bytes`.
+    """
+
+    network: CompactNetwork
+    weights: dict[str, IndexedWeight]
+    dense_bytes: int
+
+
 @torch.no_grad()
 def compact_with_indices(
-    model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)
-) -> tuple[CompactNetwork, dict[str, IndexedWeight]]:
-    """`model` compacted, on the CPU, and the indices of those of its layers that are quantized, by name.
+    model: nn.Module | IndexedNetwork, input_size: tuple[int, int, int] = (3, 32, 32)
+) -> IndexedNetwork:
+    """`model` compacted, with the indices of its quantized weights. What was compacted before is taken as it is.
 
     Grid and indices are computed on the model's own device, as they were for its evaluation. A network without
-    quantizers gives no indices; a CompactNetwork is taken as it is. Raises IndexingError where a quantizer is switched
-    off or has no grid, or the weights are not float32; CompactionError as `compact` does.
+    quantizers gives no indices. Raises IndexingError where a quantizer is switched off or has no grid, or the weights
+    are not float32; CompactionError as `compact` does.
     """
-    _check_dtype(model)
+    if isinstance(model, IndexedNetwork):
+        return model
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise IndexingError(f"{name!r} is {tensor.dtype}: need float32 throughout; call model.float() first")
     layers = quantized_layers(model)
-    for name, layer in layers.items():
-        _check_quantizer(name, layer)
     if isinstance(model, CompactNetwork) and not layers:
-        return copy.deepcopy(model).cpu().eval(), {}
+        return IndexedNetwork(copy.deepcopy(model).cpu().eval(), {}, fp32_state_bytes(model))
     network = compact(model, input_size).cpu()
     state = network.state_dict()
     liveness = {layer.name: layer for layer in analyze_liveness(model, input_size).layers} if layers else {}
-    found = {
-        name: _indexed(name, layer, liveness[name], state[f"{name}.weight"])
+    weights = {
+        name: _indexed(layer, liveness[name], state[f"{name}.weight"])
         for name, layer in layers.items()
         if f"{name}.weight" in state
     }
-    return network, found
+    return IndexedNetwork(network, weights, fp32_state_bytes(model))
 
 
-def _indexed(name: str, layer: nn.Module, liveness: LayerLiveness, weight: Tensor) -> IndexedWeight:
-    quantizer, latent = cast(DeadZoneLDZCompander, quantizer_of(layer)), latent_weight(layer).detach()
+def fp32_state_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers without the quantizers' own: 4 a float, a counter as it is."""
+    return sum(
+        tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+        for name, tensor in model.state_dict().items()
+        if ".parametrizations." not in name or name.endswith(".original")
+    )
+
+
+def _indexed(layer: nn.Module, liveness: LayerLiveness, weight: Tensor) -> IndexedWeight:
+    quantizer, latent = quantizer_of(layer), latent_weight(layer).detach()
+    if not isinstance(quantizer, DeadZoneLDZCompander):
+        raise IndexingError(
+            f"layer {liveness.name!r} is quantized by {type(quantizer).__name__}, whose grid is not known here: need "
+            "DeadZoneLDZCompander; exclude the layer from quantization to keep it in float32"
+        )
     grid = quantizer.grid(latent)
     rows, columns = torch.from_numpy(liveness.kept_out), torch.from_numpy(liveness.kept_in)
     indices = quantizer.indices(latent).cpu()[rows][:, columns].contiguous()
-    bits = int(quantizer.get_bitwidth().item())
-    found = IndexedWeight(bits, grid.step.cpu(), grid.shift.cpu(), indices)
-    on_grid = weight[:, : len(columns)].contiguous()
-    if not torch.equal(found.values().view(torch.int32), on_grid.view(torch.int32)):
+    found = IndexedWeight(int(quantizer.get_bitwidth().item()), grid.step.cpu(), grid.shift.cpu(), indices)
+    if not torch.equal(found.values(), weight[:, : len(columns)]):
         raise IndexingError(
-            f"layer {name!r}: its weights are not those of its quantizer's grid; attach the quantizer alone, with no "
-            "other parametrization of the weight"
+            f"layer {liveness.name!r}: its weights are not on its quantizer's grid; switch all quantizers on with "
+            "toggle_quantization(model, True), and attach them alone, with no other parametrization of the weight"
         )
     return found
-
-
-def _check_dtype(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise IndexingError(f"{name!r} is {tensor.dtype}: need float32 throughout; call model.float() first")
-
-
-def _check_quantizer(name: str, layer: nn.Module) -> None:
-    stack = list(cast(nn.ModuleList, cast(nn.ModuleDict, layer.parametrizations)["weight"]))
-    if not all(part.enabled for part in stack if isinstance(part, FakeQuantParametrization)):
-        raise IndexingError(
-            f"the quantizer of layer {name!r} is switched off, so its weights are on no grid; switch all on with "
-            "toggle_quantization(model, True)"
-        )
-    quantizer = quantizer_of(layer)
-    if not isinstance(quantizer, DeadZoneLDZCompander):
-        raise IndexingError(
-            f"layer {name!r} is quantized by {type(quantizer).__name__}, whose grid is not known here: need "
-            "DeadZoneLDZCompander; exclude the layer from quantization to keep it in float32"
-        )

@@ -14,7 +14,7 @@ Axis letters: N batch, C channels, H W space.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from src.export.integer_weights import IndexedWeight, compact_with_indices
-from src.pruning import CompactNetwork, Operation, value_shapes
+from src.export.integer_weights import IndexedNetwork, compact_with_indices
+from src.pruning import Operation, value_shapes
 from src.storage import check_output, write_output
 
 OPSET = 21  # the first in which DequantizeLinear reads int4 and int16
@@ -41,7 +41,7 @@ BATCH_SIZE = 256
 
 
 class OnnxError(ValueError):
-    """An ONNX file that ONNX Runtime cannot read, or images it cannot be checked on."""
+    """An ONNX file that ONNX Runtime cannot read."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ class OnnxCheck:
         )
 
 
-@torch.no_grad()
 def export_onnx(
-    model: nn.Module,
+    model: nn.Module | IndexedNetwork,
     path: str | Path,
     *,
     input_size: tuple[int, int, int] = (3, 32, 32),
@@ -103,25 +102,17 @@ def export_onnx(
     Raises StorageError for the path, CompactionError or IndexingError for the model; nothing is written then.
     """
     check_output(path, force)
-    network, indexed = compact_with_indices(model, input_size)
-    if not integer_weights:
-        indexed = {}
-    graph = _Graph(network, indexed).model()
-    onnx.checker.check_model(graph, full_check=True)
-    data = graph.SerializeToString()
+    compacted = compact_with_indices(model, input_size)
+    graph = _Graph(compacted, integer_weights)
+    data = graph.model().SerializeToString()
     write_output(path, data, force)
-    layers = [each["name"] for each in network.description["steps"] if each["op"] in ("conv", "linear")]
-    parts = ("weight", "indices", "step", "shift", "constants")
-    stored = {tensor.name: len(tensor.raw_data) for tensor in graph.graph.initializer}
-    weight_bytes = sum(stored.get(f"{name}.{part}", 0) for name in layers for part in parts)
-    types = {name: integer_type(indexed[name].indices) if name in indexed else "float32" for name in layers}
-    return OnnxReport(str(path), len(data), weight_bytes, types)
+    return OnnxReport(str(path), len(data), graph.weight_bytes, graph.weight_types)
 
 
-def open_session(path: str | Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU; threads: as many as PyTorch uses where None. Raises OnnxError."""
+def open_session(path: str | Path) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU with as many threads as PyTorch uses. Raises OnnxError."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -136,16 +127,13 @@ def run_onnx(session: onnxruntime.InferenceSession, images: Tensor, batch_size: 
 
 
 @torch.no_grad()
-def check_onnx(path: str | Path, network: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> OnnxCheck:
+def check_onnx(path: str | Path, network: nn.Module, images: Tensor) -> OnnxCheck:
     """Run the file in ONNX Runtime and `network` in PyTorch on `images` (N, C, H, W), as the network reads them.
 
-    Raises OnnxError where the file cannot be read, there is no image, or the network is in training mode.
+    network: in eval mode. Raises OnnxError where the file cannot be read.
     """
-    if len(images) == 0 or any(module.training for module in network.modules()):
-        raise OnnxError(f"got {len(images)} images, need at least one, and a network in eval mode; call .eval() first")
-    device = next((tensor.device for tensor in network.parameters()), images.device)
-    found = run_onnx(open_session(path), images, batch_size)
-    expected = torch.cat([network(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+    found = run_onnx(open_session(path), images)
+    expected = torch.cat([network(batch) for batch in images.split(BATCH_SIZE)])
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
     return OnnxCheck(len(images), differing, (found - expected).abs().max().item())
 
@@ -161,12 +149,14 @@ def integer_type(indices: Tensor) -> str:
 class _Graph:
     """Nodes and stored tensors, in the order of the operations. Value i of the description is called `value_i`."""
 
-    def __init__(self, network: CompactNetwork, indexed: Mapping[str, IndexedWeight]) -> None:
-        self.description, self.indexed = network.description, indexed
-        self.state = network.state_dict()
+    def __init__(self, compacted: IndexedNetwork, integer_weights: bool) -> None:
+        self.description, self.state = compacted.network.description, compacted.network.state_dict()
+        self.indexed = compacted.weights if integer_weights else {}
         self.shapes = value_shapes(self.description)
         self.nodes: list[onnx.NodeProto] = []
         self.stored: dict[str, onnx.TensorProto] = {}
+        self.weight_types: dict[str, str] = {}
+        self.weight_bytes = 0
 
     def model(self) -> onnx.ModelProto:
         """The network as an ONNX model with a dynamic batch axis: images (N, C, H, W) float32 -> logits (N, ...)."""
@@ -182,7 +172,9 @@ class _Graph:
         )
         graph = helper.make_graph(self.nodes, "compact_network", [images], [logits], list(self.stored.values()))
         opsets = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="codeq-walkthrough")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="codeq-walkthrough")
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         name = f"{kind}_{len(self.nodes)}"
@@ -190,8 +182,7 @@ class _Graph:
         return output
 
     def store(self, name: str, values: Tensor | NDArray[Any]) -> str:
-        array = values.detach().numpy() if isinstance(values, Tensor) else values
-        self.stored[name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        self.stored[name] = numpy_helper.from_array(np.ascontiguousarray(values).reshape(values.shape), name)
         return name
 
     def whole_numbers(self, name: str, values: Sequence[int]) -> str:
@@ -202,34 +193,26 @@ class _Graph:
 
     def weight_and_bias(self, operation: Operation) -> list[str]:
         """Names of the layer's weight, dequantized inside the graph where it is stored as integers, and of its bias."""
-        layer = operation["name"]
+        layer, before = operation["name"], set(self.stored)
+        self.weight_types[layer] = integer_type(self.indexed[layer].indices) if layer in self.indexed else "float32"
         weight = [self.dequantized(layer)] if layer in self.indexed else self.parameters(layer, "weight")
+        self.weight_bytes += sum(len(self.stored[name].raw_data) for name in self.stored.keys() - before)
         return [*weight, *(self.parameters(layer, "bias") if operation["bias"] else [])]
 
     def dequantized(self, layer: str) -> str:
         name, part = f"{layer}.weight", self.indexed[layer]
-        kind, q = integer_type(part.indices), part.indices.numpy()
-        indices = f"{layer}.indices"
-        self.stored[indices] = helper.make_tensor(indices, INTEGER_TYPES[kind], q.shape, _packed(q, kind), raw=True)
+        integers = helper.tensor_dtype_to_np_dtype(INTEGER_TYPES[self.weight_types[layer]])
+        indices = self.store(f"{layer}.indices", part.indices.numpy().astype(integers))  # two int4 a byte
         scale, shift = self.store(f"{layer}.step", part.step), self.store(f"{layer}.shift", part.shift)
         # without a zero point it is 0, and ONNX Runtime reads every integer type
         scaled = self.node("DequantizeLinear", [indices, scale], f"{layer}.scaled")
         sign = self.node("Sign", [scaled], f"{layer}.sign")
         outside = self.node("Mul", [sign, shift], f"{layer}.outside")
-        tail = self.state[name][:, q.shape[1] :]
+        tail = self.state[name][:, part.indices.shape[1] :]
         if not tail.numel():
             return self.node("Add", [scaled, outside], name)
         on_grid = self.node("Add", [scaled, outside], f"{layer}.on_grid")
         return self.node("Concat", [on_grid, self.store(f"{layer}.constants", tail)], name, axis=1)
-
-
-def _packed(q: NDArray[np.int32], kind: str) -> bytes:
-    """Little-endian bytes; two int4 a byte, the first in the lower half."""
-    if kind != "int4":
-        return q.astype("<i1" if kind == "int8" else "<i2").tobytes()
-    nibbles = (q.ravel() & 15).astype(np.uint8)
-    padded = np.concatenate([nibbles, np.zeros(len(nibbles) % 2, dtype=np.uint8)])
-    return bytes(padded[::2] | padded[1::2] << 4)
 
 
 Node = tuple[str, list[str], dict[str, Any]]  # kind, inputs, attributes

@@ -19,7 +19,6 @@ from src.export.onnx_file import OnnxCheck, OnnxError, integer_type
 from src.pruning import CompactionError, CompactNetwork, compact
 from src.storage import StorageError
 from tests.quantized_networks import SMALL_SIZE, as_trained, mixed_resnet20, small_resnet
-from utils_quantization import quantized_layers
 
 INTEGERS = {"int4": (TensorProto.INT4, 0.5), "int8": (TensorProto.INT8, 1), "int16": (TensorProto.INT16, 2)}
 
@@ -58,7 +57,7 @@ def test_weights_are_the_integers_they_should_be(model: nn.Module, tmp_path: Pat
     assert f"{report.file_bytes:,} bytes" in report.text()
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert report.file_bytes == path.stat().st_size
-    stored, (_, indexed) = initializers(path), compact_with_indices(model)
+    stored, indexed = initializers(path), compact_with_indices(model).weights
     assert {part.bits for part in indexed.values()} == set(range(2, 9))
     for name, part in indexed.items():
         kind = "int4" if part.bits <= 4 else "int8"
@@ -75,9 +74,9 @@ def test_weights_are_the_integers_they_should_be(model: nn.Module, tmp_path: Pat
 def test_dequantized_weights_bit_for_bit(evaluator: str, tmp_path: Path) -> None:
     """The weights that the graph computes, asked for as outputs, are the compacted network's, tails included."""
     model = small_resnet(bits=(2, 5, 8, 12), max_bits=16)
-    network, indexed = compact_with_indices(model, SMALL_SIZE)
-    path = tmp_path / "model.onnx"
-    report = export_onnx(model, path, input_size=SMALL_SIZE)
+    compacted = compact_with_indices(model, SMALL_SIZE)
+    state, indexed, path = compacted.network.state_dict(), compacted.weights, tmp_path / "model.onnx"
+    report = export_onnx(compacted, path)
     assert sorted(set(report.weight_types.values())) == ["float32", "int16", "int4", "int8"]
     graph = onnx.load(path)
     names = [f"{name}.weight" for name in indexed]
@@ -89,10 +88,8 @@ def test_dequantized_weights_bit_for_bit(evaluator: str, tmp_path: Path) -> None
     else:
         found = ReferenceEvaluator(graph).run(names, images)
     for name, weight in zip(names, found, strict=True):
-        np.testing.assert_array_equal(weight, network.state_dict()[name].numpy())
-    assert any(
-        part.indices.shape[1] < network.state_dict()[f"{name}.weight"].shape[1] for name, part in indexed.items()
-    )
+        np.testing.assert_array_equal(weight, state[name].numpy())
+    assert any(part.indices.shape[1] < state[f"{name}.weight"].shape[1] for name, part in indexed.items())
 
 
 def test_narrowest_type() -> None:
@@ -110,9 +107,9 @@ def test_shortcuts(option: str, integers: bool, tmp_path: Path) -> None:
     model = small_resnet(bits=(3, 8), option=option)
     report = export_onnx(model, tmp_path / "model.onnx", input_size=SMALL_SIZE, integer_weights=integers)
     assert set(report.weight_types.values()) == ({"float32", "int4", "int8"} if integers else {"float32"})
-    checked = check_onnx(tmp_path / "model.onnx", model, torch.randn(20, *SMALL_SIZE), batch_size=7)
+    checked = check_onnx(tmp_path / "model.onnx", model, torch.randn(300, *SMALL_SIZE))
     assert checked.passed
-    assert checked.images == 20
+    assert checked.images == 300
 
 
 class EveryStep(nn.Module):
@@ -211,12 +208,4 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(CompactionError, match="training mode"):
         export_onnx(model.train(), path, input_size=SMALL_SIZE, force=True)
     assert path.read_bytes() == b"precious"
-    export_onnx(model.eval(), path, input_size=SMALL_SIZE, force=True)
-    for images, network in (
-        (torch.zeros(0, *SMALL_SIZE), model),
-        (torch.zeros(1, *SMALL_SIZE), small_resnet().train()),
-    ):
-        with pytest.raises(OnnxError, match="eval mode"):
-            check_onnx(path, network, images)
-    assert len(quantized_layers(model)) == 6
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
