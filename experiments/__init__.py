@@ -18,8 +18,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 ROOT = Path(__file__).resolve().parent.parent
-# What only the commands, the page and the server need; without ipywidgets the sliders are missing.
-ELSEWHERE = frozenset({"ipywidgets", "jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
+# What only the commands, the page and the server need.
+ELSEWHERE = frozenset({"jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
 ELSEWHERE |= {"latex2mathml", "pygments", "onnx", "onnxruntime"}
 
 

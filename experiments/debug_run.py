@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments import pipeline
 from experiments.doctor import Examination
-from experiments.notebook import TerminalProgress
+from experiments.notebook import ProgressBar
 from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
 from src.data import steps_per_epoch
 from src.quantizer import check_range
@@ -96,24 +96,19 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
 
 def _train(loop: pipeline.TrainingLoop, examination: Examination | None) -> None:
     """Train the epochs that are left; a line on stdout for each."""
-    run, progress, ended = loop.run, TerminalProgress(), "stopped"
-    epochs, steps = run.config.epochs, steps_per_epoch(run.data, run.config.batch_size)
-    progress.start(epochs, steps, len(run.history), run.means.steps)
-    try:
-        with loop:
-            for epoch in loop.epochs():
-                for step in loop.steps():
-                    progress.step(epoch + 1, step.index + 1, step.loss)
-                    if examination:
-                        examination.step(epoch, step)
-                record = loop.finish_epoch()
+    run, epochs = loop.run, loop.run.config.epochs
+    steps = steps_per_epoch(run.data, run.config.batch_size)
+    with ProgressBar(epochs, steps, len(run.history), run.means.steps) as progress, loop:
+        for epoch in loop.epochs():
+            for step in loop.steps():
+                progress.step(epoch + 1, step.index + 1, step.loss)
                 if examination:
-                    examination.epoch(record)
-                progress.epoch_done(record)
-                print_result(record.console_line(epochs))
-        ended = "trained"
-    finally:
-        progress.close(ended)
+                    examination.step(epoch, step)
+            record = loop.finish_epoch()
+            if examination:
+                examination.epoch(record)
+            progress.epoch_done(record)
+            print_result(record.console_line(epochs))
 
 
 def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | None) -> int:

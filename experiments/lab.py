@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.headless import write_copy
-from src.storage import BAD_INPUT, fail, log_info
+import nbformat
+
+from experiments.headless import inject, read_notebook
+from src.storage import BAD_INPUT, fail, log_info, write_atomic
 
 if TYPE_CHECKING:
     from experiments.pipeline import SavedRun
@@ -34,34 +34,30 @@ COPY = Path("runs/lab") / NOTEBOOK.name
 DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
 
 
-def main(arguments: Sequence[str] | None = None, start: Callable[[Sequence[str]], int] | None = None) -> int:
-    """The command. start: runs a command line to its end and gives its exit status. Returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    start = start or run_to_end
     os.chdir(ROOT)
+    folder = Path(options.output) if options.output else next(filter(_fits, (USUAL, OWN)), None)
+    if folder is None:
+        folder, status = OWN, train(OWN)
+        if status > 1:  # 1 is a verdict that found a fault: that is worth exploring, too
+            if status != BAD_INPUT:
+                log_info("the same command resumes the training")
+            return status
     try:
-        folder = Path(options.output) if options.output else next(filter(_fits, (USUAL, OWN)), None)
-        if folder is None:
-            status = start(training_command(OWN))
-            if status > 1:  # 1 is a verdict that found a fault: that is worth exploring, too
-                if status == 130:
-                    log_info("interrupted; the same command resumes the training")
-                return status
-            folder = OWN
         run = finished_run(folder)
-        log_info(
-            f"exploring the run in {folder}: preset {run.config.preset}, {run.config.epochs} epochs on {run.data_name}"
-        )
-        parameters = {"DATA_ROOT": run.config.data_root, "OUTPUT_DIR": folder.as_posix(), "RESUME": True}
-        if write_copy(NOTEBOOK, COPY, parameters):
-            log_info(f"opening {COPY}, a copy of {NOTEBOOK.name} that resumes this run")
-        else:
-            log_info(f"opening your edited copy {COPY} as it is; move it away for a fresh one")
-    except ValueError as error:
+        written = write_copy(COPY, {"DATA_ROOT": run.config.data_root, "OUTPUT_DIR": folder.as_posix(), "RESUME": True})
+    except (ValueError, OSError) as error:
         return fail(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return start(server_command(COPY, options.port, show=not options.no_browser))
+    log_info(
+        f"exploring the run in {folder}: preset {run.config.preset}, {run.config.epochs} epochs on {run.data_name}"
+    )
+    if written:
+        log_info(f"opening {COPY}, a copy of {NOTEBOOK.name} that resumes this run")
+    else:
+        log_info(f"opening your edited copy {COPY} as it is; move it away for a fresh one")
+    return serve(COPY, options.port, show=not options.no_browser)
 
 
 def finished_run(folder: Path) -> SavedRun:
@@ -90,20 +86,34 @@ def _fits(folder: Path) -> bool:
     return True
 
 
-def training_command(folder: Path) -> list[str]:
-    """The command line that trains the short run into `folder`, or resumes one that was interrupted; says so."""
-    command = [sys.executable, "-m", "experiments.debug_run", "--data", "digits", "--output", str(folder)]
+def train(folder: Path) -> int:
+    """Train the short run into `folder`, or resume one that was interrupted. Returns the exit status of the script."""
+    from experiments import debug_run
+
+    command = ["--data", "digits", "--output", str(folder)]
     if (folder / "checkpoint.pt").is_file() and not (folder / "run.json").is_file():
         log_info(f"resuming the training in {folder} (about a minute in all) ...")
-        return [*command, "--resume"]
+        return debug_run.main([*command, "--resume"])
     log_info(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")
-    return command
+    return debug_run.main(command)
 
 
-def server_command(notebook: Path, port: int | None = None, *, show: bool = True) -> list[str]:
-    """The command line that starts JupyterLab on `notebook` (below ROOT), in a browser where there is one to show."""
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}"]
-    command.append(f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}")
+def write_copy(copy: Path, parameters: Mapping[str, object]) -> bool:
+    """Write the notebook with `parameters` to `copy`. False: the copy that is there has other cells, and stays."""
+    notebook = read_notebook(NOTEBOOK)
+    if copy.exists():
+        present = inject(read_notebook(copy), {})
+        if [cell.source for cell in present.cells] != [cell.source for cell in notebook.cells]:
+            return False
+    write_atomic(copy, nbformat.writes(inject(notebook, parameters)).encode())
+    return True
+
+
+def serve(notebook: Path, port: int | None = None, *, show: bool = True) -> int:
+    """JupyterLab on `notebook` (below ROOT) until it ends, in a browser where there is one to show."""
+    from jupyterlab.labapp import main as jupyterlab
+
+    command = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}"]
     if port is not None:
         command.append(f"--ServerApp.port={port}")
     if hasattr(os, "geteuid") and os.geteuid() == 0:  # JupyterLab wants to be told that root is meant
@@ -112,27 +122,7 @@ def server_command(notebook: Path, port: int | None = None, *, show: bool = True
     if not show or (sys.platform.startswith("linux") and not any(os.environ.get(name) for name in DISPLAYS)):
         log_info("open the address that JupyterLab prints below in a browser")
         command.append("--no-browser")
-    return command
-
-
-def run_to_end(command: Sequence[str]) -> int:
-    """Run a command and give its exit status. Ctrl-C and SIGTERM reach it, and it decides when it ends."""
-    process = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal has sent it to the command as well
-                continue
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 <= int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r}: need a port from 0 (any free one) to 65535")
-    return int(text)
+    return jupyterlab(command) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", help=f"folder of the run to explore (default: {USUAL}, else a short one is trained)"
     )
-    parser.add_argument("--port", type=_port, help="port to try first (default: 8888; one in use is skipped)")
+    parser.add_argument("--port", type=int, help="port to try first (default: 8888; one in use is skipped)")
     parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
     return parser
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = ["python", "-m", "experiments.run_notebook", *(f"--set={setting}" for setting in options.set)]
     execution.notebook.metadata["run"]["command"] = shlex.join(command)
     if execution.failure:
-        log_info(f"run_notebook: {execution.failure.message}")
+        log_info(f"run_notebook: {execution.failure}")
         if executed.exists() or page.exists():
             log_info(f"run_notebook: {executed} and {page} stay as an earlier run left them")
         executed = _failed(executed)
@@ -95,16 +95,6 @@ def _write_page(executed: NotebookNode, page: Path, notebook: Path) -> None:
     print(f"page      {page}")
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: need a number of seconds, 0 or more")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m experiments.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="replace a parameter")
@@ -112,10 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-notebook", type=Path, default=EXECUTED, help="the executed notebook (%(default)s)")
     parser.add_argument("--html", type=Path, default=PAGE, help="the page (%(default)s)")
     parser.add_argument(
-        "--cell-timeout", type=_seconds, default=CELL_TIMEOUT, metavar="SECONDS", help="0 is no limit (%(default)s)"
+        "--cell-timeout", type=float, default=CELL_TIMEOUT, metavar="SECONDS", help="0 is no limit (%(default)s)"
     )
     parser.add_argument(
-        "--startup-timeout", type=_seconds, default=STARTUP_TIMEOUT, metavar="SECONDS", help="(%(default)s)"
+        "--startup-timeout", type=float, default=STARTUP_TIMEOUT, metavar="SECONDS", help="(%(default)s)"
     )
     parser.add_argument("--render-only", action="store_true", help="write the page of the notebook executed last")
     return parser

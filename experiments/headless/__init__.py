@@ -9,10 +9,10 @@ from experiments.headless.execution import CELL_TIMEOUT, STARTUP_TIMEOUT, execut
 from experiments.headless.page import to_html
 from experiments.headless.parameters import (
     NotebookInputError,
+    inject,
     parameter_defaults,
     parse_settings,
     read_notebook,
-    write_copy,
 )
 
 __all__ = [
@@ -20,9 +20,9 @@ __all__ = [
     "STARTUP_TIMEOUT",
     "NotebookInputError",
     "execute",
+    "inject",
     "parameter_defaults",
     "parse_settings",
     "read_notebook",
     "to_html",
-    "write_copy",
 ]

@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbclient.util import ensure_async
+from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
 
 from experiments.headless.page import headings
@@ -37,29 +38,16 @@ GRACE_SECONDS = 10  # an interrupted cell has this long to clean up
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why an execution ended early. kind: error, timeout, dead kernel, no kernel or interrupted.
+class Execution:
+    """An executed notebook with all outputs there are, and why it stopped early, if it did.
 
-    message: cell, line and error, for a terminal; several lines.
+    failure: cell, line and error, for a terminal; several lines. exit_status: 0 finished, 130 interrupted, 1 any other
+    failure.
     """
 
-    kind: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Execution:
-    """An executed notebook with all outputs there are, and why it stopped early, if it did."""
-
     notebook: NotebookNode
-    failure: Failure | None = None
-
-    @property
-    def exit_status(self) -> int:
-        """0 finished, 130 interrupted, 1 any other failure."""
-        if self.failure is None:
-            return 0
-        return 130 if self.failure.kind == "interrupted" else 1
+    failure: str = ""
+    exit_status: int = 0
 
 
 def execute(
@@ -74,8 +62,7 @@ def execute(
 
     parameters: values of the notebook's parameters cell to replace. cell_timeout: seconds that one cell may take,
     None for no limit. startup_timeout: seconds for the kernel to answer. notify: called with one line per code cell.
-    A failing cell does not raise: it is `Execution.failure`. `notebook.metadata["run"]` says when, how long and with
-    what parameters it ran, and how it ended. Raises NotebookInputError before anything starts.
+    `notebook.metadata["run"]` says when, how long and how it ended. Raises NotebookInputError before anything starts.
     """
     notebook = inject(read_notebook(path), parameters or {})
     for cell in notebook.cells:
@@ -88,10 +75,9 @@ def execute(
         "status": "failed" if failure else "complete",
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - start, 1),
-        "parameters": dict(parameters or {}),
-        **({"message": failure.message} if failure else {}),
+        "message": failure,
     }
-    return Execution(notebook, failure)
+    return Execution(notebook, failure, 130 if runner.stopped_by == "interrupted" else int(bool(failure)))
 
 
 class _Stopped(RuntimeError):
@@ -99,7 +85,7 @@ class _Stopped(RuntimeError):
 
 
 class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
-    """nbclient with progress lines, with stops that reach the cell first, and with every failure as a `Failure`."""
+    """nbclient with progress lines, with stops that reach the cell first, and with every failure as a text."""
 
     def __init__(
         self,
@@ -113,7 +99,7 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         specs = KernelSpecManager(kernel_dirs=[])
         manager = AsyncKernelManager(kernel_spec_manager=specs, transport_encryption="auto")
         super().__init__(nb, km=manager, startup_timeout=math.ceil(startup_timeout), shutdown_kernel="graceful")
-        self.log.setLevel("CRITICAL")  # what nbclient would log is in the Failure
+        self.log.setLevel("CRITICAL")  # what nbclient would log is in the failure
         self.folder, self.cell_timeout, self.notify = folder, cell_timeout, notify
         self.code_cells = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and cell.source.strip()]
         self.current: int | None = None
@@ -121,8 +107,8 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         self.timers: list[asyncio.TimerHandle] = []
         self.on_cell_execute, self.on_cell_executed = self._starts, self._ended
 
-    async def run(self) -> Failure | None:
-        """Execute all cells; None where all went well."""
+    async def run(self) -> str:
+        """Execute all cells; why that ended early, "" where all went well."""
         # A backend that is set for scripts would keep figures out of the notebook.
         environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
         self.loop, self.task, self.started = asyncio.get_running_loop(), asyncio.current_task(), time.monotonic()
@@ -133,7 +119,7 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         finally:
             self._clear_timers()
             atexit.unregister(self._cleanup_kernel)  # nbclient leaves it behind where no kernel started
-        return None
+        return ""
 
     async def async_start_new_kernel(self, **options: Any) -> None:
         # nbclient has set handlers that shut the kernel down while a cell is running; these replace them.
@@ -178,45 +164,30 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         while self.timers:
             self.timers.pop().cancel()
 
-    def _failure(self, error: BaseException) -> Failure:
+    def _failure(self, error: BaseException) -> str:
         """What happened and where; what the kernel could not write into the cell any more is added to its outputs."""
         if self.stopped_by == "timeout":
-            kind, happened, name = "timeout", "timed out", "CellTimeoutError"
+            happened, name = "timed out", "CellTimeoutError"
             value = f"took more than {self.cell_timeout:g} seconds; allow more with --cell-timeout (0 is no limit)"
         elif self.stopped_by:
-            kind, happened, name = "interrupted", "interrupted", "KeyboardInterrupt"
-            value = "what was executed until then is kept"
+            happened, name, value = "interrupted", "KeyboardInterrupt", "what was executed until then is kept"
         elif isinstance(error, CellExecutionError):
-            kind, happened, name, value = "error", "failed", error.ename, error.evalue[:2000]
+            happened, name, value = "failed", error.ename, error.evalue[:2000]
         elif self.current is not None:
-            kind, happened, name = "dead kernel", "kernel died", "DeadKernelError"
+            happened, name = "kernel died", "DeadKernelError"
             value = "the kernel's process ended, often for want of memory; try a smaller LIMIT or BATCH_SIZE"
         else:
-            hint = f"{type(error).__name__}: {error} (--startup-timeout allows more time)"
-            return Failure("no kernel", f"no kernel started\n  {hint}")
+            return f"no kernel started\n  {type(error).__name__}: {error} (--startup-timeout allows more time)"
         reason = f"{name}: {value}" if value else name
         if self.current is None:
-            return Failure(kind, f"{happened} before the first cell\n  {reason}")
+            return f"{happened} before the first cell\n  {reason}"
         cell = self.nb.cells[self.current]
         at = f"cell {self.current + 1} (code cell {self.code_cells.index(self.current) + 1})"
         errors = [output for output in cell.outputs if output.output_type == "error"]
         if not errors:
             cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[reason]))
-            return Failure(kind, f"{happened} at {at}\n  {reason}")
-        line, origin = _place(errors[-1].traceback, cell.execution_count)
-        if line:
-            at += f", line {line}: {cell.source.splitlines()[line - 1].strip()}"
-        return Failure(kind, f"{happened} at {at}\n  {reason}" + (f"\n  raised in {origin}" if origin else ""))
-
-
-def _place(traceback: Sequence[str], execution_count: int | None) -> tuple[int, str]:
-    """Line of the cell (from 1, 0 if unknown) and "file:line" of the innermost frame, "" where that is in a cell."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
-    last = re.split(r"During handling of the above exception|direct cause of the following exception", text)[-1]
-    own = re.search(rf"Cell In\[{execution_count}\], line (\d+)", last)
-    frames = re.findall(r"^\s*(?:File (.+?):(\d+), in |Cell In\[\d+\], line \d+)", last, flags=re.MULTILINE)
-    file, line = frames[-1] if frames else ("", "")
-    path = Path(file).expanduser()
-    if file and path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    return int(own.group(1)) if own else 0, f"{path}:{line}" if file else ""
+        else:
+            text = strip_ansi("\n".join(errors[-1].traceback))
+            for line in re.findall(rf"Cell In\[{cell.execution_count}\], line (\d+)", text)[-1:]:
+                at += f", line {line}: {cell.source.splitlines()[int(line) - 1].strip()}"
+        return f"{happened} at {at}\n  {reason}"

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from src.storage import write_atomic
-
-COPY_DIGEST = "lab"  # metadata of a copy: the digest of its cells as they were written
 # By the type of a parameter's default: the types that a value may have, and what to ask for.
 TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     type(None): ((int, type(None)), "a whole number or None"),
     bool: ((bool,), "True or False"),
     int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
     str: ((str,), "text"),
 }
 
@@ -42,107 +38,70 @@ def read_notebook(path: str | Path) -> NotebookNode:
     except OSError as error:
         raise NotebookInputError(f"cannot read the notebook {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, nbformat.ValidationError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotebookInputError(f"{path} is not a Jupyter notebook: {first_line[:200]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotebookInputError(f"{path} is not a Jupyter notebook: {reason[:200]}") from error
     return notebook
 
 
-def parameter_defaults(notebook: NotebookNode) -> dict[str, object]:
-    """Name and default of every literal assigned in the cell tagged `parameters`; empty where there is no such cell.
+def tagged(notebook: NotebookNode, tag: str) -> list[int]:
+    """The places of the cells with this tag."""
+    return [place for place, cell in enumerate(notebook.cells) if tag in cell.metadata.get("tags", [])]
 
-    Raises NotebookInputError where the cell computes something.
+
+def parameter_defaults(notebook: NotebookNode) -> dict[str, object]:
+    """Name and default of every parameter, NAME = literal in the cell tagged `parameters`; empty without such a cell.
+
+    Raises NotebookInputError where the cell holds something else.
     """
-    cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
-    try:
-        statements = ast.parse(cell.source).body if cell else []
-        return {
-            target.id: ast.literal_eval(statement.value)
-            for statement in statements
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value
-            for target in (statement.targets if isinstance(statement, ast.Assign) else [statement.target])
-            if isinstance(target, ast.Name)
-        }
-    except (SyntaxError, ValueError) as error:
-        raise NotebookInputError(f"the parameters cell may hold only NAME = literal: {error}") from error
+    defaults: dict[str, object] = {}
+    for place in tagged(notebook, "parameters")[:1]:
+        try:
+            for statement in ast.parse(notebook.cells[place].source).body:
+                match statement:
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                        defaults[name] = ast.literal_eval(value)
+                    case _:
+                        raise ValueError(ast.unparse(statement))
+        except (SyntaxError, ValueError) as error:
+            raise NotebookInputError(f"the parameters cell may hold only NAME = literal: {error}") from error
+    return defaults
 
 
 def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> dict[str, object]:
-    """NAME=VALUE to typed values: a Python literal if it reads as one, else text. Raises NotebookInputError."""
+    """NAME=VALUE to typed values: a Python literal if it reads as one, else text.
+
+    Raises NotebookInputError for a name that is no parameter and for a value that its default's type excludes.
+    """
     values: dict[str, object] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise NotebookInputError(f"--set {setting}: need NAME=VALUE, such as --set EPOCHS=3")
-        if name in values:
-            raise NotebookInputError(f"--set {name} is given twice: keep one of them")
-        values[name] = _typed(text, defaults.get(name))
-    _check(values, defaults)
-    return values
-
-
-def inject(notebook: NotebookNode, parameters: Mapping[str, object]) -> NotebookNode:
-    """Put the parameters into a cell after the one tagged `parameters`, replacing an older one. Changes `notebook`.
-
-    Raises NotebookInputError for a parameter that the notebook does not have, or of another type than its default.
-    """
-    _check(parameters, parameter_defaults(notebook))
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if parameters:
-        position = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-        lines = ["# Given for this run", *(f"{name} = {value!r}" for name, value in parameters.items())]
-        cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
-        notebook.cells.insert(position + 1, cell)
-    return notebook
-
-
-def write_copy(notebook: Path, copy: Path, parameters: Mapping[str, object]) -> bool:
-    """Write `notebook` with `parameters` to `copy`. False: the copy that is there was edited, and stays as it is.
-
-    Raises NotebookInputError for a wrong parameter (see `inject`), and where `copy` cannot be written.
-    """
-    if copy.exists():
-        try:
-            present = read_notebook(copy)
-        except NotebookInputError:  # no longer a notebook: somebody's edit all the same
-            return False
-        if present.metadata.get(COPY_DIGEST) != _digest(present):
-            return False
-    written = inject(read_notebook(notebook), parameters)
-    written.metadata[COPY_DIGEST] = _digest(written)
-    try:
-        write_atomic(copy, nbformat.writes(written).encode())
-    except OSError as error:
-        raise NotebookInputError(f"cannot write {copy}: {error.strerror or error}") from error
-    return True
-
-
-def _digest(notebook: NotebookNode) -> str:
-    """Of the cells' kinds and sources in order: outputs, counts and metadata may change."""
-    parts = [f"{cell.cell_type}\0{cell.source}" for cell in notebook.cells]
-    return hashlib.sha256("\1".join(parts).encode()).hexdigest()
-
-
-def _typed(text: str, default: object) -> object:
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    if isinstance(default, str) and not isinstance(value, str):
-        return text  # a folder may be called 2024
-    if isinstance(default, bool) and text.strip().lower() in ("true", "false"):
-        return text.strip().lower() == "true"
-    return value
-
-
-def _check(parameters: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Raises NotebookInputError for a name that is no parameter and for a value that its default's type excludes."""
-    for name, value in parameters.items():
         if name not in defaults:
             nearest = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}? " if nearest else ""
             allowed = ", ".join(defaults) or "none: the notebook has no cell tagged 'parameters'"
             raise NotebookInputError(f"unknown parameter {name!r}: {hint}allowed are {allowed}")
-        default = defaults[name]
+        if name in values:
+            raise NotebookInputError(f"--set {name} is given twice: keep one of them")
+        default, value = defaults[name], text
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text.strip())
+        if isinstance(default, str) and not isinstance(value, str):
+            value = text  # a folder may be called 2024
         types, wanted = TYPES.get(type(default), ((type(default),), f"a {type(default).__name__}"))
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise NotebookInputError(f"{name}={value!r}: need {wanted}, such as the default {name}={default!r}")
+        values[name] = value
+    return values
+
+
+def inject(notebook: NotebookNode, parameters: Mapping[str, object]) -> NotebookNode:
+    """Put the parameters into a cell after the one tagged `parameters`, replacing an older one. Changes `notebook`."""
+    for older in reversed(tagged(notebook, "injected-parameters")):
+        del notebook.cells[older]
+    if parameters:
+        lines = ["# Given for this run", *(f"{name} = {value!r}" for name, value in parameters.items())]
+        cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
+        notebook.cells.insert(tagged(notebook, "parameters")[0] + 1, cell)
+    return notebook

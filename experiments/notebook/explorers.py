@@ -1,7 +1,6 @@
 """The explorers: controls and what follows them, for a run that is in memory or was read back from its folder.
 
-Each shows its controls and its displays; where no kernel answers the controls, the starting values stay. A redraw
-takes well under half a second, but for that of `faults`, where the doctor examines a pipeline.
+Each shows its controls and its displays; where no kernel answers the controls, the starting values stay.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import functools
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import ipywidgets as widgets
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -60,53 +59,46 @@ def quantizer_figure(weights: Tensor, dead_zone: float, bits: int, *, subtitle: 
     )
 
 
-def quantizer(samples: Mapping[str, Tensor], weights: str = "", dead_zone: float = 0.25, bits: int = 4) -> None:
+def quantizer(samples: Mapping[str, Tensor], weights: str = "") -> None:
     """Explore the quantizer: which weights, how wide a dead zone, how many bits. `weights`: the name to start with."""
 
     def draw(weights: str, dead_zone: float, bits: int) -> Figure:
         note = f"{weights}; error: RMS of q(w) − w, over the RMS of w"  # one line, whatever the weights
         return quantizer_figure(samples[weights], dead_zone, bits, subtitle=note)
 
-    sliders = live.widgets()
     live.explorer(
         draw,
         weights=_dropdown("weights", samples, weights or next(iter(samples))),
-        dead_zone=sliders.FloatSlider(
-            value=dead_zone, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE
-        ),
-        bits=sliders.IntSlider(value=bits, min=2, max=8, description="bits", layout=WIDE),
+        dead_zone=widgets.FloatSlider(0.25, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE),
+        bits=widgets.IntSlider(4, min=2, max=8, description="bits", layout=WIDE),
     )
 
 
-def layers(snapshots: Snapshots, subtitle: str = "", layer: str = "") -> None:
-    """Explore any quantized layer through the epochs. `layer`: the one to start with, by default the most pruned."""
+def layers(snapshots: Snapshots, subtitle: str = "") -> None:
+    """Explore any quantized layer through the epochs, from the most pruned one after the last."""
 
     def draw(layer: str, epoch: int) -> Figure:
         return figures.layer_figure(snapshots.view(layer, epoch), list(snapshots.through(layer)), subtitle=subtitle)
 
     newest = snapshots.epochs[-1] if len(snapshots) else 0
-    first = layer or max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
-    epochs = live.widgets().SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
-    live.explorer(draw, layer=_dropdown("layer", snapshots.layer_names, first), epoch=epochs)
+    most = max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
+    epochs = widgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
+    live.explorer(draw, layer=_dropdown("layer", snapshots.layer_names, most), epoch=epochs)
 
 
 @torch.no_grad()
-def kernels(model: nn.Module, layer: str = "") -> None:
-    """Explore the kernels of any quantized convolution. `layer`: the one to start with, by default the most pruned."""
+def kernels(model: nn.Module) -> None:
+    """Explore the kernels of any quantized convolution, from the most pruned one."""
     convolutions = {name: one for name, one in quantized_layers(model).items() if isinstance(one, nn.Conv2d)}
     weights = {name: one.weight.float().cpu().numpy() for name, one in convolutions.items()}
     dead = {name: int((~weight.any(axis=(1, 2, 3))).sum()) for name, weight in weights.items()}
-
-    def draw(layer: str) -> Figure:
-        return figures.sparsity_map(weights[layer], layer)
-
-    live.explorer(draw, layer=_dropdown("layer", weights, layer or max(dead, key=lambda name: dead[name])))
+    most = max(dead, key=lambda name: dead[name])
+    live.explorer(lambda layer: figures.sparsity_map(weights[layer], layer), layer=_dropdown("layer", weights, most))
 
 
-def images(model: nn.Module, data: ImageData, number: int = 0, layer: str = "") -> None:
+def images(model: nn.Module, data: ImageData) -> None:
     """Explore test images on their way through the float, the quantized and the compacted network."""
     networks = ThreeNetworks(model, data)
-    last = len(data.test_labels) - 1
 
     def draw(image: int, layer: str) -> Figure:
         return figures.image_figure(networks.trace(image, layer), subtitle=networks.missing)
@@ -114,16 +106,16 @@ def images(model: nn.Module, data: ImageData, number: int = 0, layer: str = "") 
     most = min(networks.stages.values(), key=lambda stage: len(stage.kept) / stage.channels)
     live.explorer(
         draw,
-        image=live.widgets().IntSlider(value=number, min=0, max=last, description="test image", layout=WIDE),
-        layer=_dropdown("layer", networks.stages, layer or most.layer),
+        image=widgets.IntSlider(0, min=0, max=len(data.test_labels) - 1, description="test image", layout=WIDE),
+        layer=_dropdown("layer", networks.stages, most.layer),
     )
 
 
-def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report], first: str = "") -> None:
-    """Choose a fault: what the doctor says of a pipeline that has it, and the checks as a figure.
+def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report]) -> None:
+    """Choose a fault: what the doctor says of a pipeline that has it, and the checks as a figure. Starts at the second.
 
     breaks: one sentence on each fault, by its name. diagnose: the report on a pipeline with the fault of that name; it
-    may take seconds. first: the one to start with, by default the second.
+    may take seconds.
     """
     report_on = functools.cache(diagnose)
 
@@ -139,12 +131,12 @@ def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report], first: 
         answer,
         lambda fault: report_figure(report_on(fault)),
         busy="The doctor examines a pipeline with this fault; what is below is still about the one before ...",
-        fault=_dropdown("fault", breaks, first or list(breaks)[1]),
+        fault=_dropdown("fault", breaks, list(breaks)[1]),
     )
 
 
-def runs(folder: str | Path, most: int = 6) -> None:
-    """Choose among the runs around `folder`; curves, plane and tables follow. `most`: chosen at the start.
+def runs(folder: str | Path) -> None:
+    """Choose among the runs around `folder`, at first six of them; curves, plane and tables follow.
 
     Raises RunError where no run can be read.
     """
@@ -170,19 +162,15 @@ def runs(folder: str | Path, most: int = 6) -> None:
         text = [comparison.as_text(chosen(runs)), *refused]
         return {"text/html": "\n".join(page), "text/plain": "\n\n".join(text)}, {}
 
-    pick = live.widgets().SelectMultiple(
-        options=list(known),
-        value=tuple(known)[:most],
-        description="runs",
-        layout={**WIDE, "height": f"{min(len(known), 8) * 1.4 + 0.8:.1f}em"},
-    )
     live.explorer(
         lambda runs: figures.run_curves([comparison.series(run) for run in chosen(runs)]),
         lambda runs: figures.run_plane([comparison.series(run) for run in chosen(runs)]),
         tables,
-        runs=pick,
+        runs=widgets.SelectMultiple(
+            options=list(known), value=tuple(known)[:6], rows=min(len(known), 8), description="runs", layout=WIDE
+        ),
     )
 
 
-def _dropdown(label: str, names: Iterable[str], first: str) -> Any:
-    return live.widgets().Dropdown(options=list(names), value=first, description=label, layout=WIDE)
+def _dropdown(label: str, names: Iterable[str], first: str) -> widgets.Dropdown:
+    return widgets.Dropdown(options=list(names), value=first, description=label, layout=WIDE)

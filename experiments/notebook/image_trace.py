@@ -10,7 +10,6 @@ Axis letters: K shown channels, H W space, C classes.
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 import numpy as np
 import torch
@@ -54,12 +53,7 @@ class ThreeNetworks:
 
     @torch.no_grad()
     def trace(self, number: int, layer: str) -> ImageTrace:
-        """Test image `number` (from 0) through all three. Raises ValueError for an image or a layer there is not."""
-        count = len(self.data.test_labels)
-        if not 0 <= number < count:
-            raise ValueError(f"test image {number}: need a number from 0 to {count - 1}")
-        if layer not in self.stages:
-            raise ValueError(f"layer {layer!r}: choose one of {', '.join(self.stages)}")
+        """Test image `number` (from 0) through all three, seen behind `layer`, one of `stages`."""
         stage = self.stages[layer]
         channels = stage.shown()
         image = normalize(self.data.test_images[number : number + 1], self.data.mean, self.data.std)
@@ -67,13 +61,12 @@ class ThreeNetworks:
         for name, network in ((FLOAT, self.float), (QUANTIZED, self.model)):
             with eval_mode(network), shared_quantized_weights(network):
                 scores[name], seen = _look(network, stage.norm, image)
-            maps[name] = cast("NDArray[np.float64]", seen)[channels]
+            maps[name] = seen[channels]
         if self.compacted is not None:
             scores[COMPACTED], seen = _look(self.compacted, stage.norm, image)
             full = np.full_like(maps[QUANTIZED], np.nan)
-            if seen is not None:
-                here = np.isin(channels, stage.kept)
-                full[here] = seen[np.searchsorted(stage.kept, channels[here])]
+            here = np.isin(channels, stage.kept)
+            full[here] = seen[np.searchsorted(stage.kept, channels[here])]
             maps[COMPACTED] = full
         return ImageTrace(
             number=number,
@@ -102,14 +95,12 @@ def _float_network(model: nn.Module, data: ImageData) -> nn.Module:
     return network.eval()
 
 
-def _look(network: nn.Module, module: str, image: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Logits (C,) and the output of `module`, (channels, H, W); None where the network has no such module."""
-    seen: list[Tensor] = []
-    here = dict(network.named_modules()).get(module)
-    hook = here.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) if here else None
-    try:
-        scores = network(image)[0]
-    finally:
-        if hook:
-            hook.remove()
-    return scores.double().cpu().numpy(), seen[0][0].double().cpu().numpy() if seen else None
+def _look(network: nn.Module, module: str, image: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Logits (C,) and the output of `module`, (channels, H, W); no channel where the network has no such module."""
+    seen = [torch.empty(1, 0, 1, 1)]
+    here = [one for name, one in network.named_modules() if name == module]
+    hooks = [one.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for one in here]
+    scores = network(image)[0]
+    for hook in hooks:
+        hook.remove()
+    return scores.double().cpu().numpy(), seen[-1][0].double().cpu().numpy()

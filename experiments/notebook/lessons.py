@@ -26,12 +26,11 @@ from src.training import Objective, make_optimizer
 from utils_quantization import eval_mode
 
 Values = NDArray[np.float64]
+RANGE = 2.5758293035489004  # R of normally distributed weights, the 0.99-quantile of |w|
 
 
 def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
-    """A quantizer with `bits` bits whose dead zone takes `share` of the range: 1 - |tanh theta_dz| = share."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: need more than 0 (no dead zone takes an infinite logit) and at most 1")
+    """A quantizer with `bits` bits whose dead zone takes `share` (0 to 1) of the range: 1 - |tanh theta_dz| = share."""
     logit = math.atanh(1 - share)
     return DeadZoneLDZCompander(
         fixed_bit_val=bits, max_bits=max(bits, 2), init_deadzone_logit=logit, learnable_bit=False
@@ -52,18 +51,24 @@ def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> C
 
 
 def logit_trajectories(
-    steps: int, learning_rate: float, decay: float, start: float = 3.0
+    steps: int, learning_rate: float, decay: float
 ) -> tuple[NDArray[np.int64], dict[str, Values], dict[str, Values]]:
-    """A dead-zone logit without any task gradient, under AdamW with the decay in both forms.
+    """A dead-zone logit that starts at 3, without any task gradient, under AdamW with the decay in both forms.
 
     Returns the steps, the logit for "decoupled decay" and "squares in the loss", and the share of normally distributed
-    weights that fall into the dead zone at each logit.
+    weights that fall into the dead zone at each logit: P(|w| <= d / 2) = erf(R (1 - |tanh theta|) / sqrt 2).
     """
-    paths = {
-        "decoupled decay": _logit_path(steps, learning_rate, decay, 0.0, start),
-        "squares in the loss": _logit_path(steps, learning_rate, 0.0, decay, start),
-    }
-    zeros = {name: _zeros_of_normal_weights(path) for name, path in paths.items()}
+    paths, zeros = {}, {}
+    for name, by_optimizer, in_loss in (("decoupled decay", decay, 0.0), ("squares in the loss", 0.0, decay)):
+        logit = nn.Parameter(torch.tensor(3.0))
+        optimizer = make_optimizer([{"params": [logit], "lr": learning_rate, "weight_decay": by_optimizer}])
+        path = [logit.item()]
+        for _ in range(steps):
+            logit.grad = 2 * in_loss * logit.detach()
+            optimizer.step()
+            path.append(logit.item())
+        half = RANGE * (1 - np.abs(np.tanh(path)))  # of the dead zone
+        paths[name], zeros[name] = np.array(path), torch.erf(torch.from_numpy(half / math.sqrt(2))).numpy()
     return np.arange(steps + 1), paths, zeros
 
 
@@ -123,12 +128,7 @@ def ratio_table(result: EvalResult) -> Styler:
         }
     )
     table["share of FP32 BOPs"] = 1 / table["fewer BOPs"]
-    formats = {
-        "MACs per image": "{:,}",
-        "fewer MACs": "{:.2f}x",
-        "fewer BOPs": "{:.2f}x",
-        "share of FP32 BOPs": "{:.2%}",
-    }
+    formats = dict(zip(table.columns[1:], ("{:,}", "{:.2f}x", "{:.2f}x", "{:.2%}"), strict=True))
     return names_left(table.style.hide(axis="index").format(formats))
 
 
@@ -179,22 +179,3 @@ def verdict_table(verdict: Verdict) -> Styler:
     ]
     styled = left_aligned(pd.DataFrame(rows)).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})
-
-
-def _logit_path(steps: int, learning_rate: float, decay: float, weight: float, start: float) -> Values:
-    """The logit after 0 to `steps` steps, with `decay` by the optimizer and `weight` times its square for a loss."""
-    logit = nn.Parameter(torch.tensor(start))
-    optimizer = make_optimizer([{"params": [logit], "lr": learning_rate, "weight_decay": decay}])
-    path = [start]
-    for _ in range(steps):
-        logit.grad = 2 * weight * logit.detach()
-        optimizer.step()
-        path.append(logit.item())
-    return np.array(path)
-
-
-def _zeros_of_normal_weights(logits: Values) -> Values:
-    """P(|w| <= d / 2) for w normal with R its 0.99-quantile of |w|: erf(R (1 - |tanh theta|) / sqrt 2), R = 2.5758."""
-    range_ = 2.5758293035489004
-    half = range_ * (1 - np.abs(np.tanh(logits)))
-    return torch.erf(torch.from_numpy(half / math.sqrt(2))).numpy()

@@ -1,8 +1,8 @@
-"""What a notebook shows: figures that are displayed once or follow a run, explorers with controls, facts for the page.
+"""What a notebook shows: figures that are displayed once or follow a run, progress, explorers, facts for the page.
 
 A figure is a PNG with its alt text under a display id that is then updated, so the saved notebook holds the last state
 and nothing else, also when no browser is open. Nothing here knows a model or a file. Outside a notebook nothing is
-displayed.
+displayed, and progress is a line on stderr. Times are seconds.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from __future__ import annotations
 import base64
 import datetime
 import html
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Any
+from contextlib import suppress
+from typing import Any, Self, TextIO
 
+from IPython.display import DisplayHandle, display
+from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
 from experiments.figures import SCREEN_DPI, png_bytes
-from src.training import in_notebook
+from src.training import EpochRecord, in_notebook
 
 FACTS = "application/vnd.codeq.run+json"
 Bundle = tuple[dict[str, str], dict[str, Any]]
 View = Callable[..., Bundle | Figure]
-Clock = Callable[[], float]  # seconds
+Clock = Callable[[], float]
 
 
 def show(figure: Figure) -> None:
@@ -36,8 +40,6 @@ def put(data: dict[str, str], metadata: dict[str, Any], *, handle: Any = None) -
     """Display under a new id, or update the display of `handle`. Returns the handle (None outside a notebook)."""
     if not in_notebook():
         return None
-    from IPython.display import DisplayHandle
-
     if handle is None:
         handle = DisplayHandle()
         handle.display(data, metadata=metadata, raw=True)
@@ -65,26 +67,25 @@ def publish(facts: Mapping[str, Any], line: str) -> None:
 
 
 class LiveFigure:
-    """A figure that is drawn again while something runs, in one place of the notebook.
+    """A figure that is drawn again while something runs, in one place of the notebook, at most once a second.
 
-    draw: builds the figure from the current data. min_interval: seconds between two drawings. A drawing that fails is
-    reported once as a warning and never ends what runs around it. Use it as a context manager or call `close`.
+    draw: builds the figure from the current data. A drawing that fails is reported once as a warning and never ends
+    what runs around it. Use it as a context manager: it draws the last frame.
     """
 
     def __init__(self, draw: Callable[[], Figure], min_interval: float = 1.0, *, clock: Clock = time.monotonic) -> None:
         self._draw, self._clock, self._interval = draw, clock, min_interval
         self._handle: Any = None
-        self._next = float("-inf")
         self._warned = False
-        self.update(force=True)
+        self._next = float("-inf")
+        self.update()
 
     def update(self, force: bool = False) -> None:
         """Draw again, unless the last drawing is less than `min_interval` seconds ago."""
-        if not force and self._clock() < self._next:
+        if not in_notebook() or (not force and self._clock() < self._next):
             return
         try:
-            if in_notebook():
-                self._handle = put(*figure_bundle(self._draw()), handle=self._handle)
+            self._handle = put(*figure_bundle(self._draw()), handle=self._handle)
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -92,42 +93,107 @@ class LiveFigure:
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
         self._next = self._clock() + self._interval
 
-    def close(self) -> None:
-        """Draw the last frame."""
-        self.update(force=True)
-
-    def __enter__(self) -> LiveFigure:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.update(force=True)
 
 
-class FixedControl:
-    """Stands in for a control where ipywidgets is missing: it keeps its value. Shown, it says what is missing."""
+class ProgressBar:
+    """How far a run has come and how long the rest will take: a bar in a notebook, elsewhere a line on stderr.
 
-    def __init__(self, *_: Any, value: Any = None, **__: Any) -> None:
-        self.value = value
+    A terminal's line is written over at most once a second, a log gets one every 30 seconds. epochs: planned in total;
+    first_epoch, and first_step of the next: how many were done before (resumed). Call step after every training step
+    and epoch_done after every epoch; they count from 1. As a context manager it says at the end how far the run came.
+    """
 
-    def has_trait(self, name: str) -> bool:
-        """It has a value and nothing else."""
-        return name == "value"
+    def __init__(
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        first_epoch: int = 0,
+        first_step: int = 0,
+        *,
+        stream: TextIO | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.epochs, self.steps_per_epoch, self.first_epoch = epochs, steps_per_epoch, first_epoch
+        self._stream, self._clock, self._handle = stream or sys.stderr, clock, None
+        self._terminal = self._stream.isatty() and not in_notebook()
+        self._log = not self._terminal and not in_notebook()
+        self._interval = 30.0 if self._log else 1.0
+        self._begin = clock()
+        self._next = self._begin + (self._interval if self._log else 0.0)
+        self._first = self._done = first_epoch * steps_per_epoch + first_step
+        self._tested, self._note = first_epoch, ""
 
-    def observe(self, *_: Any, **__: Any) -> None:
-        """Nothing ever changes."""
+    def step(self, epoch: int, step: int, loss: Callable[[], float]) -> None:
+        """`step` steps of `epoch` are done. loss is called only where the line is really drawn."""
+        self._done = (epoch - 1) * self.steps_per_epoch + step
+        if self._clock() >= self._next:
+            at = f"Epoch {epoch}/{self.epochs} · step {step}/{self.steps_per_epoch} · loss {loss():.3f}"
+            spent = self._clock() - self._begin
+            self._show(f"{at} · {duration(spent)} spent · about {duration(self.seconds_left)} left")
+            self._next = self._clock() + self._interval
 
-    def __repr__(self) -> str:
-        return "(the controls of this figure need the package ipywidgets: %pip install ipywidgets, then restart)"
+    def epoch_done(self, record: EpochRecord) -> None:
+        """An epoch was trained and tested; clears a terminal's line, so that the caller can print its own."""
+        self._tested, self._note = record.epoch, f" · test accuracy {100 * record.accuracy:.1f} %"
+        if self._terminal:
+            self._write("\r\x1b[K")
+            self._next = float("-inf")
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimate for the steps that are left, at the mean speed of this run, its tests included."""
+        left = self.epochs * self.steps_per_epoch - self._done
+        return left * (self._clock() - self._begin) / max(self._done - self._first, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The last state, also where an interrupt or an error ended the run."""
+        done, spent = self._tested - self.first_epoch, duration(self._clock() - self._begin)
+        text = f"{done} epoch{'s' if done != 1 else ''} in {spent}"
+        if self.first_epoch >= self.epochs:
+            text = f"All {self.epochs} epochs were trained before"
+        elif self._tested < self.epochs:
+            text = f"Stopped after {self._tested} of {self.epochs} epochs, {spent}"
+        self._show(text + self._note)
+        if self._terminal:
+            self._write("\n")
+
+    def _show(self, text: str) -> None:
+        percent = 100 * self._done / (self.epochs * self.steps_per_epoch)
+        line = f"{percent:3.0f} % · {text}"
+        if self._terminal:
+            self._write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+        elif self._log:
+            self._write(f"{line}\n")
+        else:
+            bar = (
+                '<div style="max-width:54em;font-size:0.92em;line-height:1.5;font-variant-numeric:tabular-nums">'
+                f'<progress aria-label="Training progress" max="100" value="{percent:.1f}" style="width:100%">'
+                f"{percent:.0f} %</progress><div>{line.strip()}</div></div>"
+            )
+            self._handle = put({"text/html": bar, "text/plain": line.strip()}, {}, handle=self._handle)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that is gone ends no training
+            self._stream.write(text)
+            self._stream.flush()
 
 
-def widgets() -> Any:
-    """The module ipywidgets, or where it is missing stand-ins for its controls: figures are shown all the same."""
-    try:
-        import ipywidgets
-    except ImportError:
-        used = ("Dropdown", "FloatSlider", "HTML", "IntSlider", "SelectMultiple", "SelectionSlider", "VBox")
-        return SimpleNamespace(**dict.fromkeys(used, FixedControl))
-    return ipywidgets
+def duration(seconds: float) -> str:
+    """75.2 -> '1 min 15 s'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def explorer(*views: View, busy: str = "", **controls: Any) -> None:
@@ -137,14 +203,12 @@ def explorer(*views: View, busy: str = "", **controls: Any) -> None:
     returns is an ordinary display that starts with the controls' present values, so a saved notebook or page holds it
     also where no kernel answers the controls. It is below them, so that they do not move when it changes its height.
     """
-    note = widgets().HTML()  # says what went wrong
+    note = HTML()  # says what went wrong
     for control in controls.values():
         if control.has_trait("continuous_update"):
             control.continuous_update = False
     if in_notebook():
-        import IPython.display
-
-        IPython.display.display(widgets().VBox([*controls.values(), note]))
+        display(VBox([*controls.values(), note]))
 
     def draw(view: View) -> Bundle:
         shown = view(**{name: control.value for name, control in controls.items()})

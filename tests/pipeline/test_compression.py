@@ -123,8 +123,6 @@ def test_a_dead_zone_of_a_given_share() -> None:
     _, w, q = lessons.staircase_curve("", 0.25, 3)
     assert np.abs(w[q == 0]).max() == pytest.approx(0.25, abs=1e-3)
     assert len(np.unique(q)) == 7  # 2 (2^(3 - 1) - 1) + 1
-    with pytest.raises(ValueError, match="share=0"):
-        lessons.fixed_quantizer(0, 3)
 
 
 def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
