@@ -27,42 +27,37 @@ def header(notebook: NotebookNode) -> dict[str, Any]:
     """The head of the page of an executed notebook, from its facts and the runner's `notebook.metadata["run"]`.
 
     state: healthy, faulty, inconclusive, stopped or no-verdict. verdict: that in words; detail: one sentence on it.
-    results, rows: label and text. settings: the command and the whole configuration.
+    results, rows, settings: label and text.
     """
-    facts, run = published(notebook), notebook.metadata.get("run", {})
-    config, machine, versions, results = (facts.get(key, {}) for key in ("config", "machine", "versions", "results"))
-    device, name, threads = (machine.get(key, "") for key in ("device", "device_name", "threads"))
-    parts = [
-        f"{device} ({name})" if name else device,
-        machine.get("precision"),
-        threads and f"{threads} thread{'s' if threads > 1 else ''}",
-        machine.get("system"),
-    ]
-    order = sorted(versions, key=lambda name: ({"python": 0, "torch": 1}.get(name, 2), name))
-    rows = {
-        "Date": _date(run.get("started") or facts.get("recorded", ""), run.get("seconds")),
-        "Network": _network(config, facts.get("data", {})),
-        "Settings": ", ".join(f"{n.replace('_', ' ')} {config[n]}" for n in SETTINGS if config.get(n) is not None),
-        "Device": ", ".join(part for part in parts if part),
-        "Versions": ", ".join(f"{name} {versions[name]}" for name in order),
-    }
-    settings = {"command": run["command"]} if run.get("command") else {}
-    for name, value in config.items():
-        if name != "given":
-            settings[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    facts, run = _published(notebook), notebook.metadata.get("run", {})
+    rows = dict.fromkeys(("Date", "Network", "Settings", "Device", "Versions"), "not recorded")
+    started, config = run.get("started") or facts.get("recorded"), facts.get("config", {})
+    if started:
+        rows["Date"] = _date(started, run.get("seconds"))
+    if config:  # then there is the rest of what a run is
+        data, machine = facts["data"], facts["machine"]
+        images = f"{data['train_images']:,} training and {data['test_images']:,} test images"
+        named = f"{machine['device']} ({machine['device_name']})" if machine["device_name"] else machine["device"]
+        rows |= {
+            "Network": f"{config['model']} on {data['title']} ({images})",
+            "Settings": ", ".join(f"{n.replace('_', ' ')} {config[n]}" for n in SETTINGS if config[n] is not None),
+            "Device": f"{named}, {machine['precision']}, threads: {machine['threads']}, {machine['system']}",
+            "Versions": ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items())),
+        }
+    command = {"command": run["command"]} if "command" in run else {}
     return {
-        **_verdict(facts.get("verdict", {}), run),
+        **_verdict(facts.get("verdict"), run),
         "results": {
-            label: form.format(factor * results[name])
+            label: form.format(factor * facts["results"][name])
             for name, (label, factor, form) in RESULTS.items()
-            if results.get(name) is not None
+            if facts.get("results", {}).get(name) is not None
         },
-        "rows": {name: text or "not recorded" for name, text in rows.items()},
-        "settings": settings,
+        "rows": rows,
+        "settings": {name: str(value) for name, value in {**command, **config}.items() if name != "given"},
     }
 
 
-def published(notebook: NotebookNode) -> dict[str, Any]:
+def _published(notebook: NotebookNode) -> dict[str, Any]:
     """The facts in the outputs of an executed notebook, merged in the order of its cells."""
     from experiments.notebook import FACTS  # loads torch
 
@@ -73,34 +68,21 @@ def published(notebook: NotebookNode) -> dict[str, Any]:
     return facts
 
 
-def _verdict(judged: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, str]:
+def _verdict(judged: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[str, str]:
     if run.get("status") == "failed":
-        where = f"{run['message'].partition(chr(10))[0]}. " if run.get("message") else ""
-        return {"state": "stopped", "verdict": "Stopped before the end", "detail": f"{where}There is no verdict."}
-    if judged.get("state") not in STATES:
+        where = run["message"].partition("\n")[0]
+        return {"state": "stopped", "verdict": "Stopped before the end", "detail": f"{where}. There is no verdict."}
+    if judged is None:
         detail = "The notebook that this page was made from holds none."
         return {"state": "no-verdict", "verdict": "No verdict", "detail": detail}
-    sentence = judged.get("headline", "").partition(": ")[2]
-    return {
-        "state": judged["state"],
-        "verdict": STATES[judged["state"]],
-        "detail": sentence[:1].upper() + sentence[1:],
-    }
+    sentence = judged["headline"].partition(": ")[2]
+    verdict = STATES[judged["state"]]
+    return {"state": judged["state"], "verdict": verdict, "detail": sentence[:1].upper() + sentence[1:]}
 
 
 def _date(started: str, seconds: float | None) -> str:
     from experiments.notebook import duration  # loads torch
 
-    try:
-        moment = datetime.datetime.fromisoformat(started).astimezone(datetime.UTC)
-    except ValueError:
-        return ""
+    moment = datetime.datetime.fromisoformat(started).astimezone(datetime.UTC)
     took = f", took {duration(seconds)}" if seconds is not None else ""
     return f"{moment.day} {moment:%B %Y, %H:%M} UTC{took}"
-
-
-def _network(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    title = data.get("title") or data.get("name") or config.get("data", "")
-    images = [f"{data[f'{part}_images']:,} {part}" for part in ("train", "test") if f"{part}_images" in data]
-    counts = f" ({' and '.join(images)} images)" if images else ""
-    return f"{config.get('model', 'network')} on {title}{counts}" if title else config.get("model", "")

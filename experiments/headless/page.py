@@ -28,7 +28,6 @@ from nbformat import NotebookNode
 from experiments.headless.facts import header
 
 HERE = Path(__file__).resolve().parent
-LONGEST_TEXT = 20_000  # characters of a text output; the executed notebook beside the page holds all of it
 # The one type of an output that is shown is the first of these that it has.
 SHOWN_TYPES = (
     "text/html",
@@ -133,19 +132,7 @@ class _PageExporter(HTMLExporter):  # type: ignore[misc, unused-ignore]
         yield "markdown2html", self.markdown2html
         # nbconvert's own filter of types drops a widget without saved state.
         yield "readable_types", lambda data: [kind for kind in SHOWN_TYPES if kind in data][:1]
-        yield "shortened", _shortened
         yield "text_class", _text_class
-        yield "html_class", _html_class
-
-
-def _shortened(text: str) -> str:
-    """The first and the last lines of a text of more than LONGEST_TEXT characters, and how many are between them."""
-    if len(text) <= LONGEST_TEXT:
-        return text
-    first, _, _ = text[: LONGEST_TEXT // 2].rpartition("\n")
-    _, _, last = text[-LONGEST_TEXT // 2 :].partition("\n")
-    lines, characters = text.count("\n") - first.count("\n") - last.count("\n"), len(text) - len(first) - len(last)
-    return f"{first}\n[... {lines:,} lines, {characters:,} characters are left out here ...]\n{last}"
 
 
 def _text_class(text: str) -> str:
@@ -153,15 +140,6 @@ def _text_class(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     in_columns = [line for line in lines if re.search(r"\S {2,}\S| \| ", line)]
     return "columns" if len(in_columns) > 1 and 2 * len(in_columns) > len(lines) else ""
-
-
-def _html_class(fragment: str) -> str:
-    """ "paper" where an output brings colours of its own, which were chosen for a white page; "" otherwise.
-
-    Colours that let the page shine through, rgba(...), were chosen for any page.
-    """
-    values = re.findall(r"(?<![-\w])(?:background(?:-color)?|color)\s*:\s*([^;}\"]+)", fragment)
-    return "paper" if any("rgba(" not in value for value in values) else ""
 
 
 def _contents(page: str) -> str:

@@ -21,13 +21,20 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from experiments.headless import NotebookInputError, execute, execution, parameter_defaults, parse_settings, to_html
-from experiments.headless.parameters import inject
+from experiments.headless import (
+    NotebookInputError,
+    execute,
+    execution,
+    inject,
+    parameter_defaults,
+    parse_settings,
+    to_html,
+)
 from experiments.run_notebook import main
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nRATE: float = 0.1\nFAST = False'
-DEFAULTS = {"DATA": "auto", "EPOCHS": None, "SEED": 0, "RATE": 0.1, "FAST": False}
+PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nFAST = False'
+DEFAULTS = {"DATA": "auto", "EPOCHS": None, "SEED": 0, "FAST": False}
 
 
 def notebook(*cells: str, parameters: str | None = PARAMETERS) -> NotebookNode:
@@ -50,7 +57,6 @@ def written(path: Path, book: NotebookNode) -> Path:
 
 def test_defaults_are_read_from_the_parameters_cell() -> None:
     assert parameter_defaults(notebook()) == DEFAULTS
-    assert parameter_defaults(notebook(parameters=None)) == {}
 
 
 @pytest.mark.parametrize(
@@ -59,10 +65,7 @@ def test_defaults_are_read_from_the_parameters_cell() -> None:
         ("EPOCHS=3", 3),
         ("EPOCHS=None", None),
         ("SEED= 7", 7),
-        ("RATE=1e-3", 1e-3),
-        ("RATE=2", 2),
-        ("FAST=true", True),
-        ("FAST=False", False),
+        ("FAST=True", True),
         ("DATA=digits", "digits"),
         ("DATA=2024", "2024"),
         ("DATA=None", "None"),
@@ -80,14 +83,13 @@ def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["EPOCH=3"], r"unknown parameter 'EPOCH': did you mean EPOCHS\? allowed are DATA, EPOCHS, SEED, RATE, FAST"),
+        (["EPOCH=3"], r"unknown parameter 'EPOCH': did you mean EPOCHS\? allowed are DATA, EPOCHS, SEED, FAST"),
         (["epochs=3"], "did you mean EPOCHS"),
         (["EPOCHS=abc"], "EPOCHS='abc': need a whole number or None"),
         (["EPOCHS=2.5"], "EPOCHS=2.5: need a whole number or None"),
         (["EPOCHS=True"], "EPOCHS=True: need a whole number"),
         (["EPOCHS="], "need a whole number or None"),
         (["SEED=None"], "SEED=None: need a whole number, such as the default SEED=0"),
-        (["RATE=fast"], "RATE='fast': need a number"),
         (["FAST=1"], "FAST=1: need True or False"),
         (["SEED"], "--set SEED: need NAME=VALUE"),
         (["SEED=1", "SEED=2"], "SEED is given twice"),
@@ -96,6 +98,11 @@ def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object
 def test_wrong_setting_is_one_clear_error(settings: list[str], message: str) -> None:
     with pytest.raises(NotebookInputError, match=message):
         parse_settings(settings, DEFAULTS)
+
+
+def test_a_notebook_without_a_parameters_cell_has_none_to_set() -> None:
+    with pytest.raises(NotebookInputError, match="no cell tagged 'parameters'"):
+        parse_settings(["SEED=1"], parameter_defaults(notebook(parameters=None)))
 
 
 def test_injected_cell_follows_the_parameters_and_replaces_an_older_one() -> None:
@@ -109,14 +116,10 @@ def test_injected_cell_follows_the_parameters_and_replaces_an_older_one() -> Non
     assert "SEED" not in scope
 
 
-def test_parameter_without_a_parameters_cell_is_an_error() -> None:
-    with pytest.raises(NotebookInputError, match="no cell tagged 'parameters'"):
-        inject(notebook(parameters=None), {"SEED": 1})
-
-
-def test_parameters_cell_that_computes_is_an_error() -> None:
+@pytest.mark.parametrize("source", ["SEED = int(3)", "import os", "SEED = ="])
+def test_parameters_cell_that_computes_is_an_error(source: str) -> None:
     with pytest.raises(NotebookInputError, match="only NAME = literal"):
-        parameter_defaults(notebook(parameters="SEED = int('3')"))
+        parameter_defaults(notebook(parameters=source))
 
 
 def test_bad_input_ends_with_status_2_and_writes_nothing(
@@ -149,14 +152,6 @@ def test_bad_input_ends_with_status_2_and_writes_nothing(
     assert not list(tmp_path.glob("o.*"))
 
 
-@pytest.mark.parametrize("seconds", ["-1", "soon", "nan", "inf"])
-def test_timeouts_are_numbers_of_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--cell-timeout", seconds])
-    assert stop.value.code == 2
-    assert "need a number of seconds" in capsys.readouterr().err
-
-
 # Execution: a kernel each, which takes seconds to start. One of them is enough for the quick suite.
 
 
@@ -174,8 +169,7 @@ def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: 
     )
     lines: list[str] = []
     result = execute(lesson, {"EPOCHS": 2, "DATA": "it's"}, notify=lines.append, cell_timeout=None)
-    assert result.failure is None
-    assert result.exit_status == 0
+    assert (result.failure, result.exit_status) == ("", 0)
     printed = {output.get("name"): output.get("text") for cell in result.notebook.cells[4:5] for output in cell.outputs}
     values = json.loads(printed["stdout"])
     assert values[:3] == [2, "it's", 0]
@@ -207,7 +201,6 @@ def test_failing_cell_is_saved_with_its_number_line_and_error(
     told = capsys.readouterr()
     assert "failed at cell 6 (code cell 3), line 3: helper.broken()" in told.err
     assert "ValueError: two is not three" in told.err
-    assert re.search(r"raised in \S*helper\.py:2", told.err)
     assert "page.html stay as an earlier run left them" in told.err
     assert "page.failed.html" in told.out
     assert page.read_text() == "the last good page"
@@ -252,10 +245,9 @@ def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Pa
     # The cell catches the interrupt and ends well: that must not let the next one start.
     caught = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('tidied up')"
     result = execute(written(tmp_path / "lesson.ipynb", notebook(caught, "print('late')")), cell_timeout=1)
-    assert result.failure is not None
-    assert (result.failure.kind, result.exit_status) == ("timeout", 1)
-    assert "timed out at cell 4 (code cell 2)" in result.failure.message
-    assert "CellTimeoutError: took more than 1 seconds" in result.failure.message
+    assert result.exit_status == 1
+    assert "timed out at cell 4 (code cell 2)" in result.failure
+    assert "CellTimeoutError: took more than 1 seconds" in result.failure
     assert "tidied up" in result.notebook.cells[3].outputs[0].text
     assert result.notebook.cells[3].outputs[-1].ename == "CellTimeoutError"
     assert result.notebook.cells[4].outputs == []
@@ -266,10 +258,9 @@ def test_cell_out_of_time_is_interrupted_saved_and_reported_as_such(tmp_path: Pa
 def test_dead_kernel_is_reported_as_such(tmp_path: Path) -> None:
     lesson = notebook("print('alive', flush=True)", "import os\nos._exit(7)")
     result = execute(written(tmp_path / "lesson.ipynb", lesson))
-    assert result.failure is not None
-    assert (result.failure.kind, result.exit_status) == ("dead kernel", 1)
-    assert result.failure.message.startswith("kernel died at cell 5 (code cell 3)")
-    assert "DeadKernelError: the kernel's process ended" in result.failure.message
+    assert result.exit_status == 1
+    assert result.failure.startswith("kernel died at cell 5 (code cell 3)")
+    assert "DeadKernelError: the kernel's process ended" in result.failure
     assert result.notebook.cells[3].outputs[0].text == "alive\n"
     assert result.notebook.metadata["run"]["status"] == "failed"
 
@@ -279,9 +270,8 @@ def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypa
     nothing = {"argv": [sys.executable, "-c", "pass"], "display_name": "nothing", "language": "python"}
     monkeypatch.setattr("ipykernel.kernelspec.get_kernel_dict", lambda: nothing)
     result = execute(written(tmp_path / "lesson.ipynb", notebook("1")), startup_timeout=20)
-    assert result.failure is not None
-    assert (result.failure.kind, result.exit_status) == ("no kernel", 1)
-    assert "no kernel started" in result.failure.message
+    assert result.exit_status == 1
+    assert "no kernel started" in result.failure
 
 
 @pytest.mark.slow
