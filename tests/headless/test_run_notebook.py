@@ -279,15 +279,8 @@ def test_kernel_that_does_not_start_is_reported_as_such(tmp_path: Path, monkeypa
 def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> None:
     cell = "import pathlib, time\npathlib.Path('running').touch()\ntime.sleep(60)"
     lesson = written(tmp_path / "lesson.ipynb", notebook(cell))
-    executed = tmp_path / "executed.failed.ipynb"
-    files = [
-        "--notebook",
-        str(lesson),
-        "--output-notebook",
-        str(tmp_path / "executed.ipynb"),
-        "--html",
-        str(tmp_path / "page.html"),
-    ]
+    executed, page = tmp_path / "executed.ipynb", tmp_path / "page.html"
+    files = [f"--notebook={lesson}", f"--output-notebook={executed}", f"--html={page}"]
     command = [sys.executable, "-m", "experiments.run_notebook", *files]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -298,6 +291,9 @@ def test_interrupt_keeps_what_was_executed_and_ends_with_130(tmp_path: Path) -> 
     assert process.returncode == 130
     assert "interrupted at cell 4 (code cell 2), line 3: time.sleep(60)" in error
     assert "Traceback" not in error
-    assert nbformat.read(executed, as_version=4).cells[3].outputs[-1].ename == "KeyboardInterrupt"
+    assert (
+        nbformat.read(tmp_path / "executed.failed.ipynb", as_version=4).cells[3].outputs[-1].ename
+        == "KeyboardInterrupt"
+    )
     assert (tmp_path / "page.failed.html").exists()
-    assert not (tmp_path / "page.html").exists()
+    assert not page.exists()
