@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,26 +22,20 @@ ELSEWHERE = frozenset({"jupyter-client", "jupyterlab", "nbclient", "nbconvert", 
 ELSEWHERE |= {"latex2mathml", "pygments", "onnx", "onnxruntime"}
 
 
-def required(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
+def required() -> list[str]:
     """The requirements of the notebook, as in pyproject.toml: "torch>=2.6"."""
-    declared = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     return [line for line in declared if name_of(line) not in ELSEWHERE]
 
 
-def missing(requirements: Sequence[str]) -> list[str]:
-    """Those whose package is not installed for this Python, whatever its version."""
+def check_packages() -> None:
+    """Raises ModuleNotFoundError with the line that installs what is missing; any version of a package will do."""
     absent = []
-    for requirement in requirements:
+    for requirement in required():
         try:
             version(name_of(requirement))
         except PackageNotFoundError:
             absent.append(requirement)
-    return absent
-
-
-def check_packages() -> None:
-    """Raises ModuleNotFoundError with the line that installs what is missing."""
-    absent = missing(required())
     if absent:
         names = ", ".join(map(name_of, absent))
         line = " ".join(f'"{requirement}"' for requirement in absent)

@@ -32,24 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="comparison.png", help="a PNG file or a folder (default: comparison.png)")
     options = parser.parse_args(arguments)
     try:
-        runs = [
-            comparison.read_run(folder, label)
-            for folder, label in zip(options.folders, _labels(options.folders), strict=True)
-        ]
-        _check_output(Path(options.output))
+        labels, output = _labels(options.folders), Path(options.output)
+        runs = [comparison.read_run(folder, label) for folder, label in zip(options.folders, labels, strict=True)]
+        if output.suffix.lower() in OTHER_IMAGES and not output.is_dir():
+            raise RunError(f"--output {str(output)!r}: figures are written as PNG; name a .png file or a folder")
         text = comparison.as_text(runs)
         print(text)
-        print(f"\nFigures: {', '.join(map(str, _save(runs, Path(options.output), text)))}")
+        print(f"\nFigures: {', '.join(map(str, _save(runs, output, text)))}")
     except ValueError as error:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
     return 0
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() in OTHER_IMAGES and not output.is_dir():
-        raise RunError(f"--output {str(output)!r}: figures are written as PNG; name a .png file or a folder")
 
 
 def _save(runs: Sequence[SavedRun], output: Path, text: str) -> list[Path]:

@@ -5,9 +5,10 @@
 One line per epoch on stdout, then the compression table and the verdict; progress and notices on stderr. The output
 folder gets four figures, history.csv, run.json and checkpoint.pt (and checkpoint.previous.pt, the one before it).
 With --doctor the run is examined before, while and after it trains; the findings are printed and written to run.json.
+Ctrl-C and SIGTERM let the running step finish and write a checkpoint; a second Ctrl-C ends at once.
 Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could not
-continue; 130 interrupted, 143 terminated (checkpoint, history and figures kept: --resume continues, with the same
-result).
+continue (not a number, memory or disk full); 130 interrupted, 143 terminated (checkpoint, history and figures kept:
+--resume continues, with the same result).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pathlib import Path
 from experiments import pipeline
 from experiments.doctor import Examination
 from experiments.notebook import ProgressBar
-from experiments.pipeline import PRESETS, ConfigError, RunConfig, configure
+from experiments.pipeline import PRESETS, ConfigError, configure
 from src.data import steps_per_epoch
 from src.quantizer import check_range
-from src.runs import CHECKPOINT, RunFolder
+from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminations(), warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            return _run(_configuration(options), options)
+            return _run(options)
     except ValueError as error:  # every error of the library that bad input can cause is one
         return fail(str(error))
     except OSError as error:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return fail("the memory does not hold the data; use --limit, or end other programs")
+        return fail("the memory does not hold the images; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         log_info("interrupted")
         return _status(stopped)
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder_lock.release(options.output)
 
 
-def _run(config: RunConfig, options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
+    names = ("data", "data_root", "epochs", "batch_size", "limit", "seed", "device")
+    config = configure(options.preset, **{name: getattr(options, name) for name in names})
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
     if options.resume:
@@ -81,17 +84,12 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
         return _status(stopped)
     except TrainingError as error:
         return fail(f"{error}; {loop.kept}")
-    complete = f"the training is complete and kept in {loop.folder.path}"
     try:
         return _conclude(run, loop.folder, examination)
-    except KeyboardInterrupt:
-        log_info(f"{complete}; {RESUME_HINT} with its evaluation and figures")
+    except BaseException:
+        kept = f"the training is complete and kept in {loop.folder.path}"
+        log_info(f"{kept}; {RESUME_HINT} with its evaluation and figures")
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = f"end other programs, and {RESUME_HINT} with it"
-        return fail(f"the memory does not hold the evaluation; {complete}; {advice}")
 
 
 def _train(loop: pipeline.TrainingLoop, examination: Examination | None) -> None:
@@ -120,7 +118,7 @@ def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | N
     failure = ""
     try:
         diagnosis = report.to_json() if report else None
-        folder.write_json("run.json", pipeline.summary(run, result, accuracy, verdict, diagnosis))
+        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis))
     except OSError as error:  # after hours of training the results are at least told
         failure = f"run.json could not be written ({error.strerror or error}); {RESUME_HINT} and writes it"
     print_result(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
@@ -147,10 +145,8 @@ def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.debug_run",
-        description="Train with the learnable dead-zone quantizer, evaluate the compression, and judge the run.",
-        epilog="Ctrl-C and SIGTERM let the running step finish and write a checkpoint; a second Ctrl-C ends at once. "
-        "Exit status: 0 no fault found, 1 the verdict or the doctor found one, 2 bad input, or a training that could "
-        "not continue (not a number, memory or disk full), 130 interrupted, 143 terminated.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="debug", help=f"one of {', '.join(PRESETS)} (default: debug)")
     parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
@@ -170,11 +166,6 @@ def _parser() -> argparse.ArgumentParser:
         help="write a checkpoint also after this many steps (default: after each epoch, and when interrupted)",
     )
     return parser
-
-
-def _configuration(options: argparse.Namespace) -> RunConfig:
-    names = ("data", "data_root", "epochs", "batch_size", "limit", "seed", "device")
-    return configure(options.preset, **{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

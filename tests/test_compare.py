@@ -53,8 +53,6 @@ def test_relative_bops_by_hand() -> None:
     history = History(1, [record])
     found = relative_bops(history, {"a": 100, "stem": 28})
     assert found == pytest.approx([(0.5 * 100 * 4 * 32 + 28 * 32 * 32) / (128 * 32 * 32)])
-    with pytest.raises(ValueError, match="'a' of the history is not a layer of the network: stem"):
-        relative_bops(history, {"stem": 28})
 
 
 def test_relative_bops_are_those_of_the_metrics() -> None:

@@ -248,18 +248,18 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning_and_a_missing_summary_an_err
     assert captured.err.splitlines()[-1].startswith("error: run.json could not be written (")
 
 
-@pytest.mark.parametrize(("where", "kept"), [("prepare_data", ""), ("evaluate_run", "complete and kept")])
+@pytest.mark.parametrize(("where", "kept"), [("prepare_data", 0), ("evaluate_run", 1)])
 def test_out_of_memory_outside_of_the_steps_is_one_message(
-    where: str, kept: str, finished: Path, monkeypatch: Patch, capsys: Capture
+    where: str, kept: int, finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def exhausted(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
     monkeypatch.setattr(pipeline, where, exhausted)
     assert run_command(finished, "--resume") == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: the memory does not hold the ")
-    assert kept in told
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("error: the memory does not hold the ")
+    assert told.count("the training is complete and kept in") == kept
 
 
 # --- bad input

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +60,7 @@ def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     names = [n for n in settings[runs[0].label] if n not in NOT_COMPARED and not (same_data and n == "data")]
     rows = []
     for name in names:
-        values = {label: _plain(setting[name]) for label, setting in settings.items()}
+        values = {label: str(setting[name]) for label, setting in settings.items()}
         if len(set(values.values())) > 1:
             rows.append({"setting": name, **values})
     return rows
@@ -118,11 +117,8 @@ def series(run: SavedRun) -> Series:
 def relative_bops(history: History, macs: Mapping[str, int]) -> NDArray[np.float64]:
     """BOPs after every epoch as a share of the dense FP32 network's, (E,). Activations cancel: 32 bits in both.
 
-    macs: of every layer of the dense network. Raises ValueError where a quantized layer is not among them.
+    macs: of every layer of the dense network.
     """
-    unknown = sorted(set(history.layer_names) - set(macs))
-    if unknown:
-        raise ValueError(f"layer {unknown[0]!r} of the history is not a layer of the network: {', '.join(macs)}")
     dense = sum(macs.values()) * FULL_PRECISION_BITS
     quantized = np.array([macs[name] for name in history.layer_names], dtype=np.float64)  # (L,)
     untouched = dense - quantized.sum() * FULL_PRECISION_BITS
@@ -137,9 +133,3 @@ def dense_macs(config: RunConfig, classes: int) -> Mapping[str, int]:
     """MACs of each layer of the dense network, for one image."""
     dense = QuantizationComparison().set_baseline(NETWORKS[config.model](classes, config.shortcut))
     return {layer.name: layer.macs for layer in dense.layers}
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

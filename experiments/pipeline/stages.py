@@ -33,7 +33,7 @@ from src.training import History, keep_freed_memory, repeatable
 from utils_quantization import attach_weight_quantizers, quantized_layers
 
 
-def prepare_data(config: RunConfig, notify: Notify | None = None) -> tuple[RunConfig, ImageData]:
+def prepare_data(config: RunConfig, notify: Notify = lambda line: None) -> tuple[RunConfig, ImageData]:
     """Load the data, and return it with the configuration that suits it; `notify` is told what was changed.
 
     Raises DataError or TrainingError (absent device). Also prepares this process: `keep_freed_memory`, `repeatable`.
@@ -42,18 +42,15 @@ def prepare_data(config: RunConfig, notify: Notify | None = None) -> tuple[RunCo
     device = training.pick_device(config.device)
     repeatable(device)
     data = load_data(config.data, config.data_root, config.limit, notify)
-    suited, changes, count = suited_to(config, data.name), [], len(data.train_labels)
+    suited, count = suited_to(config, data.name), len(data.train_labels)
     if suited != config:
-        changes.append(
+        notify(
             f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: batches of {suited.batch_size}, "
             f"{suited.epochs} epochs"
         )
     if suited.batch_size > count:
         suited = replace(suited, batch_size=max(2, count))
-        changes.append(f"batch size lowered to {count}: there are no more training images")
-    for change in changes:
-        if notify:
-            notify(change)
+        notify(f"batch size lowered to {count}: there are no more training images")
     return suited, data.to(device)
 
 
@@ -115,8 +112,8 @@ def judge_run(run: Run) -> Verdict:
     return judge(run.history, run.config, run.data.num_classes, expected_layers(run.config, run.model), steps)
 
 
-def save_figures(run: Run, folder: RunFolder) -> list[str]:
-    """Write the four diagnostic plots; returns their names. One that cannot be drawn or written is a warning."""
+def save_figures(run: Run, folder: RunFolder) -> None:
+    """Write the four diagnostic plots. One that cannot be drawn or written is a warning."""
     history, shown = run.history, {"subtitle": run.subtitle}
     drawings: dict[str, Callable[[], Figure]] = {
         "accuracy_curve.png": partial(figures.accuracy_curve, history, chance=1 / run.data.num_classes, **shown),
@@ -124,17 +121,14 @@ def save_figures(run: Run, folder: RunFolder) -> list[str]:
         "channel_liveness.png": partial(figures.channel_liveness, history.last.layers, **shown),
         "per_layer_channels.png": partial(figures.per_layer_channels, history.last.layers, **shown),
     }
-    written = []
     for name, draw in drawings.items():
         try:
             data = figures.png_bytes(draw())
         except Exception as error:  # whatever a drawing library can raise: no picture is worth a run
             text = f"{name} could not be drawn: {type(error).__name__}: {error}; the run continues"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-            continue
-        if folder.try_write(name, data):
-            written.append(name)
-    return written
+        else:
+            folder.try_write(name, data)
 
 
 def described(config: RunConfig, data: ImageData, device: torch.device, precision: torch.dtype) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import pipeline
-from experiments.pipeline import configure, load_run
+from experiments.pipeline import SavedRun, configure, load_run
 from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint
 from src.runs.checkpoint import state_bytes
 from src.training import layer_records
@@ -37,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_gives_back_the_run(folder: Path) -> None:
     loaded = load_run(folder, device="cpu")
-    assert loaded.snapshots is not None
     assert loaded.config == configure("smoke", limit=40, epochs=2, batch_size=20, device="cpu")
     assert len(loaded.history) == 2
     assert loaded.snapshots.epochs == [0, 1, 2]
@@ -71,3 +70,6 @@ def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:
     (copy / CHECKPOINT).write_bytes(state_bytes({**state, "config": {"preset": "smoke", "epochs": 0}}))
     with pytest.raises(RunError, match=r"not one of this version.*epochs=0"):
         load_run(copy)
+    (copy / CHECKPOINT).write_bytes(state_bytes({**state, "model": {"fc.weight": torch.ones(10, 4)}}))
+    with pytest.raises(RunError, match=r"not of a network in resnet\.py"):
+        SavedRun.open(copy).network()
