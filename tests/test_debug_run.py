@@ -90,7 +90,7 @@ def test_one_line_an_epoch_then_table_and_verdict_and_progress_elsewhere(tiny_ru
     assert not any(line.startswith("Epoch") for line in lines[4:])
     for text in ("layer3.0.conv2", "Unstructured:", "Structured:", "INCONCLUSIVE", f"are in {tiny_run.folder}"):
         assert text in tiny_run.out
-    for text in ("6 quantizers", "60 training images", "trained"):
+    for text in ("6 quantizers", "60 training images", "3 epochs in "):
         assert text in tiny_run.err
         assert text not in tiny_run.out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,15 +137,7 @@ def test_tables_hold_what_they_are_given(run: pipeline.Run) -> None:
     result, _ = pipeline.evaluate_run(run)
     assert f"{result.structured_stats.total_macs:,}" in lessons.layer_table(result).to_html()
     assert f"{result.structured_mac_ratio:.2f}x" in lessons.ratio_table(result).to_html()
-    for table in (lessons.layer_table(result), lessons.ratio_table(result)):
-        assert re.search(r"th\.col0 \{\s*text-align: left", table.to_html()), (
-            "names start at the left, as their heading"
-        )
     verdict = pipeline.judge_run(run)
-    for table in (lessons.layer_table(result), lessons.verdict_table(verdict)):
-        colours = re.findall(r"(?:background(?:-color)?|[^-]color)\s*:\s*([^;}]+)", table.to_html())
-        assert colours
-        assert all("rgba(" in colour for colour in colours), "readable on dark screens, too"
     assert all(finding.name in lessons.verdict_table(verdict).to_html() for finding in verdict.expectations)
     assert "logit_bit" in lessons.optimizer_table(run.optimizer, run.objective).to_html()
 

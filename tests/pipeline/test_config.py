@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -21,8 +21,8 @@ def test_the_debug_preset_is_the_specified_run() -> None:
         "fixed_bit_val": 4, "max_bits": 8, "init_bit_logit": 3.0, "init_deadzone_logit": 3.0,
         "learnable_bit": True, "learnable_deadzone": True,
     }  # fmt: skip
-    assert (DEBUG.learning_rate, DEBUG.dz_learning_rate, DEBUG.bit_learning_rate) == (1e-3, 1e-3, 1e-3)
-    assert (DEBUG.logit_decay_dz, DEBUG.logit_decay_bit) == (0.01, 0.01)
+    rates = {"learning_rate": 1e-3, "dz_learning_rate": 1e-3, "bit_learning_rate": 1e-3, "dz_decay": 0, "bit_decay": 0}
+    assert DEBUG.group_kwargs == rates
     schedule = DEBUG.schedule()
     assert [schedule(epoch, 20) for epoch in (0, 5)] == [0, 0]
     assert [schedule(epoch, 20) / DEBUG.peak for epoch in (6, 10, 19)] == pytest.approx([0.2, 1, 1])
@@ -39,9 +39,8 @@ def test_the_paper_presets_hold_the_300_epoch_recipe() -> None:
 
 
 def test_the_two_ways_for_the_decay_to_act() -> None:
-    loss, decoupled = DEBUG, replace(DEBUG, regularization="decoupled", logit_decay_bit=0.02)
-    assert (loss.group_kwargs["dz_decay"], loss.group_kwargs["bit_decay"]) == (0, 0)
-    assert (loss.objective(None).lambda_dz, loss.objective(None).lambda_bit) == (0.01, 0.01)
+    decoupled = replace(DEBUG, regularization="decoupled", logit_decay_bit=0.02)
+    assert (DEBUG.objective(None).lambda_dz, DEBUG.objective(None).lambda_bit) == (0.01, 0.01)
     assert (decoupled.group_kwargs["dz_decay"], decoupled.group_kwargs["bit_decay"]) == (0.01, 0.02)
     assert (decoupled.objective(None).lambda_dz, decoupled.objective(None).lambda_bit) == (0, 0)
 
@@ -58,33 +57,15 @@ def test_learning_rate_shapes() -> None:
 
 BAD: list[tuple[str, Any, str]] = [
     ("model", "resnet-20", "model='resnet-20' is unknown: choose one of resnet20, .*; did you mean 'resnet20'"),
-    ("model", ["resnet20"], "choose one of resnet20"),
     ("shortcut", "C", "shortcut='C' is unknown: choose one of A, B"),
-    ("device", "gpu", "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),
-    ("precision", "fp16", "precision='fp16' is unknown: choose one of auto, fp32, bf16"),
-    ("learning_rate_shape", "step", "choose one of constant, hold_then_linear, cosine"),
-    ("regularization", "l2", "choose one of loss, decoupled"),
     ("epochs", 0, "epochs=0: need 1..100000"),
-    ("epochs", "20", "epochs='20': need 1"),
     ("epochs", True, "epochs=True: need .*, a whole number"),
     ("batch_size", 1, "batch_size=1: need 2"),
-    ("batch_size", None.__class__, "batch_size=<class 'NoneType'>: need .*, a whole number"),
     ("limit", 0, "limit=0: need 1"),
-    ("seed", -1, "seed=-1: need 0..2147483647"),
-    ("crop_padding", 33, "crop_padding=33: need 0..32"),
-    ("delay", -1, "delay=-1: need 0"),
-    ("ramp", 0.5, "ramp=0.5: need 0"),
     ("fixed_bits", 1, "fixed_bits=1: need 2..16, a whole number; 2 means ternary"),
     ("max_bits", 17, "max_bits=17: need 2..16"),
-    ("max_bits", 8.0, "max_bits=8.0: need 2..16"),
     ("init_bit_logit", NAN, "init_bit_logit=nan: need any finite number; 3.0 starts"),
-    ("init_deadzone_logit", "3", "init_deadzone_logit='3': need any finite number"),
     ("learning_rate", -1e-3, "learning_rate=-0.001: need 0..10"),
-    ("dz_learning_rate", INF, "dz_learning_rate=inf: need 0..10"),
-    ("bit_learning_rate", "fast", "bit_learning_rate='fast': need 0..10"),
-    ("logit_decay_dz", NAN, "logit_decay_dz=nan: need 0"),
-    ("logit_decay_bit", -1, "logit_decay_bit=-1: need 0"),
-    ("peak", -0.1, "peak=-0.1: need 0"),
     ("hold", 1.0, "hold=1.0: need 0..0.999"),
     ("expected_accuracy", 60, "expected_accuracy=60: need 0..1"),
     ("exclude_layers", "conv1", r"exclude_layers='conv1': need a tuple of patterns, \('conv1',\)"),
@@ -94,14 +75,16 @@ BAD: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "value", "message"), BAD, ids=[f"{name}={value!r}" for name, value, _ in BAD])
 def test_a_setting_out_of_range_is_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        RunConfig(preset="mine", **{name: value})
-    with pytest.raises(ConfigError, match=message):
         configure("debug", **{name: value})
 
 
-def test_every_number_and_choice_has_been_refused_above() -> None:
-    free = {"preset", "data", "data_root", "flip", "learnable_bit", "learnable_deadzone", "given"}
-    assert {f.name for f in fields(RunConfig)} - free == {name for name, _, _ in BAD}
+FREE = {"preset", "data", "data_root", "exclude_layers", "flip", "learnable_bit", "learnable_deadzone", "given"}
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(RunConfig)} - FREE))
+def test_every_number_and_choice_is_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}=-inf"):
+        RunConfig(preset="mine", **{name: -INF})
 
 
 def test_unknown_presets_and_settings() -> None:
@@ -109,8 +92,6 @@ def test_unknown_presets_and_settings() -> None:
         configure("debgu")
     with pytest.raises(ConfigError, match=r"setting='epoch' is unknown: .*did you mean 'epochs'"):
         configure("debug", epoch=3)
-    with pytest.raises(ConfigError, match="choose one of debug"):
-        configure(None)  # type: ignore[arg-type]
 
 
 def test_what_is_not_given_keeps_the_presets_value() -> None:
@@ -119,9 +100,6 @@ def test_what_is_not_given_keeps_the_presets_value() -> None:
     assert configure("paper", data="digits").data == "digits"
     changed = configure("debug", epochs=3, seed=7)
     assert (changed.epochs, changed.seed, changed.batch_size) == (3, 7, 512)
-    assert DEBUG.epochs == 20
-    with pytest.raises(FrozenInstanceError):
-        DEBUG.epochs = 3  # type: ignore[misc]
 
 
 def test_on_the_digits_debug_becomes_smoke_and_keeps_what_was_changed() -> None:
@@ -130,6 +108,5 @@ def test_on_the_digits_debug_becomes_smoke_and_keeps_what_was_changed() -> None:
     assert suited_to(DEBUG, "digits") == SMOKE
     suited = suited_to(configure("debug", data="digits", epochs=2, limit=100, peak=0.5, seed=3), "digits")
     assert suited == replace(SMOKE, data="digits", epochs=2, limit=100, peak=0.5, seed=3)
-    assert (suited.preset, suited.batch_size, suited.flip) == ("smoke", 48, False)
     asked = configure("debug", epochs=DEBUG.epochs, batch_size=DEBUG.batch_size)  # asked for, though they are its own
     assert (suited_to(asked, "digits").epochs, suited_to(asked, "digits").batch_size) == (20, 512)
