@@ -267,7 +267,7 @@ def test_out_of_memory_outside_of_the_steps_is_one_message(
 BAD: list[tuple[list[str], str]] = [
     (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit, tiny; did"),
     (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
-    (["--data", "folder:/no/such"], "no such folder"),
+    (["--data", "folder:/no/such"], "No such file or directory: '/no/such/train'; need train/"),
     (["--device", "gpu"], "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),
     (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
     (["--epochs", "0"], "epochs=0: need 1..100000, a whole number"),

@@ -156,9 +156,7 @@ class Run:
             if not training.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
-            shape = tuple(self.data.train_images.shape[1:])
-            advice = training.batch_size_advice(self.config.batch_size, self.model, shape, self.precision)
-            raise TrainingError(advice) from error
+            raise TrainingError(training.batch_size_advice(self.config.batch_size, self.device)) from error
 
 
 @dataclass

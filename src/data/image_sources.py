@@ -5,9 +5,7 @@ Axis letters: N images, H = W = 32 pixels, 3 colour channels (RGB). Images are u
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,8 @@ from src.storage import Notify
 SIZE = 32
 # Pillow recognises a file by its contents, whatever its name says, and would hand PostScript to another program (EPS),
 # among others. These are decoded in this process, from the file alone:
-FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TEST_DIGITS = (36, 37, 35, 37, 36, 36, 36, 36, 35, 36)  # of each class, 360 in proportion to its size
 Statistics = tuple[float, float, float]
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -56,29 +55,23 @@ def read_digits() -> ImageSet:
 
 
 def read_folder(path: str, notify: Notify) -> ImageSet:
-    """An ImageFolder tree. Images of the types in FORMATS, as RGB, the centre square resized to 32 x 32."""
-    folder = Path(os.path.expanduser(path))  # unlike Path.expanduser it leaves a home that nobody has as it is
-    if not path or not os.path.isdir(folder):  # unlike Path.is_dir it has an answer for a name that is too long
-        raise DataError(f"folder:{path}: no such folder; give folder:PATH with PATH/train/CLASS/*.png and PATH/test")
-    train = folder / "train"
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), folder / "test")
-    classes: list[list[str]] = []
-    for part in (train, test):
-        if not part.is_dir():
-            raise DataError(f"{part} is missing: need train/ and test/ (or val/) in {folder}, one folder a class")
-        classes.append(sorted(sub.name for sub in part.iterdir() if sub.is_dir() and not sub.name.startswith(".")))
-    names, test_names = classes
-    if len(names) < 2:
-        raise DataError(f"{train} has {len(names)} class folders ({', '.join(names) or 'none'}): need at least 2")
-    if names != test_names:
-        only_train, only_test = sorted(set(names) - set(test_names)), sorted(set(test_names) - set(names))
+    """An ImageFolder tree: train/ and test/ (or val/), one folder a class. As RGB, the centre square at 32 x 32."""
+    from torchvision.datasets import DatasetFolder
+
+    folder = Path(path).expanduser()
+    held_out = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
+    try:
+        train, test = (DatasetFolder(folder / part, _read_image, EXTENSIONS) for part in ("train", held_out))
+    except OSError as error:
         raise DataError(
-            f"classes differ: only in {train}: {only_train or 'none'}, only in {test}: {only_test or 'none'}; need the "
-            "same folders in both"
-        )
-    if len(names) > 1000:
-        notify(f"{folder} has {len(names)} classes: more than 1000 is unusual; is each of these folders a class?")
-    return _read_part(train, names, notify), _read_part(test, names, notify), names
+            f"folder:{path}: {error}; need train/ and test/ (or val/) in it, with one folder of images a class"
+        ) from error
+    if len(train.classes) < 2:
+        raise DataError(f"{train.root} has one class folder ({train.classes[0]}): need at least 2")
+    if differing := sorted(set(train.classes) ^ set(test.classes)):
+        raise DataError(f"only one of {train.root} and {test.root} has {', '.join(differing)}: need the same folders")
+    notify(f"reading {len(train) + len(test)} images in {folder}")
+    return _part(train), _part(test), train.classes
 
 
 def statistics(images: NDArray[np.uint8]) -> tuple[Statistics, Statistics]:
@@ -93,36 +86,20 @@ def statistics(images: NDArray[np.uint8]) -> tuple[Statistics, Statistics]:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _read_part(folder: Path, names: Sequence[str], notify: Notify) -> Part:
-    types = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        found = sorted(Path(top) / file for top, _, files in os.walk(folder / name) for file in files)
-        found = [file for file in found if file.suffix.lower() in types and not file.name.startswith(".")]
-        if not found:
-            raise DataError(f"{folder / name} holds no image: add at least one (.png, .jpg, ...) or remove it")
-        for file in found:
-            images.append(_read_image(file))
-            labels.append(label)
-            if len(images) % 5000 == 0:
-                notify(f"{folder}: {len(images)} images read")
+def _part(dataset: Iterable[tuple[NDArray[np.uint8], int]]) -> Part:
+    images, labels = zip(*dataset, strict=True)
     return np.stack(images), np.asarray(labels, dtype=np.int64)
 
 
-def _read_image(path: Path) -> NDArray[np.uint8]:
+def _read_image(path: str) -> NDArray[np.uint8]:
     """One file as (32, 32, 3). Shorter side to 32 and centre crop, in one resampling of the centre square."""
-    if not path.is_file():  # a pipe would keep its reader waiting for ever
-        raise DataError(f"{path} is not an ordinary file: remove it, or put the image itself there")
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image: Image.Image = Image.open(path, formats=FORMATS)
-        with image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode in ("I", "F"):  # a plain conversion clips them, mostly to black or to white
                 raise ValueError("it has 32 bits a pixel, need 8, or a PNG or TIFF of 16")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC))
+            upright: Image.Image = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.asarray(ImageOps.fit(upright.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow's decoders fail in many ways; all mean that this file is not usable
         raise DataError(f"{path} is not a readable image: {error}; convert, shrink or remove it") from error

@@ -12,14 +12,24 @@ from src.training.devices import (
     PRECISIONS,
     TrainingError,
     autocast,
+    batch_size_advice,
+    is_out_of_memory,
     keep_freed_memory,
     pick_device,
     pick_precision,
     repeatable,
 )
-from src.training.epoch import EpochMeans, LrLambda, Step, cosine_to_zero, epoch_seed, hold_then_linear, train_epoch
+from src.training.epoch import (
+    EpochMeans,
+    LrLambda,
+    Step,
+    cosine_to_zero,
+    epoch_seed,
+    hold_then_linear,
+    not_finite,
+    train_epoch,
+)
 from src.training.evaluation import evaluate, layer_records, measure_epoch, predict, summarize_layers
-from src.training.failures import batch_size_advice, is_out_of_memory, not_finite
 from src.training.history import EpochRecord, History, LayerRecord
 from src.training.interrupts import Interrupted, Terminated, between_steps, in_notebook, raise_pending, terminations
 from src.training.step import (

@@ -7,8 +7,6 @@ is the optimizer's own, so that its rates, hooks and state are as without a grap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,28 +109,20 @@ def _record(
         model.zero_grad(set_to_none=True)
         return step_gradients(model, images, labels, objective, weight if coefficient else 0.0, precision)
 
-    with _restored(model, images.device):
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                losses_and_gradients()
-        torch.cuda.current_stream(images.device).wait_stream(stream)
+    # The passes before the recording leave no trace in buffers (BatchNorm's averages) and random numbers.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    random = torch.cuda.get_rng_state(images.device)
+    stream = torch.cuda.Stream(images.device)
+    stream.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            losses_and_gradients()
+    torch.cuda.current_stream(images.device).wait_stream(stream)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    torch.cuda.set_rng_state(random, images.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         losses = losses_and_gradients()
     return _Recording(graph, images, labels, weight, losses, [p.grad for p in model.parameters()])
-
-
-@contextmanager
-def _restored(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards buffers (BatchNorm's averages) and the device's random numbers are what they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    random = torch.cuda.get_rng_state(device)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        torch.cuda.set_rng_state(random, device)

@@ -1,4 +1,4 @@
-"""Where and in what arithmetic a network is trained."""
+"""Where and in what arithmetic a network is trained, and what to do where its memory does not suffice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+CPU_SIGNS = ("not enough memory", "can't allocate memory", "cannot allocate memory", "DefaultCPUAllocator")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_THRESHOLD = 32 * 2**20  # glibc accepts no more
-NEVER_TRIM = 2**31 - 1
 
 
 class TrainingError(ValueError):
@@ -24,12 +23,10 @@ class TrainingError(ValueError):
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes MPS, then CUDA, then the CPU. Raises TrainingError for an absent one."""
-    if name not in DEVICES:
-        raise TrainingError(f"device {name!r} is unknown: choose one of {', '.join(DEVICES)}")
     present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, here in present.items() if here))
-    if not present[name]:
+    if not present.get(name):
         here = [kind for kind, found in present.items() if found]
         raise TrainingError(f"device {name!r} is not present here: use one of {', '.join(here)}, or auto")
     return torch.device(name)
@@ -41,8 +38,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     "auto" takes bfloat16 where the hardware multiplies it (AVX512_BF16 or AMX on a CPU, any CUDA device that supports
     it): elsewhere it is emulated and slower. Weights, logits, BatchNorm statistics and optimizer state are float32.
     """
-    if name not in PRECISIONS:
-        raise TrainingError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
@@ -65,24 +60,36 @@ def repeatable(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a launch per tensor
 
 
-def keep_freed_memory() -> bool:
-    """Set glibc's allocator, for this process, to keep freed blocks of up to 32 MB for the next allocation.
-
-    Returns whether that was done: False where the C library is another one. Results do not depend on it.
-    """
-    if sys.platform != "linux":
-        return False
-    try:
+def keep_freed_memory() -> None:
+    """Set glibc's allocator, for this process, to keep freed blocks of up to 32 MB for the next allocation."""
+    if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return all((mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD), mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)))
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # glibc accepts no more
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # never
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out; on a CPU torch raises a plain RuntimeError for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)
+
+
+def batch_size_advice(batch_size: int, device: torch.device) -> str:
+    """One sentence that says which batch size to try, the half; BatchNorm needs two images."""
+    if batch_size <= 2:
+        return (
+            f"the memory of {device.type} does not hold {batch_size} images; end other programs, or use another device"
+        )
+    half = max(2, batch_size // 2)
+    return (
+        f"the memory of {device.type} does not hold a batch of {batch_size} images; try batches of {half}: "
+        f"--batch-size {half}, or BATCH_SIZE = {half}"
+    )
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from src.data import ImageData, epoch_batches, steps_per_epoch
 from src.training.devices import TrainingError
-from src.training.failures import DIVERGENCE_HINT, first_not_finite, watch_update
 from src.training.interrupts import raise_pending
 from src.training.step import Objective, StepFunction, StepLosses, train_step
 
 LrLambda = Callable[[float], float]
 STEPS_BETWEEN_CHECKS = 16  # reading the loss makes a GPU wait; on a CPU it costs nothing and every step is checked
+DIVERGENCE_HINT = "lower the learning rate or the peak of the penalty"
 MEANS = ("loss", "task_loss", "logit_penalty", "group_penalty")
 
 
@@ -35,40 +36,38 @@ class Step:
         return float(self.losses.total)
 
 
+@dataclass
 class EpochMeans:
     """Sums of the losses of `steps` steps on the device; their means are read once, when the epoch is over."""
 
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._images = 0
-        self.steps = 0
+    sums: Tensor | None = None
+    steps: int = 0
+    images: int = 0
 
     def add(self, step: Step) -> None:
         """Add the losses of one step."""
         parts = step.losses
         row = torch.stack([parts.total, parts.task, parts.logits, parts.groups, parts.correct.to(parts.total.dtype)])
-        self._sums = row if self._sums is None else self._sums + row
+        self.sums = row if self.sums is None else self.sums + row
         self.steps += 1
-        self._images += step.images
+        self.images += step.images
 
     def read(self) -> dict[str, float]:
         """Means over the steps (`MEANS`) and train_accuracy over the images. Raises TrainingError without a step."""
-        if self._sums is None:
+        if self.sums is None:
             raise TrainingError("no step was taken in this epoch: the training set is empty")
-        *losses, correct = self._sums.tolist()
+        *losses, correct = self.sums.tolist()
         means = {name: total / self.steps for name, total in zip(MEANS, losses, strict=True)}
-        return {**means, "train_accuracy": correct / self._images}
+        return {**means, "train_accuracy": correct / self.images}
 
     def state(self) -> dict[str, Any]:
         """The sums as they are, so that a resumed epoch adds up to the same bits."""
-        return {"sums": self._sums, "steps": self.steps, "images": self._images}
+        return dict(vars(self))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> EpochMeans:
         """The inverse of `state`."""
-        means = cls()
-        means._sums, means.steps, means._images = state["sums"], state["steps"], state["images"]
-        return means
+        return cls(state["sums"], state["steps"], state["images"])
 
 
 def train_epoch(
@@ -104,28 +103,47 @@ def train_epoch(
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     steps = steps_per_epoch(data, batch_size)
     batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip, start=start)
-    parameters = list(model.named_parameters())
     every = 1 if data.train_images.device.type == "cpu" else STEPS_BETWEEN_CHECKS
     raise_pending()
     for index, (images, labels) in enumerate(batches, start):
-        check_now = index % every == 0 or index == steps - 1
         factor = lr_lambda((epoch + index / steps) / epochs)
         for group in optimizer.param_groups:
             if group["name"] == "weights":
                 group["lr"] = group["base_lr"] * factor
-        with watch_update(optimizer, parameters, images, check_now) as found:
-            losses = step_fn(model, optimizer, images, labels, objective, coefficient, precision)
-        if check_now and (found or not torch.isfinite(losses.total)):
-            total, task, logits, groups, _ = (float(part) for part in vars(losses).values())
-            what = "a gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
-            first = found[0] if found else first_not_finite(images, parameters)
-            raise TrainingError(
-                f"{what} at epoch {epoch + 1}, step {index + 1} (loss {total:.4g}: task {task:.4g}, logits "
-                f"{logits:.4g}, groups {groups:.4g}); first tensor that is not finite: "
-                f"{first or 'none of inputs, weights and gradients'}; {DIVERGENCE_HINT}"
-            )
+        losses = step_fn(model, optimizer, images, labels, objective, coefficient, precision)
+        if index % every == 0 or index == steps - 1:
+            _check_finite(model, losses, f"at epoch {epoch + 1}, step {index + 1}")
         yield Step(index, steps, len(labels), losses)
         raise_pending()
+
+
+def _check_finite(model: nn.Module, losses: StepLosses, where: str) -> None:
+    """Raise TrainingError unless the loss and all gradients of a step are finite.
+
+    The gradient it names is the one that backward reached first: it goes through the network from its end.
+    """
+    gradients = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]
+    # NaN and Inf survive a sum, so one sum tells whether there is anything to search for.
+    if torch.isfinite(torch.cat([losses.total.reshape(1), *gradients]).sum()):
+        return
+    total, task, logits, groups, _ = (float(part) for part in vars(losses).values())
+    what = "a gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
+    bad = not_finite((name, p.grad) for name, p in model.named_parameters())
+    raise TrainingError(
+        f"{what} {where} (loss {total:.4g}: task {task:.4g}, logits {logits:.4g}, groups {groups:.4g}); first gradient "
+        f"that is not finite: {bad[-1] if bad else 'none'}; {DIVERGENCE_HINT}"
+    )
+
+
+def not_finite(tensors: Iterable[tuple[str, object]]) -> list[str]:
+    """The names of the floating-point tensors that hold NaN or Inf, in the order given. Waits for the device once."""
+    floats = [(name, t) for name, t in tensors if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    if not floats:
+        return []
+    finite = torch.stack([torch.isfinite(t).all().to(floats[0][1].device) for _, t in floats]).tolist()
+    bad = [name for (name, _), good in zip(floats, finite, strict=True) if not good]
+    # as the network has them, without the way through their quantizers
+    return [re.sub(r"\.parametrizations\.weight\.(original|0\.quantizer)", ".weight", name) for name in bad]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from src.data import ImageData, test_batches
 from src.training.devices import TrainingError, autocast
-from src.training.epoch import EpochMeans
-from src.training.failures import DIVERGENCE_HINT, not_finite
+from src.training.epoch import DIVERGENCE_HINT, EpochMeans
 from src.training.history import EpochRecord, LayerRecord
 from src.training.interrupts import raise_pending
 from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
@@ -21,25 +20,21 @@ from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared
 EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
 
 
-def evaluate(
-    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
-) -> tuple[float, float]:
+def evaluate(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> tuple[float, float]:
     """Mean cross entropy and share of right answers over the test set, in eval mode, quantizers as they are switched.
 
     The model's mode is restored.
     """
-    predicted, loss = predict(model, data, batch_size, precision)
+    predicted, loss = predict(model, data, precision)
     return loss, int((predicted == data.test_labels).sum()) / len(predicted)
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, data: ImageData, batch_size: int = EVALUATION_BATCH, precision: torch.dtype = torch.float32
-) -> tuple[Tensor, float]:
+def predict(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
     predicted, losses = [], []
     with eval_mode(model), shared_quantized_weights(model), autocast(data.test_images.device, precision):
-        for images, labels in test_batches(data, batch_size):
+        for images, labels in test_batches(data, EVALUATION_BATCH):
             raise_pending()  # an interruption need not wait for the whole test set
             scores = model(images).float()
             losses.append(F.cross_entropy(scores, labels, reduction="sum"))
@@ -98,11 +93,7 @@ def measure_epoch(
     """
     test_loss, accuracy = evaluate(model, data, precision=precision)
     if not math.isfinite(test_loss):
-        first = [*not_finite(model.state_dict().items()), "none of the weights"][0]
-        raise TrainingError(
-            f"the test loss is {test_loss} after epoch {epoch + 1}; first weight that is not finite: {first}; "
-            f"{DIVERGENCE_HINT}"
-        )
+        raise TrainingError(f"the test loss is {test_loss} after epoch {epoch + 1}; {DIVERGENCE_HINT}")
     layers = layer_records(model)
     sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in quantized_layers(model).items()}
     return EpochRecord(

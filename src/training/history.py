@@ -99,9 +99,7 @@ class History:
 
     @property
     def last(self) -> EpochRecord:
-        """The newest record. Raises ValueError while there is none."""
-        if not self.records:
-            raise ValueError("the history is empty: no epoch has finished yet; train one before reading `last`")
+        """The newest record."""
         return self.records[-1]
 
     @property
@@ -116,15 +114,11 @@ class History:
         self.records.append(record)
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """One scalar of every epoch, shape (E,). Raises ValueError for an unknown name."""
-        if name not in SCALARS:
-            raise ValueError(f"unknown column {name!r}: choose one of {', '.join(SCALARS)}")
+        """One scalar of every epoch, shape (E,)."""
         return np.array([getattr(record, name) for record in self.records], np.float64)
 
     def layer_column(self, name: str) -> NDArray[np.float64]:
         """One number of every layer in every epoch, shape (E, L): bits, dead_zone, sparsity or dead_channels."""
-        if name not in LAYER_SCALARS:
-            raise ValueError(f"unknown layer column {name!r}: choose one of {', '.join(LAYER_SCALARS)}")
         return np.array([[getattr(layer, name) for layer in record.layers] for record in self.records], np.float64)
 
     def csv_text(self) -> str:

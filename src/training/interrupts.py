@@ -7,17 +7,14 @@ them where nothing is half done, by calling `raise_pending`. A second Ctrl-C int
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-RESEND_SECONDS = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,40 +54,22 @@ _watch = _Watch()
 def terminations() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C raises KeyboardInterrupt.
 
-    So a command cleans up and reports before it ends. An interruption within a destructor, where Python drops every
-    exception, is sent again. An ignored signal stays ignored (nohup). Only the main thread receives signals: in another
-    one this does nothing.
+    So a command cleans up and reports before it ends. An ignored signal stays ignored (nohup).
     """
-    hook = sys.unraisablehook
-
-    def send_again(dropped: Any) -> None:
-        if not isinstance(dropped.exc_value, KeyboardInterrupt):
-            hook(dropped)
-            return
-        number = getattr(dropped.exc_value, "signal", signal.SIGINT)
-        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handling([n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL], terminate):
         yield
-        return
-    ends = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
-    try:
-        sys.unraisablehook = send_again
-        with _handling(ends, terminate):
-            yield
-    finally:
-        sys.unraisablehook = hook
 
 
 @contextmanager
 def between_steps() -> Iterator[None]:
     """Inside, the first interruption waits for `raise_pending`, or for the end of the block.
 
-    A signal that was ignored stays ignored (nohup). In another thread than the main one, and inside another such block,
-    this does nothing.
+    A signal that was ignored stays ignored (nohup). Only the main thread receives signals: in another one, and inside
+    another such block, this does nothing.
     """
     if _watch.active or threading.current_thread() is not threading.main_thread():
         yield

@@ -6,8 +6,6 @@ Axis letters: N images, H = W = 32 pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -103,13 +101,10 @@ def test_an_epoch_equals_its_draws_done_by_hand(padding: int, flip: bool, start:
         assert labels.tolist() == (order[part] % 3).tolist()
 
 
-@pytest.mark.parametrize(
-    ("count", "size", "steps"), [(10, 3, 3), (10, 10, 1), (10, 11, 1), (1, 512, 1), (50_000, 512, 97)]
-)
-def test_steps_per_epoch(count: int, size: int, steps: int) -> None:
-    assert steps_per_epoch(count, size) == steps
-    if count == 10:
-        assert [len(labels) for _, labels in epoch_batches(made(10), size, seeded())] == [min(size, count)] * steps
+@pytest.mark.parametrize(("size", "steps"), [(3, 3), (10, 1), (11, 1)])
+def test_steps_per_epoch(size: int, steps: int) -> None:
+    assert steps_per_epoch(made(10), size) == steps
+    assert [len(labels) for _, labels in epoch_batches(made(10), size, seeded())] == [min(size, 10)] * steps
 
 
 def test_test_batches_are_all_images_in_order() -> None:
@@ -121,17 +116,6 @@ def test_test_batches_are_all_images_in_order() -> None:
     assert torch.equal(torch.cat([images for images, _ in batches]), expected)
 
 
-def test_batches_made_in_inference_mode_do_not_spoil_training() -> None:
-    data = made(mean=(0.11, 0.12, 0.13))
-    with torch.inference_mode():
-        next(door.test_batches(data, 3))
-    images, _ = next(epoch_batches(data, 5, seeded()))
-    weight = torch.ones(3, requires_grad=True)
-    (images * weight[:, None, None]).sum().backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, images.sum(dim=(0, 2, 3)))
-
-
 def test_digest_is_a_sha256_of_the_bytes_whatever_their_layout() -> None:
     data = made()
     assert data.train_images.stride() == (3072, 1, 96, 3)
@@ -141,8 +125,6 @@ def test_digest_is_a_sha256_of_the_bytes_whatever_their_layout() -> None:
         expected.update(images.numpy().transpose(0, 2, 3, 1).tobytes())
         expected.update(labels.numpy().tobytes())
     assert data.digest == data.to("cpu").digest == expected.hexdigest()
-    with pytest.raises(FrozenInstanceError):
-        data.name = "other"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -164,26 +146,6 @@ def test_limited_takes_the_first_images_of_every_class(labels: list[int], limit:
     assert (part.mean, part.std, part.class_names) == (data.mean, data.std, data.class_names)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: made(train_images=torch.zeros(23, 3, 32, 32)), r"train images: torch.float32 \(23, 3, 32, 32\): need"),
-        (lambda: made(test_images=pixels(7, width=28)), r"test images: torch.uint8 \(7, 3, 32, 28\): need uint8"),
-        (lambda: made(test_images=pixels(0)), "N > 0"),
-        (
-            lambda: made(train_labels=torch.zeros(22, dtype=torch.int64)),
-            r"train labels: torch.int64 \(22,\): need",
-        ),
-        (lambda: made(train_labels=torch.full((23,), 3)), r"train labels: got 3\.\.3, need 0\.\.2"),
-        (lambda: made(std=(0.1, 0.0, 0.1)), "std > 0"),
-        (lambda: made().limited(2), r"limit=2: need a whole number from 3 .* to 23"),
-        (lambda: made().limited(7.5), "limit=7.5: need a whole number"),
-        (lambda: made().limited(True), "limit=True: need a whole number"),
-        (lambda: epoch_batches(made(), 2.5, seeded()), "batch_size=2.5: need a whole number >= 1"),
-        (lambda: list(door.test_batches(made(), -1)), "batch_size=-1: need a whole number"),
-        (lambda: epoch_batches(made(), 5, seeded(), start=5), r"start=5: need 0\.\.4"),
-    ],
-)
-def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        call()
+def test_a_limit_below_one_image_a_class_is_refused() -> None:
+    with pytest.raises(DataError, match=r"limit=2: need a whole number from 3 .* to 23"):
+        made().limited(2)

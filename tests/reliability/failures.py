@@ -271,12 +271,12 @@ FAILURES: dict[str, Failure] = {
         mend=Path.unlink,
     ),
     "NaN or infinity in the loss, a gradient or a weight": Failure(
-        GOOD.replace("says so", "names the first bad tensor") + RESUMED,
+        GOOD.replace("says so", "names the first bad gradient") + RESUMED,
         spoil_number,
         {
             "loss": "the loss is (nan|inf) at epoch",
-            "gradient": r"a gradient is not finite at .*: gradient of layer2\.0\.conv1\.weight; ",
-            "weight": r"the loss is nan at .*: weight bn1\.weight; ",
+            "gradient": r"a gradient is not finite at .*: layer2\.0\.conv1\.weight; ",
+            "weight": r"the loss is nan at .*: linear\.bias; ",
         },
         ends=TrainingError,
         steps=(6,),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +174,5 @@ def test_the_gradient_that_backward_reaches_first_is_named(data: ImageData) -> N
     """Backward goes linear, layer3, layer2, then into layer1, where the last convolution's BatchNorm comes first."""
     run = build_run(data)
     run.model.layer2.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("nan"),))
-    with pytest.raises(TrainingError, match=r"a gradient is not finite .*: gradient of layer1\.0\.bn2\.bias"):
-        list(run.steps())
-
-
-def test_an_input_that_is_not_finite_is_named(data: ImageData) -> None:
-    run = build_run(replace(data, mean=(0.1, float("nan"), 0.1)))
-    with pytest.raises(TrainingError, match=r"loss is nan at epoch 1, step 1 .*: input: 15 of 15 images of the batch"):
+    with pytest.raises(TrainingError, match=r"a gradient is not finite .*: layer1\.0\.bn2\.bias; "):
         list(run.steps())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -126,30 +125,11 @@ def test_outside_of_the_steps_a_command_is_ended_at_once(number: int) -> None:
     assert done == ["cleaned up"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_an_interruption_within_a_destructor_comes_again(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    class Closing:
-        def __del__(self) -> None:
-            send(number)
-            time.sleep(0.01)
-
-    def command() -> None:
-        with terminations():
-            Closing()
-            time.sleep(5)
-
-    began = time.monotonic()
-    assert getattr(raised_by(command), "signal", INT) == number
-    assert time.monotonic() - began < 4
-    assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("block", [between_steps, terminations])
-def test_another_thread_is_left_alone(block: Callable[[], AbstractContextManager[None]]) -> None:
+def test_another_thread_is_left_alone() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with block():
+        with between_steps():
             seen.extend(signal.getsignal(number) for number in SIGNALS)
 
     before = [signal.getsignal(number) for number in SIGNALS]

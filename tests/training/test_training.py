@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -39,11 +40,8 @@ from utils_quantization import attach_weight_quantizers, quantized_layers, toggl
 
 
 def one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 64, **changes: Any) -> list[Step]:
-    settings: dict[str, Any] = {"epoch": 0, "lr_lambda": lambda progress: 1.0, **changes}
-    objective = Objective()
-    return list(
-        train_epoch(model, optimizer, images(count), objective, epochs=2, batch_size=16, coefficient=0.0, **settings)
-    )
+    settings = {"objective": Objective(), "epoch": 0, "lr_lambda": lambda progress: 1.0, "coefficient": 0.0, **changes}
+    return list(train_epoch(model, optimizer, images(count), epochs=2, batch_size=16, **settings))
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group_with_its_own_rate_and_decay() -> None:
@@ -203,7 +201,7 @@ def test_evaluation_equals_a_plain_loop_and_restores_the_modes() -> None:
     model.layer2.eval()
     modes = [module.training for module in model.modules()]
     buffers = [b.clone() for b in model.buffers()]
-    loss, accuracy = evaluate(model, data, batch_size=7)
+    loss, accuracy = evaluate(model, data)
     assert [module.training for module in model.modules()] == modes
     assert all(map(torch.equal, model.buffers(), buffers))
 
@@ -220,7 +218,7 @@ def test_evaluation_equals_a_plain_loop_and_restores_the_modes() -> None:
     assert loss == pytest.approx(total / 30, rel=1e-5)
 
     toggle_quantization(model, False)
-    predicted, unquantized = predict(model, data, batch_size=13)
+    predicted, unquantized = predict(model, data)
     assert predicted.shape == (30,)
     assert unquantized != pytest.approx(loss, rel=1e-5)
 
@@ -261,6 +259,41 @@ def test_the_record_of_an_epoch_holds_what_was_measured() -> None:
     assert 0 < zeros < count
     assert record.unstructured_sparsity == pytest.approx(zeros / count)
     assert record.loss == pytest.approx(record.task_loss)  # no logits and no penalty in this objective
+
+
+def nan_weight(model: nn.Module) -> Objective:
+    model.get_submodule("layer2.0.bn1").get_parameter("weight").data[3] = math.nan
+    return Objective()
+
+
+def infinite_gradient(model: nn.Module) -> Objective:
+    scale = model.get_submodule("layer2.0.bn1").get_parameter("weight")
+    return Objective(lambda _: (scale[0] - scale[0].detach()).sqrt())  # 0, with the derivative 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (nan_weight, r"loss is nan at epoch 3, step 1 \(loss nan: .*: linear\.bias; lower the learning rate"),
+        (infinite_gradient, r"a gradient is not finite at epoch 3, step 1 .*: layer2\.0\.bn1\.weight; lower"),
+        (
+            lambda _: Objective(lambda _: torch.tensor(math.inf)),
+            r"loss is inf at epoch 3, step 1 .*groups inf.*: none;",
+        ),
+    ],
+)
+def test_a_step_that_is_not_finite_ends_the_training(spoil: Callable[[nn.Module], Objective], message: str) -> None:
+    model = quantized()
+    objective = spoil(model)
+    with pytest.raises(TrainingError, match=message):
+        one_epoch(model, optimizer_of(model), objective=objective, epoch=2, coefficient=1.0)
+
+
+def test_a_network_broken_by_the_last_update_gives_no_record() -> None:
+    model, means = quantized(), EpochMeans()
+    cast(Any, model.linear).bias.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match="test loss is nan after epoch 1; lower the learning rate"):
+        measure_epoch(model, optimizer_of(model), images(), means, epoch=0, coefficient=0.0, seconds=0.0)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
