@@ -35,6 +35,12 @@ def coupled_group_lasso(model: nn.Module, input_size: tuple[int, int, int] = (3,
 
 def group_lasso(groups: ChannelGroups) -> Penalty:
     """The penalty for groups that were found already. Raises PenaltyError where there is none."""
+    norms = group_norms(groups)
+    return lambda network: norms(network).sum()
+
+
+def group_norms(groups: ChannelGroups) -> Callable[[nn.Module], Tensor]:
+    """fn(network) -> the norm of every group, (G,), differentiable. Raises PenaltyError where there is no group."""
     if not len(groups):
         raise PenaltyError(
             "no removable channel was found: the network has no convolution followed by a layer that reads it, or an "
@@ -44,7 +50,7 @@ def group_lasso(groups: ChannelGroups) -> Penalty:
     index[index < 0] = len(groups)  # what is in no group is summed behind the last one
     on_device: dict[torch.device, Tensor] = {}
 
-    def penalty(network: nn.Module) -> Tensor:
+    def norms(network: nn.Module) -> Tensor:
         squares: dict[str, Tensor] = {}
         parts = []
         for member in groups.members:
@@ -57,9 +63,9 @@ def group_lasso(groups: ChannelGroups) -> Penalty:
         if sums.device not in on_device:
             on_device[sums.device] = index.to(sums.device)
         totals = sums.new_zeros(len(groups) + 1).index_add(0, on_device[sums.device], sums)
-        return safe_sqrt(totals[:-1]).sum()
+        return safe_sqrt(totals[:-1])
 
-    return penalty
+    return norms
 
 
 def group_lasso_channels(model: nn.Module) -> Tensor:
