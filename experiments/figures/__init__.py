@@ -6,10 +6,15 @@ Nothing here is shown, saved or closed, and no model or file is known; alt text 
 from __future__ import annotations
 
 from experiments.figures import style
-from experiments.figures.bars import before_after, class_balance, cost_bars, layer_sparsity_bars, per_layer_channels
-from experiments.figures.channels import channel_group_diagram, channel_liveness, removal_map
-from experiments.figures.comparison import Series, run_curves, run_plane
-from experiments.figures.curves import accuracy_curve, decay_forms, schedule_curve, sparsity_curves
+from experiments.figures.curves import (
+    Series,
+    accuracy_curve,
+    decay_forms,
+    run_curves,
+    run_plane,
+    schedule_curve,
+    sparsity_curves,
+)
 from experiments.figures.dashboard import dashboard
 from experiments.figures.images import (
     COMPACTED,
@@ -21,16 +26,23 @@ from experiments.figures.images import (
     image_figure,
     image_grid,
 )
-from experiments.figures.style import BLUE, SCREEN_DPI, png_bytes, wash
-from experiments.figures.tables import left_aligned, names_left, plain_table, result_css
+from experiments.figures.layers import (
+    before_after,
+    channel_group_diagram,
+    channel_liveness,
+    class_balance,
+    cost_bars,
+    layer_sparsity_bars,
+    per_layer_channels,
+    removal_map,
+)
+from experiments.figures.style import names_left, plain_table, png_bytes, result_css
 from experiments.figures.weights import Curve, layer_figure, sparsity_map, staircase_explorer_figure, staircase_family
 
 __all__ = [
-    "BLUE",
     "COMPACTED",
     "FLOAT",
     "QUANTIZED",
-    "SCREEN_DPI",
     "Curve",
     "ImageTrace",
     "Series",
@@ -48,7 +60,6 @@ __all__ = [
     "image_grid",
     "layer_figure",
     "layer_sparsity_bars",
-    "left_aligned",
     "names_left",
     "per_layer_channels",
     "plain_table",
@@ -63,5 +74,4 @@ __all__ = [
     "staircase_explorer_figure",
     "staircase_family",
     "style",
-    "wash",
 ]

@@ -1,8 +1,13 @@
-"""Line charts of one run by epoch, and of what is planned for it. Shares (0 to 1) are drawn in per cent."""
+"""Line charts: one run by epoch, what is planned for it, and several runs over each other or over what they cost.
+
+Shares (0 to 1) are drawn in per cent. Axis letters: E epochs, S steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,25 +20,29 @@ from src.training import History
 
 Array = NDArray[np.floating]
 
+PANELS = (
+    ("accuracy", "Test accuracy", 100.0),
+    ("unstructured_sparsity", "Zero weights", 100.0),
+    ("structured_sparsity", "Dead filters", 100.0),
+    ("mean_bits", "Bits, mean of the layers", 1.0),
+)
+
 
 @style.styled
 def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None = None) -> Figure:
     """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed."""
-    test, train = history.column("accuracy"), history.column("train_accuracy")
-    title, alt = "No epoch has finished yet", "No epoch has finished yet."
-    if len(test):
-        best = int(test.argmax())
-        title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(test[-1])} after epoch {len(test)}"
-        alt = f"{title}; the best is {percent(test[best])} in epoch {best + 1}. Training accuracy ends at "
-        alt += f"{percent(train[-1])}." + (f" Chance is {percent(chance)}." if chance is not None else "")
-    figure = style.canvas(title, subtitle, f"Line chart by epoch. {alt}", height=3.5)
+    test, train, last = history.column("accuracy"), history.column("train_accuracy"), history.last
+    title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(last.accuracy)} after epoch {len(test)}"
+    alt = f"Line chart by epoch. {title}; the best is {percent(test.max())} in epoch {int(test.argmax()) + 1}. "
+    alt += f"Training accuracy ends at {percent(last.train_accuracy)}."
+    figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
     style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images, augmented")
     style.epoch_line(axes, 100 * test, color=style.ACCURACY, label="test images")
     if chance is not None:
         axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
     axes.set(ylim=(0, style.FULL), ylabel="accuracy")
-    style.percent_axis(axes.yaxis)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     style.epoch_axis(axes, history.epochs)
     style.legend_above(axes)
     return figure
@@ -42,15 +51,10 @@ def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None
 @style.styled
 def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
     """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed)."""
-    zeros, dead = history.column("unstructured_sparsity"), history.column("structured_sparsity")
-    coefficient = history.column("coefficient")
-    title, alt = "No epoch has finished yet", "No epoch has finished yet."
-    if len(zeros):
-        title = f"{percent(zeros[-1])} of the weights are zero and {percent(dead[-1])} of the channels dead"
-        first = f"in epoch {int((dead > 0).argmax()) + 1}" if dead.any() else "in no epoch"
-        alt = f"After epoch {len(zeros)} {title}. The coefficient peaks at {coefficient.max():.3g}, first "
-        alt += f"reached in epoch {int(coefficient.argmax()) + 1}; the first dead channel appears {first}."
-    alt = f"Line chart by epoch, the penalty's coefficient on the right axis. {alt}"
+    zeros, dead = percent(history.last.unstructured_sparsity), percent(history.last.structured_sparsity)
+    title = f"{zeros} of the weights are zero and {dead} of the channels dead"
+    alt = f"Line chart by epoch, the penalty's coefficient on the right axis. After epoch {len(history)} {title}. "
+    alt += f"The coefficient peaks at {history.column('coefficient').max():.3g}."
     figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
     right = draw_sparsity(axes, history, ("zero weights", "dead channels", "coefficient (right)"))
@@ -74,10 +78,10 @@ def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], pl
     style.epoch_line(axes, 100 * history.column("unstructured_sparsity"), color=style.ZEROS, label=labels[0])
     style.epoch_line(axes, 100 * history.column("structured_sparsity"), color=style.CHANNELS, label=labels[1])
     peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
-    right.set_ylim(0, 1.15 * peak if peak > 0 else 1.0)
+    right.set_ylim(0, 1.15 * peak or 1.0)
     right.yaxis.set_major_formatter("{x:g}")
     axes.set(ylim=(0, style.FULL), ylabel="share")
-    style.percent_axis(axes.yaxis)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     style.epoch_axis(axes, history.epochs)
     return right
 
@@ -86,20 +90,18 @@ def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], pl
 def schedule_curve(coefficients: Sequence[float], learning_rates: Sequence[float], *, subtitle: str = "") -> Figure:
     """The penalty's coefficient (dashed) and the weights' learning rate (right axis) of every epoch, from 1."""
     plan, rates = np.asarray(coefficients, dtype=float), np.asarray(learning_rates, dtype=float)
-    top = float(plan.max(initial=0.0))
-    title = (
-        f"The penalty's coefficient starts at {plan[0]:.3g}; its peak is {top:.3g}, in epoch {int(plan.argmax()) + 1}"
-    )
+    peak = f"its peak is {plan.max():.3g}, in epoch {int(plan.argmax()) + 1}"
+    title = f"The penalty's coefficient starts at {plan[0]:.3g}; {peak}"
     alt = f"Line chart by epoch. {title}. The learning rate goes from {rates[0]:.3g} to {rates[-1]:.3g}."
     figure = style.canvas(title, subtitle, alt, height=3.1)
     axes = figure.subplots()
     style.epoch_line(axes, plan, color=style.COEFFICIENT, ls=style.DASHED, label="penalty coefficient")
-    axes.set_ylim(0, 1.12 * top or 1.0)
+    axes.set_ylim(0, 1.12 * plan.max() or 1.0)
     axes.set_ylabel("penalty coefficient", color=style.COEFFICIENT)
     axes.tick_params(axis="y", colors=style.COEFFICIENT)
     right = style.right_axis(axes, "learning rate of the weights", style.BLUE)
     style.epoch_line(right, rates, color=style.BLUE, label="learning rate (right)")
-    right.set_ylim(0, 1.12 * rates.max(initial=0.0) or 1.0)
+    right.set_ylim(0, 1.12 * rates.max())
     style.epoch_axis(axes, len(plan))
     style.legend_above(axes, right)
     return figure
@@ -117,15 +119,80 @@ def decay_forms(
     zeros = ", ".join(f"{percent(path[-1])} ({name})" for name, path in share_of_zeros.items())
     alt = f"Line chart over {steps[-1] - steps[0]:g} steps. The logit ends at {logits}. Zeros at the end: {zeros}."
     figure = style.canvas("The form of the decay decides whether the logit moves", subtitle, alt, height=3.6)
-    panels = figure.subplots(1, 2)
-    for axes, lines, scale, label in (
-        (panels[0], trajectories, 1.0, "logit"),
-        (panels[1], share_of_zeros, 100.0, "zero weights"),
-    ):
+    left, right = figure.subplots(1, 2)
+    panels = ((left, trajectories, 1.0, "logit"), (right, share_of_zeros, 100.0, "zero weights"))
+    for axes, lines, scale, label in panels:
         for (name, path), color in zip(lines.items(), (style.GREY, style.BLUE, style.VERMILLION), strict=False):
-            axes.plot(steps, scale * np.asarray(path), color=color, lw=2.6, label=name)
-        axes.set(xlabel="training step", ylabel=label, xlim=(float(steps[0]), float(steps[-1])))
-        axes.set_ylim(0, None)
+            axes.plot(steps, scale * path, color=color, lw=2.6, label=name)
+        axes.set(xlabel="training step", ylabel=label, xlim=(steps[0], steps[-1]), ylim=(0, None))
         style.legend_above(axes, columns=1)
-    style.percent_axis(panels[1].yaxis)
+    right.yaxis.set_major_formatter(style.PERCENT)
+    return figure
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run with at least one epoch. relative_bops: after each epoch as a share of dense FP32's, (E,)."""
+
+    name: str
+    history: History
+    relative_bops: NDArray[np.float64]
+
+    @property
+    def label(self) -> str:
+        """The name, of which the end is kept where it is long."""
+        return self.name if len(self.name) <= 30 else f"…{self.name[-29:]}"
+
+
+@style.styled
+def run_curves(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
+    """Accuracy, zeros, dead filters and bits by epoch, a line a run."""
+    best = max(runs, key=lambda run: run.history.last.accuracy)
+    reached = percent(best.history.last.accuracy)
+    title = f"“{best.label}” ends at {reached} accuracy after epoch {len(best.history)}"
+    title += f"; none of the {len(runs)} runs does better" if len(runs) > 1 else ""
+    alt = f"Four line charts by epoch, a line a run. {title}."
+    figure = style.canvas(title, subtitle, alt, height=5.4 + 0.12 * len(runs))
+    panels = figure.subplots(2, 2).flat
+    for axes, (name, heading, scale) in zip(panels, PANELS, strict=True):
+        axes.set_prop_cycle(color=style.RUNS, ls=style.RUN_DASHES)
+        for run in runs:
+            style.epoch_line(axes, scale * run.history.column(name), label=run.label)
+        axes.set_title(heading, pad=5)
+        style.epoch_axis(axes, max(run.history.epochs for run in runs))
+        if scale == 100:
+            axes.yaxis.set_major_formatter(style.PERCENT)
+        whole = name in ("accuracy", "unstructured_sparsity")
+        axes.set_ylim(0, style.FULL if whole else max(axes.get_ylim()[1], 5.0))  # also where no filter is dead
+    style.legend_below(figure, panels[0], columns=2)
+    return figure
+
+
+@style.styled
+def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
+    """Accuracy against relative BOPs: every epoch of every run, joined in order, the last one marked large."""
+    cheapest = min(runs, key=lambda run: run.relative_bops[-1])
+    cost, reached = percent(cheapest.relative_bops[-1]), percent(cheapest.history.last.accuracy)
+    title = f"“{cheapest.label}” ends at {cost} of the dense network's bit operations, zeros left out, "
+    title += f"with {reached} accuracy"
+    alt = f"Every epoch of every run, accuracy over relative bit operations. {title}."
+    figure = style.canvas(title, subtitle, alt, height=4.7 + 0.12 * len(runs))
+    axes = figure.subplots()
+    axes.grid(True, axis="both")
+    axes.set_prop_cycle(color=style.RUNS, ls=style.RUN_DASHES)
+    end: dict[str, Any] = {"ls": "", "marker": "o", "ms": 11, "mec": style.INK, "mew": 1.2}
+    for run in runs:
+        costs, accuracy = 100 * run.relative_bops, 100 * run.history.column("accuracy")
+        (line,) = axes.plot(costs, accuracy, lw=1.2, marker="." if len(costs) <= 40 else "", ms=3.5, label=run.label)
+        axes.plot(costs[-1], accuracy[-1], **end, color=line.get_color(), zorder=4, clip_on=False)
+    axes.plot([], [], **end, color=style.PAPER, label="last epoch")
+    left = max(85 * min(run.relative_bops.min() for run in runs), 1e-3)
+    axes.set(xscale="log", xlim=(left, 105), ylim=(0, style.FULL), ylabel="test accuracy")
+    axes.set_xticks([tick for tick in (0.1, 0.3, 1, 2, 3, 5, 10, 20, 30, 50, 100) if tick >= left])
+    axes.minorticks_off()
+    formula = "density × MACs × bits × 32; unquantized layers at 32 bits"
+    axes.set_xlabel(f"BOPs relative to dense FP32 (log scale)\n{formula}")
+    axes.xaxis.set_major_formatter(style.PERCENT)
+    axes.yaxis.set_major_formatter(style.PERCENT)
+    style.legend_above(axes, columns=2)
     return figure

@@ -5,7 +5,7 @@ Axis letters: N images, C classes, K shown channels, H W space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from experiments.figures.style import percent
 Images = NDArray[np.uint8]
 FLOAT, QUANTIZED, COMPACTED = "float", "quantized", "compacted"
 SHOWN = 8
+TIGHT = {"h_pad": 0.03, "w_pad": 0.06, "hspace": 0.02, "wspace": 0.02}
 
 MARKS = {
     FLOAT: {"marker": "D", "color": style.SKY, "ms": 9, "mec": style.INK, "mew": 0.8},
@@ -78,11 +79,8 @@ def image_grid(
 def augmentation_grid(originals: Images, augmented: Sequence[Images], *, subtitle: str = "") -> Figure:
     """One image a row: the original at the left, then one column for each of the draws in `augmented`.
 
-    originals and every draw: (N, 3, H, W) uint8. Raises ValueError where the shapes differ.
+    originals and every draw: (N, 3, H, W) uint8.
     """
-    for array in augmented:
-        if array.shape != originals.shape:
-            raise ValueError(f"a draw of shape {array.shape}: need {originals.shape}, the shape of the originals")
     columns = 1 + len(augmented)
     rows = np.stack([originals, *augmented], axis=1).reshape(-1, *originals.shape[1:])  # an image, then its draws
     captions = ["original", *(f"draw {number}" for number in range(1, columns))]
@@ -102,39 +100,47 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     Maps are BatchNorm outputs, one colour scale a channel; a channel that exact removal took out is hatched.
     """
     truth = trace.class_names[trace.label]
-    answers = {name: trace.said(name) for name in trace.scores}
-    title = f"Test image {trace.number} is “{truth}”: {_said(answers)}"
+    said = ((name, *trace.said(name)) for name in trace.scores)
+    answers = ", ".join(f"{name} “{answer}” {percent(share, 0)}" for name, answer, share in said)
+    title = f"Test image {trace.number} is “{truth}”: {answers}"
     networks, columns = list(trace.maps), len(trace.channels)
     alt = f"{title}. Below, {columns} channels behind {trace.stage.layer} in {len(networks)} networks; removal keeps "
-    alt += f"{len(trace.stage.kept)} of its {trace.stage.channels} channels. {_agreement(trace)}"
-    figure = style.canvas(title, subtitle, alt, height=3.1 + 0.78 * len(networks), tight=True)
+    alt += f"{len(trace.stage.kept)} of its {trace.stage.channels} channels."
+    figure = style.canvas(title, subtitle, alt, height=3.1 + 0.78 * len(networks), **TIGHT)
     outer = figure.add_gridspec(2, 1, height_ratios=[2.3, 0.78 * len(networks)])
     upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[1].subgridspec(len(networks), columns)
     text = f"channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
-    figure.supxlabel(text, fontsize=style.SMALL, color=style.MUTED)
+    figure.supxlabel(text, color=style.MUTED)
     picture = figure.add_subplot(upper[0])
     _draw_image(picture, trace.image)
-    picture.set_xlabel(f"label: {truth}", fontsize=style.SMALL)
+    picture.set_xlabel(f"label: {truth}")
     _draw_scores(figure.add_subplot(upper[1]), trace)
     limits = np.max([np.abs(trace.maps[name]).max(axis=(1, 2)) for name in (FLOAT, QUANTIZED)], axis=0)  # (K,)
     for row, name in enumerate(networks):
         for column, channel in enumerate(trace.channels):
-            axes = figure.add_subplot(lower[row, column])
-            _draw_map(axes, trace.maps[name][column], float(limits[column]) or 1.0)
+            axes, values, limit = (
+                figure.add_subplot(lower[row, column]),
+                trace.maps[name][column],
+                limits[column] or 1.0,
+            )
+            axes.set(xticks=[], yticks=[], box_aspect=1)
+            if np.isnan(values).all():
+                axes.set_facecolor(style.FAINT)
+                axes.patch.set(hatch="////", edgecolor=style.GREY)
+            else:
+                axes.imshow(values, cmap=style.BALANCED, vmin=-limit, vmax=limit, interpolation="nearest")
             if row == 0:
                 _caption(axes, str(channel))
             if column == 0:
-                axes.set_ylabel(name, fontsize=style.SMALL, rotation=0, ha="right", va="center")
+                axes.set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 
 def _picture_grid(title: str, subtitle: str, alt: str, images: Images, captions: Sequence[str], columns: int) -> Figure:
     """Images row by row, of which the first ones have captions."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8 or not len(images):
-        raise ValueError(f"images {images.dtype} of shape {images.shape}: need uint8 of shape (N, 3, H, W) with N >= 1")
     rows, side = -(-len(images) // columns), (style.WIDTH - 0.3) / columns  # inches
     lines = -(-len(captions) // columns)
-    figure = style.canvas(title, subtitle, alt, height=0.1 + rows * (side + 0.02) + 0.22 * lines, tight=True)
+    figure = style.canvas(title, subtitle, alt, height=0.1 + rows * (side + 0.02) + 0.22 * lines, **TIGHT)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
@@ -152,7 +158,7 @@ def _draw_image(axes: Axes, image: Images) -> None:
 
 
 def _caption(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontsize=style.SMALL, fontweight="normal", loc="center", pad=3)
+    axes.set_title(text, fontweight="normal", loc="center", pad=3)
 
 
 def _short(name: str) -> str:
@@ -165,36 +171,7 @@ def _draw_scores(axes: Axes, trace: ImageTrace) -> None:
     axes.grid(True, axis="both")
     for name, scores in trace.scores.items():
         axes.plot(scores[shown], np.arange(len(shown)), ls="", label=name, zorder=3, **MARKS[name])  # type: ignore[arg-type]
-    style.name_axis(axes.yaxis, [_short(trace.class_names[i]) for i in shown], most=10)
+    axes.set_yticks(range(len(shown)), [_short(trace.class_names[i]) for i in shown])
+    axes.tick_params(axis="y", length=0)
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="logit of each class")
     style.legend_above(axes)
-
-
-def _draw_map(axes: Axes, values: NDArray[np.float64], limit: float) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.set_box_aspect(1)
-    if np.isnan(values).all():
-        axes.set_facecolor(style.FAINT)
-        axes.patch.set(hatch="////", edgecolor=style.GREY)
-        return
-    axes.imshow(values, cmap=style.BALANCED, vmin=-limit, vmax=limit, interpolation="nearest")
-
-
-def _said(answers: Mapping[str, tuple[str, float]]) -> str:
-    """{"float": ("cat", 0.9), "quantized": ("cat", 0.8)} -> 'all say “cat” (float 90 %, quantized 80 %)'.
-
-    A network stays in one line with its share.
-    """
-    space = "\N{NO-BREAK SPACE}"
-    classes = {answer for answer, _ in answers.values()}
-    if len(classes) == 1:
-        shares = ", ".join(f"{name}{space}{percent(share, 0)}" for name, (_, share) in answers.items())
-        return f"all say “{classes.pop()}” ({shares})"
-    return ", ".join(f"{name} says “{answer}” ({percent(share, 0)})" for name, (answer, share) in answers.items())
-
-
-def _agreement(trace: ImageTrace) -> str:
-    if COMPACTED not in trace.scores:
-        return "There is no compacted network to compare with."
-    difference = np.abs(trace.scores[COMPACTED] - trace.scores[QUANTIZED]).max()
-    return f"Quantized and compacted logits differ by at most {difference:.1e}."

@@ -1,4 +1,4 @@
-"""One visual language for all figures: the palette, the canvas, epochs and names on axes, legends, and the PNG.
+"""One visual language for all figures: the palette, the canvas, epochs on an axis, legends, the PNG; and for tables.
 
 Importing this changes nothing global. `styled` wraps a function that builds a figure: it runs under `codeq.mplstyle`
 and leaves matplotlib as it was. The colours are Okabe and Ito's colour-blind safe set (https://jfly.uni-koeln.de/color/)
@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib.style
 import numpy as np
-from matplotlib.artist import Artist
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
+from pandas.io.formats.style import Styler
 from PIL import Image, ImageChops, ImageStat
 
 P = ParamSpec("P")
@@ -60,7 +60,8 @@ SIGNED = LinearSegmentedColormap.from_list(
 ).with_extremes(bad=WHITE, over=PALE)
 """Weights: negative orange, positive blue, and clearly coloured however small; zeros are masked, hence white."""
 
-SMALL, TEXT, TITLE = 11.0, 11.5, 13.5
+TEXT, TITLE = 11.0, 13.5
+PERCENT = "{x:g} %"  # ticks of an axis whose data are per cent (0 to 100)
 FULL = 103.0  # upper end of an axis of per cents: a mark at 100 % is whole
 
 LOOK = Path(__file__).with_name("codeq.mplstyle")
@@ -74,18 +75,17 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
         with matplotlib.style.context(["default", LOOK]):
             figure = draw(*args, **kwargs)
             for axes in figure.axes:  # ticks are made late, outside this style: tell each axes its size now
-                axes.tick_params(labelsize=SMALL, width=0.8)
+                axes.tick_params(labelsize=TEXT, width=0.8)
         return figure
 
     return run
 
 
-def canvas(title: str, subtitle: str, alt: str, *, height: float, tight: bool = False) -> Figure:
+def canvas(title: str, subtitle: str, alt: str, *, height: float, **pads: float) -> Figure:
     """An empty figure: its takeaway at the top left, the subtitle in grey below, and `height` inches for the rest.
 
-    Both are wrapped at the figure's edge; a number stays with its unit ("92.8 %", "14.6 million"), and no word is alone
-    in the last line. alt: one or two sentences that say what the figure shows, with its numbers; kept as the figure's
-    label. tight: little room between the panels, for grids of images.
+    Both are wrapped at the figure's edge; a number stays with its unit ("92.8 %"), and the last line has two words.
+    alt: what the figure shows, with its numbers, in sentences; kept as its label. pads: of the constrained layout.
     """
     space = "\N{NO-BREAK SPACE}"
     whole = space.join(re.sub(r"(?<=\d) (?=%|million|billion)", space, title).rsplit(" ", 2))
@@ -94,33 +94,20 @@ def canvas(title: str, subtitle: str, alt: str, *, height: float, tight: bool = 
     figure.set_label(alt)
     parts = [
         figure.text(0.018, 0.5, whole, wrap=True, va="top", fontsize=TITLE, fontweight="bold"),
-        figure.text(0.018, 0.5, subtitle, wrap=True, va="top", fontsize=SMALL, color=MUTED),
+        figure.text(0.018, 0.5, subtitle, wrap=True, va="top", color=MUTED),
     ]
     heights = [part.get_window_extent().height / figure.dpi for part in parts]
     total = height + 0.2 + sum(heights)
     figure.set_figheight(total)
     for part, above in zip(parts, (0.11, 0.15 + heights[0]), strict=True):
         part.set_y(1 - above / total)
-    engine.set(rect=(0.0, 0.0, 1.0, height / total))
-    if tight:
-        engine.set(h_pad=0.03, w_pad=0.06, hspace=0.02, wspace=0.02)
+    engine.set(rect=(0.0, 0.0, 1.0, height / total), **pads)
     return figure
 
 
 def percent(share: float, digits: int = 1) -> str:
     """0.527 -> '52.7 %'."""
     return f"{100 * share:.{digits}f} %"
-
-
-def wash(color: str, share: float = 0.28) -> str:
-    """A thin coat of a colour, in CSS: text of the theme's own colour is readable on it, light or dark."""
-    red, green, blue = (round(255 * part) for part in to_rgb(color))
-    return f"rgba({red}, {green}, {blue}, {share:g})"
-
-
-def percent_axis(axis: Axis) -> None:
-    """Ticks of an axis whose data are per cent (0 to 100)."""
-    axis.set_major_formatter("{x:g} %")
 
 
 def epoch_axis(axes: Axes, epochs: int) -> None:
@@ -150,44 +137,21 @@ def right_axis(axes: Axes, label: str, color: str) -> Axes:
     return twin
 
 
-def name_axis(axis: Axis, names: Sequence[str], most: int, **look: Any) -> None:
-    """A name at each place of an axis, or, of more than `most` names, at every second, third, ... place."""
-    places = range(0, len(names), -(-len(names) // most) or 1)
-    axis.set_ticks(list(places), [names[i] for i in places], **look)
-    axis.set_tick_params(length=0)
-
-
-def row_axis(axes: Axes, names: Sequence[str], height: float) -> None:
-    """The y-axis of a chart in `height` inches with a row for each name, the first at the top."""
-    name_axis(axes.yaxis, names, int(height / 0.185))
-    axes.set_ylim(len(names) - 0.4, -0.6)
-
-
-def rows_height(rows: int, inches: float = 0.21) -> float:
-    """Height in inches of a chart with that many rows: as much as they need, up to a page."""
-    return min(inches * max(rows, 3), 9.0)
-
-
 def legend_above(
     axes: Axes, *others: Axes, columns: int = 3, handles: Sequence[Any] | None = None, **look: Any
 ) -> None:
-    """The legend in `columns` columns above the axes, where it can hide no data; it reads row by row.
+    """The legend in `columns` columns above the axes, where it can hide no data.
 
     others: twins whose lines it names too. handles: what it names instead of the lines.
     """
     items = handles or [handle for each in (axes, *others) for handle in each.get_legend_handles_labels()[0]]
-    axes.legend(handles=_by_rows(items, columns), ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **look)
+    axes.legend(handles=items, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), **look)
 
 
-def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
-    """The legend of several panels, in `columns` columns below them."""
-    handles = _by_rows(handles, columns)
-    figure.legend(handles=handles, ncols=columns, loc="outside lower left", borderaxespad=0.8)
-
-
-def _by_rows(items: Sequence[Any], columns: int) -> list[Any]:
-    """Matplotlib fills a legend column by column; in this order it reads row by row."""
-    return [item for first in range(columns) for item in items[first::columns]]
+def legend_below(figure: Figure, *panels: Axes, columns: int) -> None:
+    """The legend of several panels, in `columns` columns below them: what `panels` have labelled."""
+    items = [handle for axes in panels for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=items, ncols=columns, loc="outside lower left", borderaxespad=0.8)
 
 
 def png_bytes(figure: Figure, *, limit: int = MAX_PNG_BYTES) -> bytes:
@@ -219,3 +183,27 @@ def _with_palette(image: Image.Image) -> Image.Image:
         if max(ImageStat.Stat(difference).mean) < 0.7:
             return reduced
     return image
+
+
+def wash(color: str, share: float = 0.28) -> str:
+    """A thin coat of a colour, in CSS: text of the theme's own colour is readable on it, light or dark."""
+    red, green, blue = (round(255 * part) for part in to_rgb(color))
+    return f"rgba({red}, {green}, {blue}, {share:g})"
+
+
+def result_css(status: str) -> str:
+    """How a table shows what passed and what failed, in both themes."""
+    failed = f"background-color: {wash(VERMILLION)}; font-weight: bold"
+    return {"passed": f"background-color: {wash(GREEN)}", "FAILED": failed}.get(status, "")
+
+
+def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:
+    """A small table of texts, a mapping from column to text for each row; no row numbers."""
+    styled = pd.DataFrame(list(rows)).style.hide(axis="index").set_properties(**{"text-align": "left"})
+    return styled.set_table_styles([{"selector": "th", "props": "text-align: left"}])
+
+
+def names_left(styled: Styler) -> Styler:
+    """The first column of a table of numbers, which says what they are numbers of, starts at the left."""
+    styled = styled.set_properties(subset=[styled.columns[0]], **{"text-align": "left"})
+    return styled.set_table_styles([{"selector": "th.col0", "props": "text-align: left"}], overwrite=False)

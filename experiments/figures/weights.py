@@ -7,31 +7,28 @@ I input channels, k kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from experiments.figures import style
-from experiments.figures.channels import draw_cells
+from experiments.figures.layers import draw_cells
 from experiments.figures.style import percent
 from src.runs import EDGES, REACH, LayerSnapshot
 
 Array = NDArray[np.floating]
 Curve = tuple[str, Array, Array]
 """A name, the weights w (ascending) and their quantized values q."""
+IDENTITY: dict[str, Any] = {"color": style.GREY, "lw": 1.2, "ls": (0, (5, 3))}
 
 
 @style.styled
 def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Curve], *, subtitle: str = "") -> Figure:
-    """Two panels of staircases: the dead zone varied at the left, the bits varied at the right.
-
-    Their legends list the curves from the first to the last.
-    """
+    """Two panels of staircases: the dead zone varied at the left, the bits varied at the right."""
     title = "The dead zone decides what becomes\N{NO-BREAK SPACE}0, the bits how fine the rest is"
     zeros = ", ".join(f"{name} ±{np.abs(w[q == 0]).max(initial=0.0):.2g}" for name, w, q in dead_zone_curves)
     levels = ", ".join(f"{name} {len(np.unique(q))}" for name, _, q in bit_curves)
@@ -40,11 +37,14 @@ def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Cur
     panels = figure.subplots(1, 2, sharey=True, sharex=True)
     groups = (("The dead zone", dead_zone_curves), ("The bits", bit_curves))
     for axes, (heading, curves) in zip(panels, groups, strict=True):
+        axes.axline((0, 0), slope=1, **IDENTITY)
         for number, (name, w, q) in enumerate(curves):
-            _draw_stairs(axes, w, q, color=style.DEPTH(number / max(len(curves) - 1, 1)), label=name)
+            axes.plot(w, q, color=style.DEPTH(number / max(len(curves) - 1, 1)), label=name)
+        axes.margins(x=0)
+        axes.set_xlabel("weight w")
         axes.set_title(heading, pad=8)
         axes.legend(loc="upper left")
-    panels[1].set_ylabel("")
+    panels[0].set_ylabel("quantized weight q(w)")
     return figure
 
 
@@ -63,10 +63,7 @@ def staircase_explorer_figure(
     error = float(np.sqrt(np.mean((quantized - values) ** 2)) / max(np.sqrt(np.mean(values**2)), 1e-12))
     title = f"Dead zone ±{dead_zone_half:.3g} R, {bits} bits: {percent(zeros)} zeros, "
     title += f"{len(used)} of {2**bits - 1} levels used, error {percent(error)}"
-    alt = (
-        f"Staircase with its error, beside the weights before and after. {title} (RMS of the error over the RMS of the "
-    )
-    alt += "weights)."
+    alt = f"Staircase with its error, beside the weights before and after. {title} (RMS over the RMS of the weights)."
     figure = style.canvas(title, subtitle, alt, height=5.9)
     panels = figure.subplots(2, 2, height_ratios=[1.35, 1])
     (stairs, before), (difference, after) = panels
@@ -74,30 +71,25 @@ def staircase_explorer_figure(
     for axes, heading in zip(panels.flat, ("Staircase", "Weights", "Error", "Quantized"), strict=True):
         axes.set_title(heading, pad=5)
         axes.set_xlim(-limit, limit)
-        if axes is not after:
-            axes.axvspan(-dead_zone_half, dead_zone_half, color=style.DEAD_ZONE, lw=0)
-            _mark_range(axes)
-    _draw_stairs(stairs, w, q, color=style.STAIRS)
-    stairs.set(xlim=(-limit, limit), xlabel="")
+    for axes in (stairs, before, difference):
+        axes.axvspan(-dead_zone_half, dead_zone_half, color=style.DEAD_ZONE, lw=0, label="dead zone d")
+        _mark_range(axes)
+    stairs.axline((0, 0), slope=1, label="identity", **IDENTITY)
+    stairs.plot(w, q, color=style.STAIRS, label="quantized")
+    stairs.set_ylabel("quantized weight q(w)")
     difference.plot(w, q - w, color=style.STAIRS, lw=1.6)
     difference.set_ylabel("q(w) − w")
     share = np.full(len(values), 100 / len(values))
-    before.hist(values, bins=np.linspace(-limit, limit, 62).tolist(), weights=share, color=style.WEIGHTS)
+    bins = np.linspace(-limit, limit, 62).tolist()
+    before.hist(values, bins=bins, weights=share, color=style.WEIGHTS)
     after.vlines(used, 0, 100 * held / len(quantized), color=style.STAIRS, lw=3 if len(used) < 40 else 1)
     after.set_ylim(0, 1.08 * 100 * float(held.max()) / len(quantized))
     for axes in (before, after):
         axes.set_ylabel("share")
-        style.percent_axis(axes.yaxis)
+        axes.yaxis.set_major_formatter(style.PERCENT)
     for axes in (difference, after):
         axes.set_xlabel("weight / R")
-    keys = [
-        Patch(color=style.DEAD_ZONE, label="dead zone d"),
-        Line2D([], [], color=style.STAIRS, label="quantized"),
-        Line2D([], [], color=style.GREY, lw=1.2, ls=(0, (5, 3)), label="identity"),
-        Line2D([], [], color=style.RANGE, lw=1.6, ls=":", label="±R"),
-        Patch(color=style.WEIGHTS, label="weights"),
-    ]
-    style.legend_below(figure, keys, 5)
+    style.legend_below(figure, stairs, columns=4)
     return figure
 
 
@@ -113,9 +105,8 @@ def layer_figure(now: LayerSnapshot, course: Sequence[LayerSnapshot], *, subtitl
     last = course[-1]
     alt = (
         f"Histogram of the weights of {now.name} {when}, with the dead zone and the quantizer's levels, above its "
-        f"course through training. {numbers}; the dead zone's half width is {percent(now.zone_share)} of the range "
-        f"R = {now.range:.3g}. At the end, epoch {last.epoch}: {percent(last.sparsity)} zeros, {int(last.dead.sum())} "
-        f"filters dead, {last.bits} bits."
+        f"course through training. {numbers}. At the end, epoch {last.epoch}: {percent(last.sparsity)} zeros, "
+        f"{int(last.dead.sum())} filters dead, {last.bits} bits."
     )
     figure = style.canvas(f"{now.name} {when}: {numbers}", subtitle, alt, height=5.9)
     panels = figure.subplot_mosaic([["weights", "weights"], ["dead", "course"]], height_ratios=[1.15, 1])
@@ -123,7 +114,11 @@ def layer_figure(now: LayerSnapshot, course: Sequence[LayerSnapshot], *, subtitl
     epochs = np.array([snapshot.epoch for snapshot in course], dtype=float)
     between = (epochs[1:] + epochs[:-1]) / 2  # borders halfway, so that each epoch kept has its own column
     edges = np.concatenate([[epochs[0] - 0.5], between, [epochs[-1] + 0.5]])
-    _draw_dead(panels["dead"], course, edges)
+    alive = ~np.stack([snapshot.dead for snapshot in course], axis=1)  # (O, E)
+    draw_cells(panels["dead"], alive, style.LIVENESS, edges=edges)
+    panels["dead"].set_title("Filters: none dies" if alive.all() else "Filters: black is dead", pad=6)
+    panels["dead"].set_ylabel("output channel")
+    panels["dead"].yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     _draw_course(panels["course"], course, epochs)
     for axes in (panels["dead"], panels["course"]):
         axes.axvline(now.epoch, color=style.MARK)
@@ -136,11 +131,9 @@ def layer_figure(now: LayerSnapshot, course: Sequence[LayerSnapshot], *, subtitl
 def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "") -> Figure:
     """Every kernel of a convolution: row o, column i is kernel (o, i). Zero white, positive blue, negative orange.
 
-    weight: (O, I, k, k). A filter that is all zero is marked at its left. Raises ValueError for another shape.
+    weight: (O, I, k, k). A filter that is all zero is marked at its left.
     """
     values = np.asarray(weight, dtype=float)
-    if values.ndim != 4 or not values.size:
-        raise ValueError(f"weight of shape {values.shape}: need (O, I, k, k); pass one convolution's weight")
     outputs, inputs, high, wide = values.shape
     dead = np.flatnonzero(~values.any(axis=(1, 2, 3)))
     empty = int((~values.any(axis=(2, 3))).sum())
@@ -162,19 +155,11 @@ def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "")
     axes.plot(edge, dead, ls="", marker=">", ms=5, color=style.BLACK, label="dead filter")
     if len(dead):
         style.legend_above(axes)
-    for axis, inches in ((axes.xaxis, style.WIDTH), (axes.yaxis, drawn)):
-        axis.set_major_locator(MaxNLocator(nbins=max(1, min(9, int(3 * inches))), integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="weight (white: exactly 0)", shrink=0.7, pad=0.02, aspect=28)
     return figure
-
-
-def _draw_stairs(axes: Axes, w: Array, quantized: Array, *, color: object, label: str | None = None) -> None:
-    """The quantizer's transfer function q(w) over the identity."""
-    low, high = float(w.min()), float(w.max())
-    axes.plot([low, high], [low, high], color=style.GREY, lw=1.2, ls=(0, (5, 3)))
-    axes.plot(w, quantized, color=color, label=label)
-    axes.set(xlim=(low, high), xlabel="weight w", ylabel="quantized weight q(w)")
 
 
 def _mark_range(axes: Axes) -> None:
@@ -192,28 +177,20 @@ def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
     around = np.delete(share, slice(middle - 1, middle + 2)).max(initial=0.0)
     top = max(1.2 * min(float(share.max()), 3 * around), 1e-9) if around else 1.2 * float(share.max(initial=1.0))
     axes.set(xlim=(-REACH, REACH), ylim=(0, top), xlabel="weight, in units of the layer's range R", ylabel="share")
-    style.percent_axis(axes.yaxis)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     if share[middle] > top:
         text = f"↑ {share[middle]:.0f} % of the weights\nare within {EDGES[middle + 1]:.2f} R of 0"
-        axes.annotate(text, (0.03, top), (10, -5), textcoords="offset points", va="top", fontsize=style.SMALL)
+        axes.annotate(text, (0.03, top), (10, -5), textcoords="offset points", va="top")
     levels, label = now.levels, f"{len(now.levels)} levels"
     axes.plot(levels, 0 * levels, ls="", marker="|", ms=10, mew=1.6, color=style.INK, clip_on=False, label=label)
     style.legend_above(axes, columns=4)
-
-
-def _draw_dead(axes: Axes, course: Sequence[LayerSnapshot], edges: NDArray[np.float64]) -> None:
-    alive = ~np.stack([snapshot.dead for snapshot in course], axis=1)  # (O, E)
-    draw_cells(axes, alive, style.LIVENESS, edges=edges)
-    axes.set_title("Filters: none dies" if alive.all() else "Filters: black is dead", pad=6)
-    axes.set_ylabel("output channel")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
 def _draw_course(axes: Axes, course: Sequence[LayerSnapshot], epochs: NDArray[np.float64]) -> None:
     axes.plot(epochs, [100 * snapshot.sparsity for snapshot in course], color=style.ZEROS, label="zeros")
     axes.set_ylim(0, style.FULL)
     axes.tick_params(axis="y", colors=style.ZEROS)
-    style.percent_axis(axes.yaxis)
+    axes.yaxis.set_major_formatter(style.PERCENT)
     right = style.right_axis(axes, "", style.BITS)
     bits = [snapshot.bits for snapshot in course]
     right.step(epochs, bits, where="post", color=style.BITS, ls=style.DASHED, label="bits (right)")

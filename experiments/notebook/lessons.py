@@ -17,7 +17,7 @@ from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
-from experiments.figures import BLUE, Curve, left_aligned, names_left, plain_table, result_css, wash
+from experiments.figures import Curve, names_left, plain_table, result_css, style
 from experiments.pipeline import FAILED, Verdict
 from metrics import QuantizationComparison
 from src.pruning import ChannelGroups, analyze_liveness
@@ -112,7 +112,8 @@ def layer_table(result: EvalResult) -> Styler:
     }
     table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
     formats = {"weights": "{:,.0f}", "bits": "{:.1f}", "zeros": "{:.1%}"} | dict.fromkeys(table.columns[4:], "{:,.0f}")
-    styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], color=wash(BLUE), vmin=0, vmax=1)
+    bars = {"color": style.wash(style.BLUE), "vmin": 0, "vmax": 1}
+    styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], **bars)
     return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"}))
 
 
@@ -177,5 +178,5 @@ def verdict_table(verdict: Verdict) -> Styler:
         }
         for one in sorted(verdict.expectations, key=lambda one: one.status != FAILED)
     ]
-    styled = left_aligned(pd.DataFrame(rows)).map(result_css, subset=["result"])
+    styled = plain_table(rows).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})

@@ -22,7 +22,7 @@ from IPython.display import DisplayHandle, display
 from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
-from experiments.figures import SCREEN_DPI, png_bytes
+from experiments.figures import png_bytes, style
 from src.training import EpochRecord, in_notebook
 
 FACTS = "application/vnd.codeq.run+json"
@@ -51,7 +51,7 @@ def put(data: dict[str, str], metadata: dict[str, Any], *, handle: Any = None) -
 def figure_bundle(figure: Figure) -> Bundle:
     """Data and metadata of a figure for a notebook: a PNG in base64, its alt text and its size in CSS pixels."""
     alt = str(figure.get_label()) or "Figure"
-    width, height = (round(float(side) * SCREEN_DPI) for side in figure.get_size_inches())
+    width, height = (round(float(side) * style.SCREEN_DPI) for side in figure.get_size_inches())
     png = base64.b64encode(png_bytes(figure)).decode("ascii")
     return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": width, "height": height}}
 

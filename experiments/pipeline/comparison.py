@@ -109,9 +109,7 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def series(run: SavedRun) -> Series:
     """What the figures of a comparison draw of a run."""
-    columns = ("accuracy", "unstructured_sparsity", "structured_sparsity", "mean_bits")
-    costs = relative_bops(run.history, dense_macs(run.config, run.classes))
-    return Series(run.label, run.history.epochs, {name: run.history.column(name) for name in columns}, costs)
+    return Series(run.label, run.history, relative_bops(run.history, dense_macs(run.config, run.classes)))
 
 
 def relative_bops(history: History, macs: Mapping[str, int]) -> NDArray[np.float64]:

@@ -106,17 +106,16 @@ def test_colours_differ_in_lightness_where_nothing_else_tells_them_apart() -> No
 @pytest.mark.parametrize("color", [style.BLUE, style.GREEN, style.VERMILLION])
 def test_text_on_a_wash_is_readable_in_the_light_and_in_the_dark(color: str) -> None:
     """WCAG contrast of at least 7 with the ink of JupyterLab's and the page's themes, light and dark."""
-    *rgb, share = (float(part) for part in figures.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
+    *rgb, share = (float(part) for part in style.wash(color).removeprefix("rgba(").removesuffix(")").split(","))
     for paper, ink in (("#ffffff", "#1f2430"), ("#f5f5f5", "#000000"), ("#212121", "#ffffff"), ("#15181e", "#dfe3ea")):
         ground = share * np.array(rgb) / 255 + (1 - share) * np.array(mcolors.to_rgb(paper))
         bright, dark = sorted((float(np.dot(linear(c), (0.2126, 0.7152, 0.0722))) for c in (ground, ink)), reverse=True)
         assert (bright + 0.05) / (dark + 0.05) >= 7, f"{color} on {paper}"
 
 
-def series(label: str, epochs: int) -> figures.Series:
-    share = np.linspace(0.1, 0.9, epochs)
-    columns = dict.fromkeys(("accuracy", "unstructured_sparsity", "structured_sparsity"), share)
-    return figures.Series(label, epochs, {**columns, "mean_bits": 8 - 3 * share}, 1 / (1 + 20 * share))
+def series(count: int, history: History) -> list[figures.Series]:
+    costs = 1 / (1 + 20 * np.linspace(0.1, 0.9, len(history)))
+    return [figures.Series(f"debug_output/previous/{number}", history, costs) for number in range(count)]
 
 
 W = np.linspace(-1.2, 1.2, 501)
@@ -150,8 +149,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "dashboard, deep": lambda: figures.dashboard(DEEP, subtitle=SUBTITLE),
     "accuracy": lambda: figures.accuracy_curve(SHORT, subtitle=SUBTITLE, chance=0.1),
     "accuracy, long": lambda: figures.accuracy_curve(LONG, chance=0.1),
-    "accuracy, nothing yet": lambda: figures.accuracy_curve(History(1)),
-    "sparsity, nothing yet": lambda: figures.sparsity_curves(History(1)),
     "sparsity": lambda: figures.sparsity_curves(SHORT, subtitle=SUBTITLE),
     "sparsity, long": lambda: figures.sparsity_curves(LONG),
     "liveness": lambda: figures.channel_liveness(SHORT.last.layers, subtitle=SUBTITLE),
@@ -160,12 +157,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "channels": lambda: figures.per_layer_channels(SHORT.last.layers),
     "channels, deep": lambda: figures.per_layer_channels(DEEP.last.layers),
     "sparsity bars": lambda: figures.layer_sparsity_bars(NAMES, [0.5] * 18, [0.1] * 18),
-    "sparsity bars, no layer": lambda: figures.layer_sparsity_bars([], [], []),
     "sparsity bars, deep": lambda: figures.layer_sparsity_bars([f"l{i}" for i in range(108)], [0.5] * 108, [0.1] * 108),
     "kernel map": lambda: figures.sparsity_map(np.random.default_rng(0).normal(size=(64, 64, 3, 3)), "layer3.2.conv2"),
     "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
     "costs": lambda: figures.cost_bars(NAMES, [2_000_000] * 18, [True] * 18),
-    "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18, "MACs"),
+    "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18),
     "removal": lambda: figures.removal_map(NAMES, [np.array(["kept"] * 16)] * 18, subtitle=SUBTITLE),
     "images": lambda: figures.image_grid(IMAGES, [0] * 16, ["automobile"], title="CIFAR-10", subtitle=SUBTITLE),
     "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
@@ -179,10 +175,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "layer": lambda: figures.layer_figure(snapshot(8), [snapshot(i) for i in range(20)], subtitle=SUBTITLE),
     "image": lambda: figures.image_figure(trace(CLASSES, (0, 0, 0))),
     "image, networks that differ": lambda: figures.image_figure(trace(CLASSES, (1, 0, 0))),
-    "runs": lambda: figures.run_curves([series(f"debug_output/previous/{i}", 20) for i in range(3)]),
-    "runs, long": lambda: figures.run_curves([series(f"run {i}", 3000) for i in range(12)]),
-    "plane": lambda: figures.run_plane([series("debug_output", 20), series("debug_output/previous/1", 5)]),
-    "plane, long": lambda: figures.run_plane([series(f"run {i}", 3000) for i in range(12)]),
+    "runs": lambda: figures.run_curves(series(3, SHORT)),
+    "runs, long": lambda: figures.run_curves(series(12, LONG)),
+    "plane": lambda: figures.run_plane(series(2, SHORT)),
+    "plane, long": lambda: figures.run_plane(series(12, LONG)),
 }
 
 
@@ -194,7 +190,7 @@ def test_every_figure_fits_a_phone_a_page_and_its_own_edges(name: str) -> None:
     assert height < 12, "inches"
     data = figures.png_bytes(figure)
     assert len(data) <= style.MAX_PNG_BYTES
-    assert Image.open(io.BytesIO(data)).width >= 1.2 * width * figures.SCREEN_DPI, "crisp, not shrunk to fit the limit"
+    assert Image.open(io.BytesIO(data)).width >= 1.2 * width * style.SCREEN_DPI, "crisp, not shrunk to fit the limit"
     texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
     smallest = min(texts, key=lambda text: text.get_fontsize())
     pixels = smallest.get_fontsize() / 72 * PHONE / width
@@ -219,17 +215,6 @@ def test_png_of_photographs_keeps_its_colours_and_stays_under_the_limit() -> Non
     small = figures.png_bytes(figure, limit=len(large) - 1)
     assert len(small) < len(large)
     assert Image.open(io.BytesIO(small)).width < Image.open(io.BytesIO(large)).width
-
-
-def test_a_legend_reads_row_by_row() -> None:
-    figure = style.canvas("title", "", "alt", height=3)
-    axes = figure.subplots()
-    for name in "abcde":
-        axes.plot([0, 1], [0, 1], label=name)
-    style.legend_above(axes, columns=2)
-    figures.png_bytes(figure)
-    boxes = {text.get_text(): text.get_window_extent() for text in axes.get_legend().get_texts()}
-    assert sorted(boxes, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == list("abcde")
 
 
 def test_a_long_title_gets_its_lines_and_numbers_keep_their_units() -> None:

@@ -42,7 +42,7 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
         bad = [finding.name for finding in row if finding.failed]
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         text = f"failed: {', '.join(bad[:NAMED])}{more}" if bad else ""
-        axes.text(-0.43, place - 0.24, text, color=style.VERMILLION, fontsize=style.SMALL, va="bottom")
+        axes.text(-0.43, place - 0.24, text, color=style.VERMILLION, va="bottom")
     axes.set_yticks([place + 0.1 for place in range(len(rows))], stages)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(-0.5, widest - 0.5)
