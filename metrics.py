@@ -93,14 +93,10 @@ class ModelStats:
 class QuantizationComparison:
     """Compare networks of one architecture with a baseline: `set_baseline`, then `calculate_stats` and the ratios.
 
-    input_size: (C, H, W) of one image. b_a: bits of the activations. Raises MetricsError for values out of range.
+    input_size: (C, H, W) of one image. b_a: bits of the activations. Raises MetricsError for bits out of range.
     """
 
     def __init__(self, input_size: tuple[int, int, int] = (3, 32, 32), b_a: int = 32) -> None:
-        if len(input_size) != 3 or min(input_size) < 1:
-            raise MetricsError(
-                f"input_size={input_size}: need channels, height and width of one image, such as (3, 32, 32)"
-            )
         check_range("b_a", b_a, 1, 64, remedy="bits of the activations", error=MetricsError)
         self.input_size = input_size
         self.b_a = b_a
@@ -116,14 +112,11 @@ class QuantizationComparison:
 
     def calculate_stats(self, model: nn.Module) -> ModelStats:
         """Structured: MACs and BOPs of the network that exact removal leaves, quantizers as they are switched."""
-        return self._matching(
-            self._count(
-                model,
-                lambda layer, weight: (
-                    len(layer.kept_out) * layer.inputs_after_removal * weight[0, 0].numel() * layer.pixels
-                ),
-            )
-        )
+
+        def left(layer: LayerLiveness, weight: Tensor) -> int:
+            return len(layer.kept_out) * layer.inputs_after_removal * weight[0, 0].numel() * layer.pixels
+
+        return self._matching(self._count(model, left))
 
     def calculate_unstructured_stats(self, model: nn.Module) -> ModelStats:
         """Unstructured: every non-zero weight is one MAC per output pixel, wherever it is."""

@@ -74,8 +74,6 @@ class ResNet(nn.Module):
                 f"num_blocks={list(num_blocks)}, widths={list(widths)}: need three numbers of at least 1 in each, "
                 "one per stage, such as [3, 3, 3] and [16, 32, 64]"
             )
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: need at least 1")
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1 = _stage(block, widths[0], widths[0], num_blocks[0], 1, option)

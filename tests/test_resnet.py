@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from resnet import NETWORKS, BasicBlock, PadShortcut, ResNet, resnet20, resnet32
+from resnet import NETWORKS, BasicBlock, PadShortcut, ResNet, resnet20
 from tests.networks import randomize
 
 
@@ -41,20 +40,6 @@ def test_parameters_of_the_deeper_ones(name: str, blocks: int) -> None:
     assert parameters(model) == 269_722 + (blocks - 3) * added
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 6 * blocks + 1
     assert [child for child, _ in model.named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "linear"]
-
-
-def test_resnet20_macs_by_hand_and_by_flop_counter() -> None:
-    stem = 3 * 16 * 9 * 32 * 32
-    stage1 = 6 * 16 * 16 * 9 * 32 * 32
-    stage2 = 16 * 32 * 9 * 16 * 16 + 5 * 32 * 32 * 9 * 16 * 16
-    stage3 = 32 * 64 * 9 * 8 * 8 + 5 * 64 * 64 * 9 * 8 * 8
-    assert (stem, stage1, stage2, stage3) == (442_368, 14_155_776, 12_976_128, 12_976_128)
-    macs = stem + stage1 + stage2 + stage3 + 64 * 10
-    assert macs == 40_551_040
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        resnet20()(torch.zeros(1, 3, 32, 32))
-    assert counter.get_total_flops() == 2 * macs
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 5), (1, 1)])
@@ -90,12 +75,6 @@ def test_forward_by_its_formula() -> None:
     torch.testing.assert_close(block(x), out.clamp(min=0), rtol=1e-12, atol=1e-12)
 
 
-def test_output_shape_and_classes() -> None:
-    model = ResNet(BasicBlock, [1, 1, 1], num_classes=7, widths=(4, 6, 8), in_channels=1)
-    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
-    assert resnet32(num_classes=3).linear.out_features == 3
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -103,7 +82,6 @@ def test_output_shape_and_classes() -> None:
         ({"num_blocks": [1, 1, 0]}, "at least 1"),
         ({"widths": (16, 32)}, "three numbers"),
         ({"widths": (16, 32, 0)}, "at least 1"),
-        ({"num_classes": 0}, "num_classes=0: need at least 1"),
         ({"option": "C"}, "option='C': need 'A'.*'B'"),
         ({"widths": (4, 7, 9)}, "from 4 to 7 channels.*even number.*option B"),
         ({"widths": (8, 4, 2)}, "from 8 to 4 channels"),

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from src.export.integer_weights import IndexedNetwork, compact_with_indices
-from src.pruning import Operation, value_shapes
+from src.pruning import Operation
 from src.storage import check_output, write_output
 
 OPSET = 21  # the first in which DequantizeLinear reads int4 and int16
@@ -152,7 +152,7 @@ class _Graph:
     def __init__(self, compacted: IndexedNetwork, integer_weights: bool) -> None:
         self.description, self.state = compacted.network.description, compacted.network.state_dict()
         self.indexed = compacted.weights if integer_weights else {}
-        self.shapes = value_shapes(self.description)
+        self.shapes = compacted.network.shapes
         self.nodes: list[onnx.NodeProto] = []
         self.stored: dict[str, onnx.TensorProto] = {}
         self.weight_types: dict[str, str] = {}

@@ -5,12 +5,12 @@ One description, read off the torch.fx graph, serves the penalty's groups, the l
 
 from __future__ import annotations
 
-from src.pruning.compact_network import CompactionError, CompactNetwork, value_shapes
+from src.pruning.compact_network import CompactionError, CompactNetwork
 from src.pruning.compaction import compact
 from src.pruning.graph import GraphError, Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
 from src.pruning.liveness import LayerLiveness, analyze_liveness
-from src.pruning.operations import Operation, Shape
+from src.pruning.operations import Operation
 
 __all__ = [
     "ChannelGroups",
@@ -21,11 +21,9 @@ __all__ = [
     "Member",
     "Op",
     "Operation",
-    "Shape",
     "analyze_liveness",
     "channel_groups",
     "compact",
     "groups_of",
     "trace",
-    "value_shapes",
 ]

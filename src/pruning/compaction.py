@@ -42,8 +42,8 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
     `model` is left as it is. input_size: (C, H, W) of one image.
 
     Raises CompactionError for a network in training mode, with an operation that src/pruning/graph.py does not know,
-    without layers, with weights that are not finite, or whose output does not depend on the image;
-    GraphError where the network cannot be traced.
+    with weights that are not finite, or whose output does not depend on the image; GraphError where the network cannot
+    be traced.
     """
     if any(module.training for module in model.modules()):
         raise CompactionError(
@@ -55,8 +55,6 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):
         own = {layer.name: cast(Tensor, modules[layer.name].weight).detach() for layer in liveness.layers}
-    if not own:
-        raise CompactionError("the network has no convolution and no linear layer: there is nothing to compact")
     for name, weight in own.items():
         if not weight.isfinite().all():
             raise CompactionError(
@@ -110,10 +108,9 @@ class _Writer:
         output = self.value.get(self.liveness.ops[-1].inputs[0], -1)
         if output not in self.moving:
             cut = [layer.name for layer in self.liveness.layers if not len(layer.kept_out)]
-            where = f"; nothing is left of {', '.join(cut[:5])}{' and others' if len(cut) > 5 else ''}" if cut else ""
             raise CompactionError(
-                f"the network is dead: its output is the same for every image{where}. There is nothing to compact; "
-                "train it with a smaller penalty or a later ramp"
+                "the network is dead: its output is the same for every image (layers of which nothing is left: "
+                f"{', '.join(cut) or 'none'}); train it with a smaller penalty or a later ramp"
             )
         size = [int(side) for side in input_size]
         return {"format": FORMAT, "input_size": size, "steps": self.operations, "output": output}
@@ -143,7 +140,7 @@ class _Writer:
         module, source = self.modules[layer.name], op.inputs[0]
         weight = self.weights[layer.name][layer.kept_out]  # (O, I, ...)
         bias = None if module.bias is None else cast(Tensor, module.bias).detach().cpu()[layer.kept_out]
-        constants = torch.from_numpy(_constants(self.liveness.constant[source]))
+        constants = torch.from_numpy(np.nan_to_num(self.liveness.constant[source]))
         carried = torch.tensordot(weight.double(), constants, dims=([1], [0]))  # (O, ...)
         weight = weight[:, layer.kept_in]
         value = self._select(source, layer.kept_in) if len(layer.kept_in) else None
@@ -170,7 +167,7 @@ class _Writer:
         constants = np.zeros(len(kept))
         branches = []
         for name in op.inputs:
-            constants += _constants(self.liveness.constant[name])[kept]
+            constants += np.nan_to_num(self.liveness.constant[name])[kept]
             if np.isin(kept, self.kept[name]).any():
                 branches.append(self._select(name, kept))
         value = branches[0] if len(branches) == 1 else self._describe("add", *branches)
@@ -196,8 +193,3 @@ class _Writer:
         if self.moving.intersection(inputs):
             self.moving.add(number)
         return number
-
-
-def _constants(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What constant channels add: their value, and 0 where the channel is live (NaN) and speaks for itself."""
-    return np.where(np.isnan(values), 0.0, values)

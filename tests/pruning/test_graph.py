@@ -12,19 +12,8 @@ from torch import Tensor, nn
 from resnet import resnet20
 from src.pruning import GraphError, Op, channel_groups, compact, trace
 from src.quantizer import DeadZoneLDZCompander
-from tests.networks import IMAGE, Applied, Chain, FlattenArea, OptionAShortcut
+from tests.networks import IMAGE, Applied, Chain, OptionAShortcut
 from utils_quantization import attach_weight_quantizers
-
-
-class FirstOfTwo(nn.Module):
-    """The first of two outputs of one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.MaxPool2d(2, return_indices=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x)[0]
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -57,12 +46,6 @@ def test_option_a_is_a_stride_and_a_pad() -> None:
     assert pad.channels == 4
     add = next(op for op in ops if op.kind == "add")
     assert set(add.inputs) == {pad.name, next(op for op in ops if op.kind == "batchnorm").name}
-
-
-def test_flatten_with_area() -> None:
-    flatten = next(op for op in trace(FlattenArea(), IMAGE) if op.kind == "flatten")
-    assert flatten.channels == 27
-    assert flatten.channel_map(3).tolist() == [0] * 9 + [1] * 9 + [2] * 9
 
 
 def test_resnet20_has_nothing_unknown() -> None:
@@ -138,12 +121,6 @@ def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> No
 )
 def test_everything_else_is_opaque(function: Callable[[Tensor], Tensor]) -> None:
     assert "opaque" in [op.kind for op in made_of(function)]
-
-
-def test_sums_of_sizes_are_no_operations_and_tuples_are_opaque() -> None:
-    assert made_of(lambda x: x.view(x.size(0) + x.size(0) - x.size(0), -1))[-1].kind == "flatten"
-    assert {op.kind for op in made_of(FirstOfTwo())} == {"opaque"}
-    assert made_of(lambda x: torch.flatten(torch.flatten(x, 2), 1))[-1].kind == "opaque"
 
 
 def test_a_module_called_twice_is_opaque() -> None:

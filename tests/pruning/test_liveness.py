@@ -9,18 +9,14 @@ from torch import nn
 
 from src.pruning import LayerLiveness, analyze_liveness
 from src.pruning.liveness import Liveness, is_padded
-from src.quantizer import DeadZoneLDZCompander
 from tests.networks import (
     IMAGE,
     Chain,
     FlattenArea,
-    IdentityShortcut,
     OptionAShortcut,
     UnknownOperation,
     randomize,
-    tiny_resnet,
 )
-from utils_quantization import attach_weight_quantizers, quantization
 
 NAN = float("nan")
 
@@ -77,13 +73,6 @@ def test_when_constants_have_to_be_carried(padding: int, shift: float, carries: 
     assert second.inputs_after_removal == 2 + carries
 
 
-def test_constants_are_not_carried_where_no_kept_filter_reads_them() -> None:
-    model = chain()
-    with torch.no_grad():
-        model.conv2.weight[:, 1] = 0
-    assert not layer(analyze_liveness(model, IMAGE), "conv2").carries_constants
-
-
 def test_all_dead_and_unpadded_is_constant_throughout() -> None:
     """conv2 reads 0.5 nine times on each of 3 channels: 13.5, plus bias 2 = 15.5; linear: 4 * 15.5 + 1 = 63."""
     model = chain(padding=0)
@@ -101,15 +90,6 @@ def test_all_dead_and_unpadded_is_constant_throughout() -> None:
     np.testing.assert_allclose(model(torch.randn(2, *IMAGE).double()).detach().numpy(), 63)
 
 
-def test_a_padded_read_of_a_constant_is_live() -> None:
-    model = chain()
-    with torch.no_grad():
-        model.conv1.weight.zero_()
-    second = layer(analyze_liveness(model, IMAGE), "conv2")
-    assert np.isnan(second.constant_out).all()
-    assert second.inputs_after_removal == 1
-
-
 def test_a_channel_nobody_reads_takes_its_producer_along() -> None:
     """Linear's columns 0 and 3 are zero: conv2's filters 0 and 3 go, and with them the last readers of conv1's 2."""
     model = chain()
@@ -121,31 +101,6 @@ def test_a_channel_nobody_reads_takes_its_producer_along() -> None:
     assert layer(found, "conv2").kept_in.tolist() == [0]
     assert layer(found, "conv1").kept_out.tolist() == [0]
     assert np.isnan(layer(found, "conv1").constant_out).tolist() == [True, False, True], "live, but unread"
-
-
-def test_a_zero_scale_makes_a_live_channel_constant() -> None:
-    model = chain()
-    with torch.no_grad():
-        model.bn1.weight[2] = 0
-    found = analyze_liveness(model, IMAGE)
-    np.testing.assert_allclose(found.constant["relu"], [NAN, 0.5, 3.5])  # beta alone: 3.5
-    assert layer(found, "conv1").kept_out.tolist() == [0]
-    assert layer(found, "conv1").dead_out.tolist() == [False, True, False]
-
-
-def test_a_stream_channel_goes_only_when_all_its_producers_are_constant() -> None:
-    model = randomize(IdentityShortcut(), 3)
-    with torch.no_grad():
-        model.stem.weight[0] = 0
-    assert np.isnan(analyze_liveness(model, IMAGE).constant["relu_2"][0]), "b still writes to it"
-    with torch.no_grad():
-        model.b.weight[0] = 0
-    found = analyze_liveness(model, IMAGE)
-    assert found.constant["relu_2"][0] == 0
-    assert layer(found, "stem").kept_out.tolist() == [1, 2]
-    assert layer(found, "b").kept_out.tolist() == [1, 2]
-    assert layer(found, "a").kept_in.tolist() == [1, 2]
-    assert layer(found, "linear").kept_in.tolist() == [1, 2]
 
 
 @torch.no_grad()
@@ -211,27 +166,12 @@ def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
     assert [each.name for each in found.layers] == ["0", "2", "6"]
 
 
-def test_quantized_weights_are_read_where_they_are_switched_on() -> None:
-    model = tiny_resnet()
-    attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, {"init_deadzone_logit": 0.6})
-    inner = model.get_submodule("layer1.0.conv1")
-    with torch.no_grad():
-        original = inner.parametrizations.weight.original
-        original[0] = 1e-3 * original.abs().max()
-    assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [True, False]
-    with quantization(model, enabled=False):
-        assert layer(analyze_liveness(model, IMAGE), "layer1.0.conv1").dead_out.tolist() == [False, False]
-
-
 @pytest.mark.parametrize(
     ("module", "padded"),
     [
-        (nn.Conv2d(1, 1, 3, padding=1), True),
         (nn.Conv2d(1, 1, 3, padding=(0, 1)), True),
-        (nn.Conv2d(1, 1, 3), False),
         (nn.Conv2d(1, 1, 3, padding="valid"), False),
         (nn.Conv2d(1, 1, 3, padding="same"), True),
-        (nn.Conv2d(1, 1, 1, padding="same"), False),
         (nn.Conv2d(1, 1, (1, 3), padding="same"), True),
         (nn.Linear(1, 1), False),
     ],
