@@ -28,7 +28,7 @@ from experiments.pipeline.verdict import Expectation
 from src.data import load_data
 from src.runs import load_checkpoint
 from src.training import train_step
-from tests.reliability.failures import FAILURES, Moment, in_step
+from tests.reliability.failures import FAILURES, in_step
 from tests.reliability.small_run import (
     FILES,
     STEP,
@@ -221,7 +221,7 @@ def test_an_interruption_before_the_training(tmp_path: Path, monkeypatch: Patch,
 def test_a_training_that_cannot_continue_is_exit_status_2(
     name: str, kind: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    FAILURES[name].inject(monkeypatch, Moment(8, kind, tmp_path))
+    FAILURES[name].inject(monkeypatch, 8, kind)
     assert run_command(tmp_path) == 2
     captured = capsys.readouterr()
     assert [line[:9] for line in captured.out.splitlines()][:1] == ["Epoch 1/3"]
@@ -238,7 +238,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning_and_a_missing_summary_an_err
 ) -> None:
     (finished / "run.json").unlink()
     (finished / "run.json" / "mine").mkdir(parents=True)  # a folder in the file's place
-    FAILURES["figure that cannot be drawn"].inject(monkeypatch, Moment(4, "sparsity_curves", finished))
+    FAILURES["figure that cannot be drawn"].inject(monkeypatch, 4, "sparsity_curves")
     assert run_command(finished, "--resume") == 2
     captured = capsys.readouterr()
     assert "INCONCLUSIVE" in captured.out

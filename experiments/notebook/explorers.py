@@ -80,7 +80,7 @@ def layers(snapshots: Snapshots, subtitle: str = "") -> None:
     def draw(layer: str, epoch: int) -> Figure:
         return figures.layer_figure(snapshots.view(layer, epoch), list(snapshots.through(layer)), subtitle=subtitle)
 
-    newest = snapshots.epochs[-1] if len(snapshots) else 0
+    newest = snapshots.epochs[-1]
     most = max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
     epochs = widgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
     live.explorer(draw, layer=_dropdown("layer", snapshots.layer_names, most), epoch=epochs)

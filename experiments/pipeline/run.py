@@ -20,7 +20,17 @@ from torch import nn
 from experiments.pipeline.config import RunConfig
 from src import training
 from src.data import ImageData
-from src.runs import SNAPSHOTS, RunError, RunFolder, RunProgress, SnapshotError, Snapshots
+from src.runs import (
+    CHECKPOINT,
+    SNAPSHOTS,
+    RunError,
+    RunFolder,
+    RunProgress,
+    SnapshotError,
+    Snapshots,
+    load_checkpoint,
+    restore,
+)
 from src.storage import Notify, StorageError
 from src.training import (
     EpochMeans,
@@ -230,16 +240,10 @@ class TrainingLoop:
         Raises RunError or TrainingError; the old checkpoint stays.
         """
         run, folder = self.run, self.folder.path
-        due = not run.means.steps or not (folder / SNAPSHOTS).exists()
-        gone = not folder.is_dir()  # the checkpoint makes it again
-        if due and not gone:
+        if not run.means.steps or not (folder / SNAPSHOTS).exists():
             # Before the checkpoint: snapshots ahead of it are cut off by a resumed run, missing ones are lost.
             self.folder.try_write(SNAPSHOTS, self._snapshots().to_bytes())
-        self.folder.save_progress(
-            run.model, run.optimizer, run.history, asdict(run.config), run.data.digest, run.means, run.seconds
-        )
-        if due and gone:
-            self.folder.try_write(SNAPSHOTS, self._snapshots().to_bytes())
+        self.folder.save_progress(run.model, run.optimizer, run.progress, asdict(run.config), run.data.digest)
         self.saved = run.progress.text
 
     @property
@@ -304,7 +308,8 @@ class TrainingLoop:
     def _restore(self) -> None:
         """Load the checkpoint and the snapshots. Damaged snapshots begin again with the present state."""
         run, config = self.run, asdict(self.run.config)
-        run.progress = self.folder.restore(run.model, run.optimizer, config, run.device, run.data.digest, self.notify)
+        state = load_checkpoint(self.folder.path / CHECKPOINT, run.device, self.notify)
+        run.progress = restore(state, run.model, run.optimizer, config, run.data.digest, self.notify)
         self.saved = run.progress.text
         layers = list(quantized_layers(run.model))
         try:

@@ -5,7 +5,7 @@ An interrupted run is resumed from here, bit for bit; an earlier one moves to pr
 
 from __future__ import annotations
 
-from src.runs.checkpoint import CHECKPOINT, RunError, RunProgress, load_checkpoint, load_model_state
+from src.runs.checkpoint import CHECKPOINT, RunError, RunProgress, load_checkpoint, load_model_state, restore
 from src.runs.environment import machine, versions
 from src.runs.folder import PREVIOUS, SUMMARY, RunFolder
 from src.runs.snapshots import EDGES, REACH, SNAPSHOTS, LayerSnapshot, SnapshotError, Snapshots
@@ -26,5 +26,6 @@ __all__ = [
     "load_checkpoint",
     "load_model_state",
     "machine",
+    "restore",
     "versions",
 ]

@@ -2,29 +2,25 @@
 
 A snapshot holds, for each quantized layer, the histogram of its latent weights in units of its own range R, and what
 the quantizer made of them: R, d, bits, zeros, dead filters. The bins are fixed, 121 from -1.5 R to 1.5 R and one
-beyond each end, so that epochs can be compared. All of a run is one container (src/storage/container.py).
-
-A long run is thinned out: the file keeps the first snapshot, the newest one, and those whose epoch is a multiple of the
-smallest power of two that leaves at most `most_kept` of them, so that it stays below 2 MB. What is kept depends on the
-newest epoch alone: a run that was interrupted and resumed has the same file as an unbroken one.
-Axis letters: E epochs kept, L layers, B = 123 bins, O output channels, C output channels of all layers.
+beyond each end, so that epochs can be compared. All of a run is one container (src/storage/container.py), about 10 kB
+an epoch of ResNet-20.
+Axis letters: E epochs, L layers, B = 123 bins, O output channels.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from src.quantizer import LARGEST_BITS, MIN_BITS, weight_ranges
-from src.storage import check_arrays, container_bytes, read_container, save_arrays
+from src.quantizer import weight_ranges
+from src.storage import container_bytes, read_container, save_arrays
 from src.training import layer_records
 from utils_quantization import latent_weight, quantized_layers
 
@@ -33,8 +29,6 @@ INNER_BINS = 121  # odd: the middle one is centred on 0
 REACH = 1.5  # in units of R
 EDGES: NDArray[np.float64] = np.linspace(-REACH, REACH, INNER_BINS + 1)
 """Borders of the inner bins in units of R, (122,); counts have one more bin below the first and above the last."""
-MOST_BYTES = 1_800_000
-BYTES_PER_LAYER = 130  # of one layer in one snapshot, compressed; measured 110 on ResNets
 # Attributes of LayerSnapshot that are one number a layer, (E, L) in the file, and their types there.
 COLUMNS = {"range": "<f4", "dead_zone": "<f8", "bits": "|u1", "sparsity": "<f8"}
 
@@ -79,50 +73,27 @@ class Snapshots:
     """The snapshots of one run. Build it with the quantized layers' names, `add` after each epoch, write `to_bytes`."""
 
     def __init__(self, layer_names: Sequence[str]) -> None:
-        if not layer_names:
-            raise SnapshotError("no layer to look at: attach quantizers first and hand over the names that returns")
         self.layer_names = tuple(layer_names)
         self._rows: dict[int, list[LayerSnapshot]] = {}  # epoch, ascending -> all layers, (L,)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     @property
     def epochs(self) -> list[int]:
         """The epochs that are kept, ascending; 0 is the state before training."""
         return list(self._rows)
 
-    @property
-    def most_kept(self) -> int:
-        """The largest number of snapshots that are kept: 512, or fewer where there are many layers."""
-        return min(512, max(16, MOST_BYTES // (BYTES_PER_LAYER * len(self.layer_names))))
-
     @torch.no_grad()
     def add(self, model: nn.Module, epoch: int) -> None:
-        """Take a snapshot of `model` after `epoch`. It replaces that of the same epoch, and all later ones.
-
-        Raises SnapshotError where the network has other quantized layers.
-        """
-        layers = quantized_layers(model)
-        if tuple(layers) != self.layer_names:
-            odd = sorted(set(layers) ^ set(self.layer_names)) or list(layers)
-            raise SnapshotError(
-                f"the network's quantized layers are not those of these snapshots ({odd[0]!r} is one that differs); "
-                "hand over the names that attaching the quantizers returned"
-            )
+        """Take a snapshot of `model` after `epoch`. It replaces that of the same epoch, and all later ones."""
         self.cut(epoch - 1)
         self._rows[epoch] = _measure(model, epoch)
-        self._thin_out()
 
     def view(self, layer: str, epoch: int) -> LayerSnapshot:
-        """One layer at the newest kept epoch that is not after `epoch`. Raises SnapshotError for an unknown layer."""
+        """One layer at the newest epoch that is not after `epoch`. Raises SnapshotError for an unknown layer."""
         course = list(self.through(layer))
-        if not course:
-            raise SnapshotError("there is no snapshot yet: train an epoch first")
         return next((seen for seen in reversed(course) if seen.epoch <= epoch), course[0])
 
     def through(self, layer: str) -> Iterator[LayerSnapshot]:
-        """One layer at every kept epoch, in order. Raises SnapshotError for an unknown layer."""
+        """One layer at every epoch, in order. Raises SnapshotError for an unknown layer."""
         if layer not in self.layer_names:
             raise SnapshotError(f"no quantized layer is called {layer!r}: choose one of {', '.join(self.layer_names)}")
         place = self.layer_names.index(layer)
@@ -135,34 +106,36 @@ class Snapshots:
     def to_bytes(self) -> bytes:
         """The file's contents, the same bytes for the same snapshots."""
         rows = list(self._rows.values())
-        channels = [len(layer.dead) for layer in rows[0]] if rows else []
-        description = {"layers": self.layer_names, "channels": channels, "epochs": self.epochs}
-        arrays: dict[str, NDArray[Any]] = {}
-        if rows:
-            arrays = {
-                name: np.array([[getattr(layer, name) for layer in row] for row in rows], dtype=kind)
-                for name, kind in COLUMNS.items()
-            }
-            counts = np.array([[layer.counts for layer in row] for row in rows], dtype="<u4")
-            planes = np.moveaxis(counts[..., None].view(np.uint8), -1, 0)  # (4, E, L, B): equal bytes together
-            arrays["counts"] = np.frombuffer(zlib.compress(planes.tobytes()), dtype=np.uint8)
-            arrays["dead"] = np.packbits([np.concatenate([layer.dead for layer in row]) for row in rows], axis=1)
-        return container_bytes("snapshots", description, save_arrays(arrays))
+        arrays = {
+            name: np.array([[getattr(layer, name) for layer in row] for row in rows], dtype=kind)
+            for name, kind in {**COLUMNS, "counts": "<u4"}.items()
+        }
+        for place, name in enumerate(self.layer_names):
+            arrays[f"dead {name}"] = np.array([row[place].dead for row in rows], dtype=bool)  # (E, O)
+        return container_bytes("snapshots", {"layers": self.layer_names, "epochs": self.epochs}, save_arrays(arrays))
 
     @classmethod
-    def load(cls, path: str | Path, epochs: int | None = None) -> Self:
-        """Read a file, up to epoch `epochs` (None: all). Raises SnapshotError where it is absent or damaged."""
-        if not Path(path).is_file():
-            raise SnapshotError(f"there are no snapshots at {str(path)!r}: a run writes them while it trains")
+    def load(cls, path: str | Path) -> Self:
+        """Read a file. Raises SnapshotError where it is absent or damaged."""
         try:
-            found = cls._from_file(path)
-        except (OSError, ValueError, LookupError, TypeError, ArithmeticError, zlib.error) as error:
+            description, arrays = read_container(path, "snapshots")
+            found = cls(description["layers"])
+            for row, epoch in enumerate(description["epochs"]):
+                found._rows[epoch] = [
+                    LayerSnapshot(
+                        name=name,
+                        epoch=epoch,
+                        counts=arrays["counts"][row, place].astype(np.int64),
+                        dead=arrays[f"dead {name}"][row],
+                        **{column: arrays[column][row, place].item() for column in COLUMNS},
+                    )
+                    for place, name in enumerate(found.layer_names)
+                ]
+        except (OSError, ValueError, LookupError) as error:
             raise SnapshotError(
                 f"the snapshots at {str(path)!r} cannot be read ({error!s:.300}): the file is damaged or of another "
                 "version; delete it, and the run goes on without the earlier epochs' histograms"
             ) from error
-        if epochs is not None:
-            found.cut(epochs)
         return found
 
     @classmethod
@@ -172,54 +145,12 @@ class Snapshots:
         Where there is no file, the first snapshot is the state of `model`. Raises SnapshotError for a damaged file or
         other layers.
         """
-        found = cls.load(path, epochs) if Path(path).exists() else cls(layer_names)
+        found = cls.load(path) if Path(path).exists() else cls(layer_names)
         if found.layer_names != tuple(layer_names):
             raise SnapshotError(f"the snapshots at {str(path)!r} are of other layers; delete the file to go on")
-        if not len(found):
+        found.cut(epochs)
+        if not found.epochs:
             found.add(model, epochs)
-        return found
-
-    def _thin_out(self) -> None:
-        first, newest = self.epochs[0], self.epochs[-1]
-        stride = 1
-        while newest // stride + 2 > self.most_kept:
-            stride *= 2
-        self._rows = {
-            epoch: row for epoch, row in self._rows.items() if epoch in (first, newest) or epoch % stride == 0
-        }
-
-    @classmethod
-    def _from_file(cls, path: str | Path) -> Self:
-        description, arrays = read_container(path, "snapshots")
-        layers, channels, epochs = (description[name] for name in ("layers", "channels", "epochs"))
-        found = cls([str(name) for name in layers])
-        if not epochs:
-            return found
-        shape = (len(epochs), len(layers))
-        if epochs != sorted(set(epochs)) or len(channels) != len(layers):
-            raise ValueError(f"{len(epochs)} epochs, or not in order; {len(channels)} channels, {len(layers)} layers")
-        needed: dict[str, tuple[str, tuple[int | None, ...]]] = {name: (kind, shape) for name, kind in COLUMNS.items()}
-        needed |= {"counts": ("|u1", (None,)), "dead": ("|u1", (len(epochs), -(-sum(channels) // 8)))}
-        check_arrays(arrays, needed)
-        planes_shape = (4, *shape, INNER_BINS + 2)
-        unpacked = zlib.decompressobj().decompress(arrays["counts"].tobytes(), int(np.prod(planes_shape)) + 1)
-        planes = np.moveaxis(np.frombuffer(unpacked, dtype=np.uint8).reshape(planes_shape), 0, -1)
-        counts = np.ascontiguousarray(planes).view("<u4")[..., 0]
-        if min(channels) < 1 or not ((arrays["bits"] >= MIN_BITS) & (arrays["bits"] <= LARGEST_BITS)).all():
-            raise ValueError(f"a layer without channels, or bits that no quantizer has ({MIN_BITS} to {LARGEST_BITS})")
-        flags = np.unpackbits(arrays["dead"], axis=1, count=sum(channels)).astype(bool)
-        parts = np.split(flags, np.cumsum(channels)[:-1], axis=1)
-        for row, epoch in enumerate(epochs):
-            found._rows[epoch] = [
-                LayerSnapshot(
-                    name=name,
-                    epoch=epoch,
-                    counts=counts[row, place].astype(np.int64),
-                    dead=parts[place][row],
-                    **{column: arrays[column][row, place].item() for column in COLUMNS},
-                )
-                for place, name in enumerate(found.layer_names)
-            ]
         return found
 
 

@@ -34,14 +34,8 @@ from src.storage.files import StorageError
 MARK = b"\x89CDQ\r\n\x1a\n"
 VERSION = 3
 MAX_COMPRESSED = 2**18  # bytes of JSON: short enough that what a damaged file unpacks to does no harm
-# What earlier versions of the project wrote: how it began, and its format.
-EARLIER = {
-    "checkpoint": (b"PK\x03\x04", "format 2, a PyTorch archive"),
-    "snapshots": (b"PK\x03\x04", "format 1, a NumPy archive"),
-    "packed": (b"\x89CDQP\r\n\x1a", "format 1"),
-}
+EARLIER = (b"PK\x03\x04", b"\x89CDQP\r\n\x1a")  # how archives of PyTorch and NumPy, and the first packed files, begin
 
-Arrays = dict[str, NDArray[Any]]
 _HEADER = struct.Struct("<8sI16sQQ32s")
 
 
@@ -93,7 +87,7 @@ def read_container(
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
 
 
-def check_arrays(arrays: Arrays, needed: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> None:
+def check_arrays(arrays: Mapping[str, NDArray[Any]], needed: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> None:
     """Raise StorageError unless the arrays are those of `needed`: name -> (type, shape), None for any length."""
     if arrays.keys() != needed.keys():
         raise StorageError(f"it holds the tensors {sorted(arrays)!r:.200}, need {sorted(needed)}")
@@ -114,10 +108,9 @@ def _digest(*parts: bytes) -> bytes:
 def _check_mark(path: str | Path, kind: str, head: bytes) -> None:
     if head and MARK.startswith(head[: len(MARK)]):
         return
-    mark, earlier = EARLIER.get(kind, (MARK, ""))
-    if head.startswith(mark):
+    if head.startswith(EARLIER):
         raise StorageError(
-            f"{str(path)!r} was written by an earlier version of the project ({earlier}; this one reads format "
+            f"{str(path)!r} was written by an earlier version of the project (format 1 or 2, this one reads "
             f"{VERSION}): read it with the version that wrote it"
         )
     raise DamagedFileError(

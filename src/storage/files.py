@@ -49,52 +49,33 @@ def write_atomic(path: str | Path, data: bytes, keep: str | Path | None = None) 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of a killed process. Only for a folder that no other run is using."""
     for leftover in folder.glob(".*-*.tmp"):
-        with suppress(OSError):
-            leftover.unlink()
+        leftover.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise StorageError where `path` is a file, or where no file can be written into it. Creates nothing."""
-    folder = Path(path)
-    if not str(path):
-        raise StorageError("the output folder has no name; name a folder, or . for the present one")
-    try:
-        if folder.is_symlink() and not folder.exists():
-            raise StorageError(f"output folder {str(path)!r} is a link to nowhere; name a folder, or repair the link")
-        if folder.exists() and not folder.is_dir():
-            raise StorageError(
-                f"output folder {str(path)!r} is a file; name a folder, or a path that does not exist yet"
-            )
-        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.NamedTemporaryFile(dir=present, prefix=".writable-", suffix=".tmp"):
-            pass
-    except OSError as error:
-        raise not_writable(path, error) from error
-
-
-def not_writable(path: str | Path, error: OSError) -> StorageError:
-    """The error for a folder that the system does not let us use."""
-    return StorageError(
-        f"output folder {str(path)!r} cannot be written ({error.strerror or error}); name another folder"
-    )
+    """Raise StorageError where `path` is or is in a file, or where no file can be written into it. Creates nothing."""
+    folder = Path(path).absolute()
+    present = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not present.is_dir():
+        reason = f"{str(present)!r} is a file"
+    elif not os.access(present, os.W_OK | os.X_OK):
+        reason = f"{str(present)!r} may not be changed by this user"
+    else:
+        return
+    raise StorageError(f"output folder {str(path)!r} cannot be written ({reason}); name another folder")
 
 
 def check_output(path: str | Path, force: bool) -> Path:
     """The path of a file that a command will write. Creates nothing, so call it before long work.
 
-    Raises StorageError where a file exists already and `force` is not set, where the path is a folder, or where the
-    folder around it cannot be written.
+    Raises StorageError where the file exists and `force` is not set, is a folder, or cannot be written.
     """
     target = Path(path)
-    try:
-        taken, folder = target.exists(), target.is_dir()
-        check_writable(target.parent)
-    except (OSError, StorageError) as error:
-        raise _output_not_writable(path, error) from error
-    if folder:
+    if os.path.isdir(target):
         raise StorageError(f"output {str(path)!r} is a folder; name a file in it, such as {str(target / 'model')!r}")
-    if taken and not force:
+    if os.path.exists(target) and not force:
         raise StorageError(f"output {str(path)!r} exists already; name another file, or overwrite it with force")
+    check_writable(target.parent)
     return target
 
 
@@ -104,9 +85,6 @@ def write_output(path: str | Path, data: bytes, force: bool) -> None:
     try:
         write_atomic(target, data)
     except OSError as error:
-        raise _output_not_writable(path, error) from error
-
-
-def _output_not_writable(path: str | Path, error: Exception) -> StorageError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return StorageError(f"output {str(path)!r} cannot be written ({reason}); name another place")
+        raise StorageError(
+            f"output {str(path)!r} cannot be written ({error.strerror or error}); name another place"
+        ) from error

@@ -373,7 +373,7 @@ def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pyte
     run = build_run(config, data)
     watched(run)
     folder = RunFolder.open(tmp_path / "run")
-    folder.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
+    folder.save_progress(run.model, run.optimizer, run.progress, asdict(config), data.digest)
     folder_lock.release(folder.path)
     assert main(["--run", str(folder.path)]) == 0, capsys.readouterr().out
     state = load_checkpoint(folder.path / CHECKPOINT)

@@ -20,7 +20,7 @@ from experiments.notebook.image_trace import ThreeNetworks
 from experiments.pipeline import Run, RunConfig, configure
 from resnet import BasicBlock, ResNet
 from src.data import normalize
-from src.runs import CHECKPOINT, EDGES, RunFolder, Snapshots
+from src.runs import CHECKPOINT, EDGES, RunFolder, RunProgress, Snapshots
 from tests.histories import make_history
 from tests.notebook.conftest import Screen
 from tests.quantized_networks import small_resnet
@@ -258,7 +258,8 @@ def save_run(path: Path, config: RunConfig, epochs: int) -> None:
     model = torch.nn.Sequential()
     model.linear = torch.nn.Linear(4, 10)
     place = RunFolder.open(path)
-    place.save_progress(model, torch.optim.AdamW(model.parameters()), make_history(epochs, 20), asdict(config), "")
+    progress = RunProgress(make_history(epochs, 20))
+    place.save_progress(model, torch.optim.AdamW(model.parameters()), progress, asdict(config))
     place.close()
 
 

@@ -157,7 +157,7 @@ def test_the_forms_that_are_timed_compute_the_same(run: pipeline.Run, tmp_path: 
 
 def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder.open(tmp_path / "run")
-    folder.save_progress(run.model, run.optimizer, run.history, asdict(run.config))
+    folder.save_progress(run.model, run.optimizer, run.progress, asdict(run.config))
     target = tmp_path / "times.json"
     arguments = [str(folder.path), "--batch-sizes", "1", "2", "--rounds", "1", "--json", str(target)]
     assert bench.main(["inference", *arguments]) == 0

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.history.append(replace(made, layers=layer_records(run.model)))
         snapshots.add(run.model, epoch)
         place.write(SNAPSHOTS, snapshots.to_bytes())
-        place.save_progress(run.model, run.optimizer, run.history, asdict(config), data.digest)
+        place.save_progress(run.model, run.optimizer, run.progress, asdict(config), data.digest)
     place.close()
     return path
 

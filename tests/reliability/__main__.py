@@ -26,10 +26,10 @@ import torch
 
 from src.runs import versions
 from src.storage import write_atomic
-from tests.reliability import files, long_runs, processes
+from tests.reliability import failures, files, long_runs, processes
 from tests.reliability.small_run import Row, Unbroken, train_unbroken
 
-ROWS: dict[str, Row] = {**processes.ROWS, **files.ROWS, **long_runs.ROWS}
+ROWS: dict[str, Row] = {**processes.ROWS, **failures.ROWS, **files.ROWS, **long_runs.ROWS}
 PAGE = Path(__file__).parents[2] / "docs" / "measured" / "reliability.md"
 
 

@@ -1,7 +1,7 @@
 """What is done to a run, and what has to hold afterwards: the failures of the matrix.
 
-A failure is injected into the process of the run before it begins, and strikes in one training step or from that step
-on. The same injections serve the training loop within the tests' process, and the command in a process of its own.
+A failure is injected into the process of the command before it begins, and strikes in one training step or from that
+step on. Processes that are killed or stopped from outside are in tests/reliability/processes.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import math
 import os
+import random
+import re
 import resource
-import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,57 +26,49 @@ import torch
 from torch import nn
 
 from experiments import figures
-from src.runs import RunError
 from src.runs import folder as run_folder
-from src.training import Interrupted, TrainingError
 from src.training import epoch as training_epoch
-from tests.reliability.small_run import EVERY, FIGURES, STEP, STEPS
+from tests.reliability.small_run import (
+    EVERY,
+    FIGURES,
+    STEP,
+    STEPS,
+    Row,
+    Trial,
+    Unbroken,
+    differences,
+    prepare,
+    run_told,
+    seed_generators,
+    steps_kept,
+)
 
 Patch = pytest.MonkeyPatch
 ERRORS: dict[str, Callable[[], Exception]] = {
     "memory of Python": MemoryError,
     "memory of the CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB"),
     "memory of CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
-    "after the update": lambda: ZeroDivisionError("within a step"),
 }
-DRAWING_ERRORS = (RuntimeError("no font"), ValueError("limits cannot be NaN"), MemoryError(), KeyError("bits"))
 
 
 class Killed(BaseException):
-    """Stands for kill -9 where the tests' own process is the one to be killed."""
-
-
-def die() -> None:
-    """End this process as kill -9 does. Tests within their own process put something else here."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When a failure strikes, in which variant, in which folder. step: training step of the run, from 1."""
-
-    step: int
-    kind: str
-    folder: Path
+    """Stands for kill -9: what it passes through writes and cleans up nothing more."""
 
 
 @dataclass(frozen=True)
 class Failure:
     """A failure, and what has to hold after it.
 
-    survived: what counts as survived, for the table. kinds: the variants, and a pattern of what each has the run say.
-    ends: what leaves the training loop; None where the run comes to its end. steps: the moments of the quick tests;
-    none for a failure outside of the training loop. loses: training steps that may be lost. mend: makes the folder
-    usable again.
+    survived: what counts as survived, for the table. inject: puts it into this process, at a training step of the run
+    (from 1), in one of its kinds. kinds: the variants, and a pattern of what each has the run say. statuses: of the
+    command. loses: training steps that may be lost.
     """
 
     survived: str
-    inject: Callable[[Patch, Moment], None]
+    inject: Callable[[Patch, int, str], None]
     kinds: dict[str, str]
-    ends: type[BaseException] | None
-    steps: tuple[int, ...] = ()
+    statuses: set[int]
     loses: int = EVERY
-    mend: Callable[[Path], None] = lambda folder: None
 
 
 def in_step(patch: Patch, number: int, action: Callable[[nn.Module, ExitStack], None], *, after: bool = False) -> None:
@@ -95,39 +89,47 @@ def in_step(patch: Patch, number: int, action: Callable[[nn.Module, ExitStack], 
     patch.setattr(STEP, step)
 
 
-def kill(patch: Patch, moment: Moment) -> None:
-    """In a step, or before the renaming number `step` of a file that was written beside its place."""
+def kill(patch: Patch, number: int, kind: str) -> None:
+    """In a step, or before the renaming number `number` of a file that was written beside its place."""
     real, count = Path.replace, 0
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    def die() -> None:
+        patch.setattr(tempfile, "mkstemp", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        killed()
 
     def replace(path: Path, target: Path) -> Path:
         nonlocal count
         count += 1
-        if count == moment.step:
+        if count == number:
             die()
         return real(path, target)
 
-    if moment.kind == "in a step":
-        in_step(patch, moment.step, lambda model, stack: die())
+    if kind == "in a step":
+        in_step(patch, number, lambda model, stack: die())
     else:
         patch.setattr(Path, "replace", replace)
 
 
-def send_signals(patch: Patch, moment: Moment) -> None:
+def send_signals(patch: Patch, number: int, kind: str) -> None:
     """One signal in the step, or two where its weights have changed."""
-    names = moment.kind.split(" and ")
+    names = kind.split(" and ")
 
     def send(model: nn.Module, stack: ExitStack) -> None:
         for name in names:
             os.kill(os.getpid(), signal.Signals[name])
 
-    in_step(patch, moment.step, send, after=len(names) > 1)
+    in_step(patch, number, send, after=len(names) > 1)
 
 
-def raise_error(patch: Patch, moment: Moment) -> None:
+def raise_error(patch: Patch, number: int, kind: str) -> None:
     def fail(model: nn.Module, stack: ExitStack) -> None:
-        raise ERRORS[moment.kind]()
+        raise ERRORS[kind]()
 
-    in_step(patch, moment.step, fail, after=moment.kind == "after the update")
+    in_step(patch, number, fail)
 
 
 @contextmanager
@@ -141,9 +143,9 @@ def short_files(most_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def hinder_writes(patch: Patch, moment: Moment) -> None:
+def hinder_writes(patch: Patch, number: int, kind: str) -> None:
     """From the step on no file, or not the one of this name, can be written, or not longer than some bytes."""
-    how, _, name = moment.kind.partition(" at ")
+    how, _, name = kind.partition(" at ")
     real, begun = run_folder.write_atomic, []
 
     def write(path: str | Path, *rest: Any, **more: Any) -> None:
@@ -156,119 +158,71 @@ def hinder_writes(patch: Patch, moment: Moment) -> None:
             real(path, *rest, **more)
 
     patch.setattr(run_folder, "write_atomic", write)
-    in_step(patch, moment.step, lambda model, stack: begun.append(True))
+    in_step(patch, number, lambda model, stack: begun.append(True))
 
 
-def remove_folder(patch: Patch, moment: Moment) -> None:
-    def remove(model: nn.Module, stack: ExitStack) -> None:
-        shutil.rmtree(moment.folder)
-        if moment.kind == "a file in its place":
-            moment.folder.write_text("mine")
-
-    in_step(patch, moment.step, remove)
-
-
-def spoil_number(patch: Patch, moment: Moment) -> None:
+def spoil_number(patch: Patch, number: int, kind: str) -> None:
     """The loss, a gradient or a weight becomes NaN or infinite."""
-    bad = (math.nan, math.inf)[moment.step % 2]
+    bad = (math.nan, math.inf)[number % 2]
 
     def spoil(model: nn.Module, stack: ExitStack) -> None:
         parameters, cross_entropy = dict(model.named_parameters()), nn.functional.cross_entropy
-        if moment.kind == "loss":
+        if kind == "loss":
             stack.enter_context(
                 mock.patch("torch.nn.functional.cross_entropy", lambda *given: cross_entropy(*given) * bad)
             )
-        elif moment.kind == "gradient":
+        elif kind == "gradient":
             weight: Any = parameters["layer2.0.conv1.parametrizations.weight.original"]
             stack.callback(weight.register_hook(lambda gradient: torch.full_like(gradient, bad)).remove)
         else:
             with torch.no_grad():
                 parameters["bn1.weight"][0] = bad
 
-    in_step(patch, moment.step, spoil)
+    in_step(patch, number, spoil)
 
 
-def spoil_figure(patch: Patch, moment: Moment) -> None:
+def spoil_figure(patch: Patch, number: int, kind: str) -> None:
     def draw(*_: Any, **__: Any) -> None:
-        raise DRAWING_ERRORS[moment.step % len(DRAWING_ERRORS)]
+        raise RuntimeError("no font")
 
-    patch.setattr(figures, moment.kind, draw)
+    patch.setattr(figures, kind, draw)
 
 
-# The exit status of the command, by what leaves its training loop. What is not here cannot happen to the command.
-STATUSES: dict[type[BaseException] | None, set[int]] = {
-    None: {0},
-    Killed: {-signal.SIGKILL},
-    KeyboardInterrupt: {130},
-    Interrupted: {129, 130, 143},
-    RunError: {2},
-    TrainingError: {2},
-}
+KILLED = -signal.SIGKILL  # the "status" of a process that was killed
 RESUMED = "resumed without the failure, the run ends as the unbroken one, bit for bit"
 GOOD = "the run ends with one line that says so, the last good checkpoint stays; "
 FAILURES: dict[str, Failure] = {
-    "kill -9 in a step, or between writing and renaming a file": Failure(
+    "killed in a step, or between writing and renaming a file": Failure(
         f"at most the {EVERY} steps since the last checkpoint are lost; {RESUMED}",
         kill,
         {"in a step": "", "before a renaming": ""},
-        ends=Killed,
-        steps=(1, 4, 6, 11),
+        statuses={KILLED},
     ),
     "SIGINT, SIGTERM or SIGHUP in a step": Failure(
         f"status 130, 143 or 129, it says how to continue, no step is lost; {RESUMED}",
         send_signals,
         dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP"), "stopped after epoch .* kept in .*(--resume|run this cell)"),
-        ends=Interrupted,
-        steps=(1, 6, 12),
+        statuses={128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP},
         loses=0,
     ),
     "second Ctrl-C, in the middle of an update": Failure(
         f"status 130, the last good checkpoint stays; {RESUMED}",
         send_signals,
         {"SIGINT and SIGINT": "stopped within a step"},
-        ends=KeyboardInterrupt,
-        steps=(1, 7),
-    ),
-    "error in the middle of an update": Failure(
-        f"the error comes through, the last good checkpoint stays; {RESUMED}",
-        raise_error,
-        {"after the update": "within a step"},
-        ends=ZeroDivisionError,
-        steps=(2, 7),
+        statuses={130},
     ),
     "disk full or read-only at a checkpoint": Failure(
         GOOD + "with room again, " + RESUMED,
         hinder_writes,
-        {
-            f"{how} at every file": "could not be written"
-            for how in ("0 bytes", "2000 bytes", "20000 bytes", "read-only")
-        },
-        ends=RunError,
-        steps=(2, 7),
+        {f"{how} at every file": "could not be written" for how in ("0 bytes", "20000 bytes", "read-only")},
+        statuses={2},
     ),
     "disk full at a figure, history.csv or run.json": Failure(
         "a figure or history.csv costs a warning, run.json ends the run with one line; with room again, " + RESUMED,
         hinder_writes,
-        {f"0 bytes at {name}": f"{name}'? could not be written" for name in (*FIGURES, "history.csv", "run.json")},
-        ends=None,
+        {f"0 bytes at {name}": f"{name}'? could not be written" for name in (FIGURES[0], "history.csv", "run.json")},
+        statuses={0, 2},
         loses=0,
-    ),
-    "output folder vanishes": Failure(
-        "it is made again with a warning, and the run ends as the unbroken one, bit for bit",
-        remove_folder,
-        {"removed": "was gone and is made again"},
-        ends=None,
-        steps=(6, 11),
-        loses=0,
-    ),
-    "a file in the place of the output folder": Failure(
-        "the run ends with one line that says so; with the folder possible again, it is trained anew to the same end",
-        remove_folder,
-        {"a file in its place": "could not be written .*make room"},
-        ends=RunError,
-        steps=(6,),
-        loses=STEPS,
-        mend=Path.unlink,
     ),
     "NaN or infinity in the loss, a gradient or a weight": Failure(
         GOOD.replace("says so", "names the first bad gradient") + RESUMED,
@@ -278,21 +232,52 @@ FAILURES: dict[str, Failure] = {
             "gradient": r"a gradient is not finite at .*: layer2\.0\.conv1\.weight; ",
             "weight": r"the loss is nan at .*: linear\.bias; ",
         },
-        ends=TrainingError,
-        steps=(6,),
+        statuses={2},
     ),
     "out of memory in a step": Failure(
         GOOD.replace("says so", "says which batch size would do") + RESUMED,
         raise_error,
-        dict.fromkeys(list(ERRORS)[:3], r"does not hold a batch of 15 images; try batches of 7: --batch-size 7"),
-        ends=TrainingError,
-        steps=(6,),
+        dict.fromkeys(ERRORS, r"does not hold a batch of 15 images; try batches of 7: --batch-size 7"),
+        statuses={2},
     ),
     "figure that cannot be drawn": Failure(
         "a warning that names the figure; the other figures, the results and the status are as without it",
         spoil_figure,
-        {name.removesuffix(".png"): f"{name} could not be drawn" for name in FIGURES},
-        ends=None,
+        {"channel_liveness": "channel_liveness.png could not be drawn"},
+        statuses={0},
         loses=0,
     ),
 }
+
+
+def strike(name: str, kind: str = "") -> Trial:
+    """The failure at a random step of the command, which is then resumed. kind: one of its kinds, "" for any."""
+
+    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
+        failure, folder, steps = FAILURES[name], tmp / "run", list[int]()
+        chosen, number = kind or rng.choice(list(failure.kinds)), rng.randrange(1, STEPS + 1)
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch, lambda: steps.append(1))
+            failure.inject(patch, number, chosen)
+            try:
+                status, _, told = run_told(folder)
+            except Killed:
+                status, told = KILLED, ""
+        kept, where = steps_kept(folder), f"{chosen}, step {number}: status {status}: {told[-800:]}"
+        assert status in failure.statuses, where
+        assert re.search(failure.kinds[chosen], told), where
+        assert sum(line.startswith("error: ") for line in told.splitlines()) == (status == 2), where
+        assert len(steps) - kept <= failure.loses, f"{kept} of {len(steps)} steps are kept; {where}"
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch)
+            if kept:
+                seed_generators(7)  # a resumed run has to bring back their states
+            status, _, told = run_told(folder, *(["--resume"] if kept else []))
+        assert status == unbroken.status, told[-500:]
+        assert not differences(folder, unbroken.folder)
+        return ""
+
+    return trial
+
+
+ROWS = {name: Row(failure.survived, strike(name), share=0.3) for name, failure in FAILURES.items()}

@@ -26,13 +26,10 @@ from tests.reliability.small_run import Row, Unbroken
 
 MEGABYTE = 10**6
 LARGEST = 5 * MEGABYTE
-# The history grows by a record an epoch: 14 numbers and a flag for each of ResNet-20's 688 channels, with Python's own
-# overhead about 10 kB, so 2 MB in 150 epochs, and once more while a checkpoint of it is being written.
-MOST_GROWTH = 10 * MEGABYTE
 # A live figure is drawn once a second. On the way to a PNG its 2.7 million pixels are whole numbers of 8 bytes: 21 MB
 # an array, and where the garbage collector stands decides whether one of them is still there. A figure that was kept
 # each time would be hundreds of megabytes.
-MOST_GROWTH_DRAWING = 25 * MEGABYTE
+MOST_GROWTH = 25 * MEGABYTE
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "codeq_walkthrough.ipynb"
 EPOCHS = 200
@@ -74,14 +71,6 @@ def memory_of(command: Sequence[str], output: Path) -> list[tuple[int, int]]:
     return samples
 
 
-def script_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
-    """The command, two steps an epoch."""
-    words = ["--data=digits", "--limit=100", "--batch-size=50", f"--epochs={EPOCHS}", "--checkpoint-every=1"]
-    grown = growth(memory_of(["experiments.debug_run", *words, f"--output={tmp / 'run'}"], tmp / "run"))
-    assert grown < MOST_GROWTH, f"grown by {grown:,} bytes"
-    return f"{grown / MEGABYTE:+.1f} MB"
-
-
 def notebook_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
     """The walkthrough, executed headless: the kernel's memory, and the size of notebook and page."""
     executed, page = tmp / "executed.ipynb", tmp / "page.html"
@@ -89,7 +78,7 @@ def notebook_memory(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
     words = [f"--output-notebook={executed}", f"--html={page}", *(f"--set={k}={v}" for k, v in settings.items())]
     grown = growth(memory_of(["experiments.run_notebook", *words], tmp / "run"))
     sizes = [path.stat().st_size for path in (executed, page)]
-    assert grown < MOST_GROWTH_DRAWING, f"grown by {grown:,} bytes"
+    assert grown < MOST_GROWTH, f"grown by {grown:,} bytes"
     assert max(sizes) < LARGEST, f"notebook and page have {sizes} bytes"
     return f"{grown / MEGABYTE:+.1f} MB; notebook {sizes[0] / MEGABYTE:.1f} MB, page {sizes[1] / MEGABYTE:.1f} MB"
 
@@ -136,13 +125,8 @@ def _printed(history: History) -> str:
 
 
 ROWS = {
-    f"memory over {EPOCHS} epochs of the script": Row(
-        f"resident memory grows by less than {MOST_GROWTH // MEGABYTE} MB from epoch 50 to the end",
-        script_memory,
-        share=0,
-    ),
     f"memory over {EPOCHS} epochs of the notebook, and the size of what it leaves": Row(
-        f"the kernel grows by less than {MOST_GROWTH_DRAWING // MEGABYTE} MB from epoch 50 to the end, figures and "
+        f"the kernel grows by less than {MOST_GROWTH // MEGABYTE} MB from epoch 50 to the end, figures and "
         f"outputs included; executed notebook and page are below {LARGEST // MEGABYTE} MB each",
         notebook_memory,
         share=0,

@@ -1,4 +1,4 @@
-"""The command in a process of its own, which is killed, stopped and sabotaged at random moments, and resumed.
+"""The command in a process of its own, which is killed or stopped at random moments, and resumed.
 
 A process that has everything imported is forked for each run: importing takes seconds, and a run less than one.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -20,10 +19,7 @@ import sklearn.datasets  # noqa: F401  (with torch._dynamo: imported before the 
 import torch
 import torch._dynamo
 
-from src.export import pack, unpack
-from src.storage import StorageError
-from tests.quantized_networks import small_resnet
-from tests.reliability.failures import FAILURES, RESUMED, STATUSES, Moment, short_files
+from tests.reliability.failures import RESUMED
 from tests.reliability.small_run import (
     EVERY,
     STEPS,
@@ -44,9 +40,9 @@ multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
 class Started(ForkServerProcess):
     """The command on the folder `output`, in a process of its own. words: more of the command line."""
 
-    def __init__(self, output: Path, *words: str, failure: str = "", moment: Moment | None = None) -> None:
+    def __init__(self, output: Path, *words: str) -> None:
         super().__init__()
-        self._given, self._failure, self._moment = (output, *words), failure, moment
+        self._given = (output, *words)
         self._log = output.with_name(f"{output.name}-{time.monotonic_ns()}.log")
         self._done = multiprocessing.get_context("forkserver").RawValue("q", 0)
         self.start()
@@ -61,12 +57,9 @@ class Started(ForkServerProcess):
             for stream in (1, 2):
                 os.dup2(log, stream)
             torch.set_num_threads(1)
-            # A resumed run begins with other states of the generators that nothing seeds: it has to bring them back.
-            seed_generators(os.getpid() if "--resume" in self._given else 0)
-            patch = pytest.MonkeyPatch()
-            prepare(patch, self._count)
-            if self._moment:
-                FAILURES[self._failure].inject(patch, self._moment)
+            prepare(pytest.MonkeyPatch(), self._count)
+            if "--resume" in self._given:  # with other states of the generators: it has to bring them back
+                seed_generators(os.getpid())
             sys.exit(run_command(*self._given))
         except KeyboardInterrupt:  # it came before the command began
             sys.exit(130)
@@ -94,34 +87,6 @@ class Started(ForkServerProcess):
         return self.exitcode
 
 
-def _check_end(folder: Path, known: int, unbroken: Unbroken) -> None:
-    """Resume the run, or begin anew where nothing was kept, and compare the end."""
-    again = Started(folder, *(("--resume",) if known else ()))
-    assert again.end() == unbroken.status, again.told[-500:]
-    assert not differences(folder, unbroken.folder)
-
-
-def strike(name: str) -> Trial:
-    """The failure of this name at a random step."""
-
-    def trial(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
-        failure, folder = FAILURES[name], tmp / "run"
-        moment = Moment(rng.randrange(1, STEPS + 1), rng.choice(list(failure.kinds)), folder)
-        run = Started(folder, failure=name, moment=moment)
-        status = run.end()
-        where = f"{moment.kind}, step {moment.step}: status {status}: {run.told[-800:]}"
-        assert status in ({2} if moment.kind.endswith("run.json") else STATUSES[failure.ends]), where
-        assert re.search(failure.kinds[moment.kind], run.told), where
-        assert sum(line.startswith("error: ") for line in run.told.splitlines()) == (status == 2), where
-        failure.mend(folder)
-        kept = steps_kept(folder) if folder.is_dir() else 0
-        assert run.steps - kept <= failure.loses, f"{kept} of {run.steps} steps are kept; {where}"
-        _check_end(folder, kept, unbroken)
-        return ""
-
-    return trial
-
-
 def strike_any_time(*numbers: signal.Signals) -> Trial:
     """A signal at random times: the run and up to two that resume it are struck, the one after those is compared."""
 
@@ -146,7 +111,9 @@ def strike_any_time(*numbers: signal.Signals) -> Trial:
                 told_all = "Figures, history.csv" in run.told  # it came after the very last line
                 assert not run.steps or told_all or "--resume" in run.told, where
             known = kept
-        _check_end(folder, known, unbroken)
+        again = Started(folder, *(("--resume",) if known else ()))
+        assert again.end() == unbroken.status, again.told[-500:]
+        assert not differences(folder, unbroken.folder)
         return ""
 
     return trial
@@ -168,29 +135,13 @@ def two_runs(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
     return ""
 
 
-def full_at_packing(rng: random.Random, tmp: Path, unbroken: Unbroken) -> str:
-    """A packed network that does not fit, over one that is there."""
-    path, network = tmp / "model.cdq", small_resnet()
-    pack(network, path)
-    before = path.read_bytes()
-    with short_files(rng.randrange(len(before))), pytest.raises(StorageError, match=path.name):
-        pack(network, path, force=True)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp.iterdir()] == [path.name]
-    unpack(path)
-    return ""
-
-
 KEPT = f"the state can be read and lacks at most the {EVERY} steps since the last checkpoint; {RESUMED}"
 STOPPED = f"it ends with status 130, 143 or 129 and says how to continue; no step is lost; {RESUMED}"
 REFUSED = "the second refuses in one line and touches nothing; the first ends as the unbroken run"
-STAYS = "refused with one error that names the file; the file that was there stays as it was, nothing beside it"
 ROWS = {
     "kill -9 at any time, of resumed runs too": Row(KEPT, strike_any_time(signal.SIGKILL)),
     "SIGINT, SIGTERM or SIGHUP at any time": Row(
         STOPPED, strike_any_time(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     ),
     "two runs started on one output folder": Row(REFUSED, two_runs, share=0.2),
-    **{name: Row(f.survived, strike(name), share=0.3) for name, f in FAILURES.items() if f.ends in STATUSES},
-    "disk full at a packed network": Row(STAYS, full_at_packing),
 }

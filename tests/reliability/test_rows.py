@@ -1,4 +1,4 @@
-"""Rows of the table that need processes of their own or minutes, once each; and the command that makes the table."""
+"""Each row of the table of failures: the quick ones a few times, those with processes of their own once and slowly."""
 
 from __future__ import annotations
 
@@ -8,17 +8,31 @@ from pathlib import Path
 import pytest
 
 from tests.reliability import __main__ as command
-from tests.reliability import long_runs, processes
+from tests.reliability import failures, files, long_runs, processes
 from tests.reliability.small_run import Row, Unbroken
 
-ROWS = {**processes.ROWS, **long_runs.ROWS}
+TRIES_OF_A_FILE = 4
+SLOW = {**processes.ROWS, **long_runs.ROWS}
 MINUTES = "memory over"  # 200 epochs: in `make torture` alone
 
 
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, f in failures.FAILURES.items() for kind in f.kinds])
+def test_a_failure_is_survived(name: str, kind: str, tiny_run: Unbroken, tmp_path: Path) -> None:
+    failures.strike(name, kind)(random.Random(f"{name} {kind}"), tmp_path, tiny_run)
+
+
+@pytest.mark.parametrize("name", files.ROWS)
+def test_a_file_is_refused_or_read_as_it_was(name: str, tiny_run: Unbroken, tmp_path: Path) -> None:
+    for number in range(TRIES_OF_A_FILE if files.ROWS[name].share == 1 else 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        files.ROWS[name].trial(random.Random(f"{name} {number}"), folder, tiny_run)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ROWS if MINUTES not in name])
+@pytest.mark.parametrize("name", [name for name in SLOW if MINUTES not in name])
 def test_nothing_is_lost(name: str, tiny_run: Unbroken, tmp_path: Path) -> None:
-    ROWS[name].trial(random.Random(f"test {name}"), tmp_path, tiny_run)
+    SLOW[name].trial(random.Random(f"test {name}"), tmp_path, tiny_run)
 
 
 def test_a_long_history_stays_small() -> None:

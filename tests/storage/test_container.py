@@ -92,9 +92,7 @@ def test_every_changed_byte_and_every_other_length_is_noticed(tmp_path: Path) ->
         (forged(zlib.compress(b"1" * 10_000)), "its description cannot be read"),
         (forged(zlib.compress(b"[1]")), "its description cannot be read .not a JSON object"),
         *((forged(body=body), "its tensors cannot be read") for body in (b"", b"noise", struct.pack("<Q", 2**62))),
-        (forged(body=safetensors(shape="1000000000000")), "its tensors cannot be read"),
         (forged(body=safetensors(shape="1000000000000", end=4 * 10**12)), "its tensors cannot be read"),
-        (forged(body=safetensors(shape="18446744073709551615,0", end=0)[:-4]), "its tensors cannot be read"),
         (forged(body=safetensors(dtype="PICKLE")), "its tensors cannot be read"),
         (forged(body=safetensors(dtype="BF16", shape="2")), "its tensors cannot be read"),  # numpy has no such type
     ],
@@ -113,20 +111,13 @@ class Code:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mark", "wrote"),
-    [
-        ("checkpoint", b"PK\x03\x04", "format 2, a PyTorch archive"),
-        ("snapshots", b"PK\x03\x04", "format 1, a NumPy archive"),
-        ("packed", b"\x89CDQP\r\n\x1a", "format 1"),
-    ],
-)
-def test_an_earlier_version_is_named_and_no_pickle_is_run(kind: str, mark: bytes, wrote: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", [b"PK\x03\x04", b"\x89CDQP\r\n\x1a"])
+def test_an_earlier_version_is_named_and_no_pickle_is_run(mark: bytes, tmp_path: Path) -> None:
     pickled = pickle.dumps(Code(tmp_path / "ran"))
-    words = rf"an earlier version of the project \({wrote}; this one reads format 3\): read it with the version that"
-    refused(tmp_path / "file", mark + pickled, words, kind=kind, damaged=False)
-    refused(tmp_path / "file", pickled, f"not a {kind} file: it starts with", kind=kind)
-    refused(tmp_path / "file", MARK + pickled, "damaged", kind=kind)
+    words = r"an earlier version of the project \(format 1 or 2, this one reads 3\): read it with the version that"
+    refused(tmp_path / "file", mark + pickled, words, damaged=False)
+    refused(tmp_path / "file", pickled, "not a checkpoint file: it starts with")
+    refused(tmp_path / "file", MARK + pickled, "damaged")
     assert not (tmp_path / "ran").exists()
 
 

@@ -33,7 +33,7 @@ from experiments.sparsity import coupled_group_lasso
 from resnet import NETWORKS
 from src import training
 from src.data import ImageData, epoch_batches, test_batches
-from src.runs import CHECKPOINT, RunFolder
+from src.runs import CHECKPOINT, RunFolder, RunProgress
 from src.training import EpochRecord, History
 
 Batch = tuple[Tensor, Tensor]
@@ -276,7 +276,8 @@ def run_evaluate(pipeline: Pipeline) -> tuple[EvalResult, float]:
 def run_save(pipeline: Pipeline, history: History, folder: Path) -> Path:
     """The checkpoint that `debug_run` writes after an epoch; returns its path."""
     config, data = _run_config(pipeline), _image_data(pipeline)
-    RunFolder(folder).save_progress(pipeline.model, pipeline.optimizer, history, asdict(config), data.digest)
+    progress = RunProgress(history)
+    RunFolder(folder).save_progress(pipeline.model, pipeline.optimizer, progress, asdict(config), data.digest)
     return folder / CHECKPOINT
 
 
