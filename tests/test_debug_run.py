@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_bad_input_is_one_message_and_nothing_is_created(
     more: list[str], message: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", cache(lambda: False))
     assert run_command(tmp_path / "run", *more) == 2
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
