@@ -76,12 +76,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def batch_size_advice(batch_size: int, device: torch.device) -> str:
-    """One sentence that says which batch size to try, the half; BatchNorm needs two images."""
-    if batch_size <= 2:
-        return (
-            f"the memory of {device.type} does not hold {batch_size} images; end other programs, or use another device"
-        )
-    half = max(2, batch_size // 2)
+    """One sentence that says which batch size to try: the half."""
+    half = max(2, batch_size // 2)  # BatchNorm needs two images
     return (
         f"the memory of {device.type} does not hold a batch of {batch_size} images; try batches of {half}: "
         f"--batch-size {half}, or BATCH_SIZE = {half}"

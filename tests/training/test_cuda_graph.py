@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import doctor, pipeline
+from experiments import pipeline
 from experiments.pipeline import TrainingLoop, configure
 from experiments.sparsity import coupled_group_lasso
 from resnet import ResNet
@@ -149,20 +149,6 @@ def test_a_resumed_run_ends_with_the_same_bits(ordered_sums: None, tmp_path: Pat
     resumed.config = unbroken.config
     train(TrainingLoop.open(resumed, tmp_path / "parts", resume=True))
     assert differences(tmp_path / "parts", tmp_path / "unbroken", command=False) == []
-
-
-@on_cuda
-def test_the_doctor_finds_nothing_in_recorded_steps(ordered_sums: None) -> None:
-    run = small_run()
-    watcher = doctor.Watcher(doctor.Pipeline.of_run(run))
-    for epoch in range(run.config.epochs):
-        for step in run.steps():
-            watcher.step(epoch, step)
-        watcher.epoch(run.finish_epoch())
-    report = watcher.report()
-    assert isinstance(run.step_fn, GraphedStep)
-    assert run.step_fn._recordings
-    assert not report.failed, report.text(passed=False)
 
 
 def assert_same_losses(model: nn.Module, step: Step, images: Tensor, labels: Tensor) -> None:
