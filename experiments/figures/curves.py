@@ -29,7 +29,7 @@ PANELS = (
 
 
 @style.styled
-def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None = None) -> Figure:
+def accuracy_curve(history: History, *, chance: float, subtitle: str = "") -> Figure:
     """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed."""
     test, train, last = history.column("accuracy"), history.column("train_accuracy"), history.last
     title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(last.accuracy)} after epoch {len(test)}"
@@ -39,8 +39,7 @@ def accuracy_curve(history: History, *, subtitle: str = "", chance: float | None
     axes = figure.subplots()
     style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images, augmented")
     style.epoch_line(axes, 100 * test, color=style.ACCURACY, label="test images")
-    if chance is not None:
-        axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
+    axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
     axes.set(ylim=(0, style.FULL), ylabel="accuracy")
     axes.yaxis.set_major_formatter(style.PERCENT)
     style.epoch_axis(axes, history.epochs)

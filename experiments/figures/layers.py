@@ -61,14 +61,11 @@ def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[boo
     title = f"The {mask.sum()} quantized layers hold {share} of the {cost.sum():.1f} million MACs"
     alt = f"Bars, one a layer. {title}."
     figure, axes = _upright(title, subtitle, alt, names, "million MACs an image", cost)
-    colors = [style.BLUE if blue else style.ORANGE for blue in mask]
-    bars = axes.bar(range(len(names)), cost, color=colors, width=0.72)
-    _number(axes, bars, [f"{value:.2g}" if value >= 0.1 else "<.1" for value in cost])
-    keys = [
-        Patch(color=style.BLUE, label=f"quantized ({mask.sum()} layers)"),
-        Patch(color=style.ORANGE, label=f"full precision ({(~mask).sum()} layers)"),
-    ]
-    style.legend_above(axes, handles=keys)
+    for kind, color, chosen in (("quantized", style.BLUE, mask), ("full precision", style.ORANGE, ~mask)):
+        label = f"{kind} ({chosen.sum()} layers)"
+        bars = axes.bar(np.flatnonzero(chosen), cost[chosen], color=color, width=0.72, label=label)
+        _number(axes, bars, [f"{value:.2g}" if value >= 0.1 else "<.1" for value in cost[chosen]])
+    style.legend_above(axes)
     return figure
 
 
@@ -104,7 +101,7 @@ def layer_sparsity_bars(
     _number(axes, wide, [f"{value:.0f} %" for value in zeros], most=NUMBERED_ROWS)
     axes.set(xlim=(0, 112), xticks=range(0, 101, 20))
     axes.xaxis.set_major_formatter(style.PERCENT)
-    style.legend_above(axes, handles=axes.containers)
+    style.legend_above(axes)
     return figure
 
 

@@ -188,5 +188,7 @@ def test_a_long_title_gets_its_lines_and_numbers_keep_their_units() -> None:
 def test_a_chart_has_few_colours_and_the_right_ones() -> None:
     chart = Image.open(io.BytesIO(figures.png_bytes(FIGURES["dashboard"]())))
     assert chart.mode == "P"
-    common = [color for _, color in sorted(chart.convert("RGB").getcolors())[-2:]]  # the two of most pixels
-    assert ["#{:02X}{:02X}{:02X}".format(*color) for color in common] == [style.WHITE, style.PAPER]
+    common = {
+        mcolors.to_hex(np.array(color) / 255).upper() for _, color in sorted(chart.convert("RGB").getcolors())[-2:]
+    }
+    assert common == {style.WHITE, style.PAPER}, "the two of most pixels"
