@@ -115,20 +115,17 @@ def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | N
     verdict = pipeline.judge_run(run)
     pipeline.save_figures(run, folder)
     folder.try_write("history.csv", run.history.csv_text())
-    failure = ""
-    try:
-        diagnosis = report.to_json() if report else None
-        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis))
-    except OSError as error:  # after hours of training the results are at least told
-        failure = f"run.json could not be written ({error.strerror or error}); {RESUME_HINT} and writes it"
     print_result(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")
     if run.data.notice:
         print_result(f"\nNOTICE: {run.data.notice}")
+    try:
+        diagnosis = report.to_json() if report else None
+        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis))
+    except OSError as error:
+        return fail(f"{SUMMARY} could not be written ({error.strerror or error}); {RESUME_HINT} and writes it")
     print_result(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
-    if failure:
-        return fail(failure)
     return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY
 
 

@@ -99,10 +99,8 @@ def test_tables_hold_what_differs_and_what_came_out(runs: Path) -> None:
 
 
 def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
-    read = [
-        comparison.series(comparison.read_run(path, label))
-        for label, path in comparison.find_runs(runs / "out").items()
-    ]
+    found = comparison.find_runs(runs / "out")
+    read = [comparison.series(comparison.read_run(path, label)) for label, path in found.items()]
     curves = figures.run_curves(read)
     accuracy, zeros, _, bits = curves.axes
     named = {text.get_text() for text in curves.legends[0].get_texts()}
@@ -116,7 +114,6 @@ def test_the_figures_draw_every_epoch_of_every_run(runs: Path) -> None:
     np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), 100 * read[0].relative_bops)
     np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), 100 * read[0].history.column("accuracy"))
     assert axes.get_lines()[1].get_xdata() == pytest.approx([100 * read[0].relative_bops[-1]])
-    assert "32" in axes.get_xlabel()
     assert f"{100 * read[0].relative_bops[-1]:.1f} %" in plane.get_label()
     early = figures.Series("early", make_history(3), np.array([0.26, 0.25, 0.24]))
     ticks = figures.run_plane([early]).axes[0].get_xticks()

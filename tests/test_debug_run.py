@@ -109,10 +109,7 @@ def test_the_summary(tiny_run: Unbroken) -> None:
     found = json.loads((tiny_run.folder / "run.json").read_text())
     config, data, last = found["config"], load_data("digits", limit=60), found["results"]
     assert (config["preset"], config["epochs"], config["batch_size"], config["limit"]) == ("tiny", 3, 15, 60)
-    assert (config["seed"], config["exclude_layers"]) == (0, ["conv1", "bn", "linear"])
     assert (found["data"]["name"], found["data"]["sha256"]) == ("digits", data.digest)
-    assert (found["data"]["train_images"], found["data"]["test_images"]) == (60, 60)
-    assert found["machine"]["device"] == "cpu"
     assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert found["quantized_layers"] == [f"layer{stage}.0.conv{i}" for stage in (1, 2, 3) for i in (1, 2)]
     row = list(csv.DictReader((tiny_run.folder / "history.csv").read_text().splitlines()))[-1]
@@ -195,19 +192,19 @@ def test_an_interrupted_run_is_resumed_and_equals_the_unbroken_one(
     assert not differences(folder, tiny_run.folder)
 
 
-def test_an_interrupted_evaluation_says_that_the_training_is_kept(
-    finished: Path, monkeypatch: Patch, capsys: Capture
+@pytest.mark.parametrize(
+    ("where", "number", "told"),
+    [
+        ("prepare_data", signal.SIGINT, r"^interrupted\n$"),
+        ("evaluate_run", signal.SIGTERM, r"the training is complete and kept in .*--resume .*figures"),
+    ],
+)
+def test_an_interruption_outside_of_the_training(
+    where: str, number: int, told: str, finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(pipeline, "evaluate_run", send(signal.SIGTERM))
-    assert run_command(finished, "--resume") == 143
-    assert re.search(r"the training is complete and kept in .*--resume .*figures", capsys.readouterr().err)
-
-
-def test_an_interruption_before_the_training(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(pipeline, "prepare_data", send(signal.SIGINT))
-    assert run_command(tmp_path / "run") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(pipeline, where, send(number))
+    assert run_command(finished, "--resume") == 128 + number
+    assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -269,10 +266,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit, tiny; did"),
     (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
     (["--data", "folder:/no/such"], "No such file or directory: '/no/such/train'; need train/"),
-    (["--device", "gpu"], "device='gpu' is unknown: choose one of auto, cpu, cuda, mps"),
     (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
     (["--epochs", "0"], "epochs=0: need 1..100000, a whole number"),
-    (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     (["--limit", "9"], "limit=9: need a whole number from 10 (one image a class)"),
     (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
     (["--resume"], "there is no checkpoint at"),
@@ -334,11 +329,3 @@ def test_a_broken_pipe_is_said_once_and_costs_nothing(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command, "--resume"], cwd=ROOT, check=False)
     assert done.returncode == 0, "without any streams"
     assert json.loads((output / "run.json").read_text())["results"]["epochs"] == 1
-
-
-def test_the_commands_exit_status_is_the_functions() -> None:
-    command = [sys.executable, "-m", "experiments.debug_run", "--preset", "nope"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: preset='nope' is unknown")
-    assert done.stderr.count("\n") == 1
