@@ -64,8 +64,7 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
 def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], plan: Sequence[float] = ()) -> Axes:
     """Draw the two sparsities (left) and the coefficient (right axis, returned).
 
-    labels: of zero weights, dead channels and coefficient. plan: the coefficient of every epoch, drawn ahead of the
-    run.
+    labels: of zero weights, dead channels and coefficient. plan: the coefficient of every epoch, drawn ahead.
     """
     done, coefficient, planned = len(history), history.column("coefficient"), np.asarray(plan, dtype=float)
     right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)

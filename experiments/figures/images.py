@@ -77,10 +77,7 @@ def image_grid(
 
 @style.styled
 def augmentation_grid(originals: Images, augmented: Sequence[Images], *, subtitle: str = "") -> Figure:
-    """One image a row: the original at the left, then one column for each of the draws in `augmented`.
-
-    originals and every draw: (N, 3, H, W) uint8.
-    """
+    """One image a row: the original, then a column for each draw in `augmented`; all are (N, 3, H, W) uint8."""
     columns = 1 + len(augmented)
     rows = np.stack([originals, *augmented], axis=1).reshape(-1, *originals.shape[1:])  # an image, then its draws
     captions = ["original", *(f"draw {number}" for number in range(1, columns))]
