@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -40,7 +39,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
-    return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+    if device.type == "cuda":
+        multiplied = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        kinds = ("avx512_bf16", "amx_bf16", "bf16")
+        multiplied = device.type == "cpu" and any(capabilities.get(kind) for kind in kinds)
+    return torch.bfloat16 if multiplied else torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
@@ -82,10 +87,3 @@ def batch_size_advice(batch_size: int, device: torch.device) -> str:
         f"the memory of {device.type} does not hold a batch of {batch_size} images; try batches of {half}: "
         f"--batch-size {half}, or BATCH_SIZE = {half}"
     )
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -90,8 +90,7 @@ def train_epoch(
 ) -> Iterator[Step]:
     """Train epoch `epoch` (from 0) of `epochs`, yielding after each step.
 
-    lr_lambda: progress of the run (0 to 1) -> factor on the learning rate of the group "weights"; the logits' rates
-        stay as they are.
+    lr_lambda: progress of the run (0 to 1) -> factor on the learning rate of the group "weights" alone.
     start: steps of this epoch that were taken before; they are left out. step: what a step does, with the arguments of
         `train_step`, which is the default.
     The order of the images, the crops and the flips depend on `seed` and `epoch` alone, so an epoch can be repeated, or

@@ -1,12 +1,11 @@
-"""CIFAR-10 from a local server that misbehaves as real ones do, unpacked and read.
-
-The archive is a small fake (fake_archive.py), the server is server.py.
-"""
+"""CIFAR-10 (a small fake, fake_archive.py) from a local server that misbehaves as real ones do, unpacked and read."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,59 @@ from torchvision.datasets import CIFAR10
 from src.data import DataError, cifar10, load_data
 from src.data.cifar10 import FOLDER, NAME, obtain
 from tests.data.fake_archive import FILES, PAYLOAD, md5, pretend
-from tests.data.server import Host, serving
 
 PART = f"{NAME}.part"
+TOTAL = len(PAYLOAD)
+PAGE = b"<html>please log in</html>"
 Attempt = Callable[..., list[str]]
+
+
+@dataclass
+class Host:
+    """Where the server is, and what it was asked for: the way to answer, and the first byte."""
+
+    address: str
+    seen: list[tuple[str, int]] = field(default_factory=list)
+
+    def url(self, way: str) -> str:
+        return f"{self.address}/{way}/cifar.tar.gz"
+
+
+def answer(way: str, first: int) -> tuple[int, bytes, int]:
+    """Status, body and Content-Length for a request of the bytes from `first` on."""
+    rest = PAYLOAD[first:]
+    answers = {
+        "cut": (206, rest[: int(0.4 * TOTAL)], len(rest)),
+        "wrong": (206, rest[:-1] + bytes([rest[-1] ^ 1]), len(rest)),
+        "no-range": (200, PAYLOAD, TOTAL),
+        "page": (200, PAGE, len(PAGE)),
+        "404": (404, b"", 0),
+    }
+    return answers.get(way, (206, rest, len(rest)))
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    with serving() as here:
+    """A server of PAYLOAD. The first part of a path says in which way it answers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            way, first = self.path.split("/")[1], int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            here.seen.append((way, first))
+            status, body, length = answer(way, first)
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        here = Host(f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield here
+        server.shutdown()
 
 
 @pytest.fixture
@@ -55,9 +97,9 @@ def place(root: Path) -> None:
 
 
 def test_a_download_reports_sizes_and_is_resumed_where_it_was_cut(host: Host, attempt: Attempt, tmp_path: Path) -> None:
-    lines, step = attempt("cut"), int(0.4 * len(PAYLOAD))
+    lines, step = attempt("cut"), int(0.4 * TOTAL)
     assert host.seen == [("cut", 0), ("cut", step), ("cut", 2 * step)]
-    assert f"127.0.0.1: {len(PAYLOAD) / 1e6:.1f} of {len(PAYLOAD) / 1e6:.1f} MB" in lines
+    assert f"127.0.0.1: {TOTAL / 1e6:.1f} of {TOTAL / 1e6:.1f} MB" in lines
     assert lines[-1] == f"CIFAR-10 is ready in {tmp_path / FOLDER}"
     assert attempt("good") == []  # nothing is left to do
     assert len(host.seen) == 3
@@ -85,7 +127,7 @@ def test_what_an_earlier_attempt_left_is_resumed_or_deleted(
 @pytest.mark.parametrize(
     ("way", "reason", "left"),
     [
-        ("page", f"offers 26 bytes, need {len(PAYLOAD)}", 500),
+        ("page", f"offers 26 bytes, need {TOTAL}", 500),
         ("wrong", f"need {md5(PAYLOAD)}; it was deleted", 0),
         ("404", "HTTP Error 404", 500),
     ],
@@ -133,7 +175,7 @@ def test_an_archive_that_lies_there_is_unpacked_and_kept(tmp_path: Path, monkeyp
     pretend(monkeypatch)
     assert not obtain(tmp_path, print, download=False)
     (tmp_path / NAME).write_bytes(PAYLOAD[:-3])
-    with pytest.raises(DataError, match=rf"damaged: .*{NAME} \({len(PAYLOAD) - 3} bytes, .*Delete the damaged file"):
+    with pytest.raises(DataError, match=rf"damaged: .*{NAME} \({TOTAL - 3} bytes, .*Delete the damaged file"):
         obtain(tmp_path, print, download=True)
     assert visible(tmp_path) == [NAME]
     (tmp_path / NAME).write_bytes(PAYLOAD)

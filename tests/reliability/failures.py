@@ -225,7 +225,7 @@ FAILURES: dict[str, Failure] = {
         loses=0,
     ),
     "NaN or infinity in the loss, a gradient or a weight": Failure(
-        GOOD.replace("says so", "names the first bad gradient") + RESUMED,
+        GOOD.replace("says so", "names the first bad tensor") + RESUMED,
         spoil_number,
         {
             "loss": "the loss is (nan|inf) at epoch",
