@@ -42,7 +42,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         multiplied = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         kinds = ("avx512_bf16", "amx_bf16", "bf16")
         multiplied = device.type == "cpu" and any(capabilities.get(kind) for kind in kinds)
     return torch.bfloat16 if multiplied else torch.float32

@@ -21,7 +21,7 @@ EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
 
 
 def evaluate(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Mean cross entropy and share of right answers over the test set, in eval mode, quantizers as they are switched."""
+    """Mean cross entropy and share of right answers over the test set, with quantizers as they are switched."""
     predicted, loss = predict(model, data, precision)
     return loss, int((predicted == data.test_labels).sum()) / len(predicted)
 
