@@ -31,14 +31,13 @@ NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 USUAL = Path("debug_output")  # the notebook's own OUTPUT_DIR
 OWN = Path("runs/lab/run")
 COPY = Path("runs/lab") / NOTEBOOK.name
-DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     options = _parser().parse_args(arguments)
     os.chdir(ROOT)
-    folder = Path(options.output) if options.output else next(filter(_fits, (USUAL, OWN)), None)
+    folder = Path(options.output) if options.output else _known_run()
     if folder is None:
         folder, status = OWN, train(OWN)
         if status > 1:  # 1 is a verdict that found a fault: that is worth exploring, too
@@ -67,23 +66,23 @@ def finished_run(folder: Path) -> SavedRun:
 
     run = SavedRun.open(folder)
     done, planned = len(run.history), run.config.epochs
-    if done != planned:
-        raise RunError(f"the run in {str(folder)!r} stopped after {done} of {planned} epochs: finish it first")
-    if not run.summary:
-        raise RunError(f"{str(folder)!r} holds no finished run: {contents(folder)}; need run.json")
+    if done != planned or not run.summary:
+        found = f"{done} of {planned} epochs, {contents(folder)}"
+        raise RunError(f"the run in {str(folder)!r} is not finished: {found}; finish it first, with --resume")
     return run
 
 
-def _fits(folder: Path) -> bool:
-    """Whether `folder` holds a run that can be explored; says why a finished one cannot."""
-    if not (folder / "run.json").is_file():
-        return False
-    try:
-        finished_run(folder)
-    except ValueError as error:
-        log_info(f"skipped: {error}")
-        return False
-    return True
+def _known_run() -> Path | None:
+    """The folder of the first usual place that holds a finished run; says why one cannot be explored."""
+    for folder in (USUAL, OWN):
+        if (folder / "run.json").is_file():
+            try:
+                finished_run(folder)
+            except ValueError as error:
+                log_info(f"skipped: {error}")
+            else:
+                return folder
+    return None
 
 
 def train(folder: Path) -> int:
@@ -110,17 +109,13 @@ def write_copy(copy: Path, parameters: Mapping[str, object]) -> bool:
 
 
 def serve(notebook: Path, port: int | None = None, *, show: bool = True) -> int:
-    """JupyterLab on `notebook` (below ROOT) until it ends, in a browser where there is one to show."""
+    """JupyterLab on `notebook` (below ROOT) until it ends, in a browser if it is to be shown."""
     from jupyterlab.labapp import main as jupyterlab
 
-    command = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}"]
+    command = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}", "--allow-root"]
     if port is not None:
         command.append(f"--ServerApp.port={port}")
-    if hasattr(os, "geteuid") and os.geteuid() == 0:  # JupyterLab wants to be told that root is meant
-        command.append("--allow-root")
-    # On Linux a browser takes a display; one that runs in the terminal cannot show JupyterLab.
-    if not show or (sys.platform.startswith("linux") and not any(os.environ.get(name) for name in DISPLAYS)):
-        log_info("open the address that JupyterLab prints below in a browser")
+    if not show:
         command.append("--no-browser")
     return jupyterlab(command) or 0
 

@@ -45,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     executed, page = options.output_notebook, options.html
     try:
         if options.render_only:
-            if not executed.is_file():
-                raise NotebookInputError(f"no executed notebook {executed}: run without --render-only first")
-            notebook = read_notebook(executed)
-            _write_page(notebook, page, options.notebook)
+            _write_page(read_notebook(executed), page, options.notebook)
             return 0
         values = parse_settings(options.set, parameter_defaults(read_notebook(options.notebook)))
         for path in (executed, page):

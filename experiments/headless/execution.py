@@ -15,6 +15,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,9 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
 
     async def async_start_new_kernel(self, **options: Any) -> None:
         # nbclient has set handlers that shut the kernel down while a cell is running; these replace them.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self.loop.add_signal_handler(number, self._stop, "interrupted")
-            except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
-                break
         await super().async_start_new_kernel(**options)
 
     def _starts(self, cell: NotebookNode, cell_index: int) -> None:

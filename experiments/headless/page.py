@@ -4,17 +4,23 @@ What the stock template would fetch or lose is replaced: TeX becomes MathML, a P
 metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded, a widget becomes a note. Code is
 folded in <details>; the one script, page.js, folds and unfolds all of it and is not needed for anything else. A
 content security policy in the page keeps every browser from fetching anything, and from running any other script.
-The page's structure and look are in template/, its head is computed in facts.py.
+The page's structure and look are in template/.
+
+About its run a page says what the notebook has published beside outputs that it shows anyway, under a type that only
+the page reads: it travels with the executed notebook and is never of another run. What was not published is said to
+be absent.
 """
 
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import html
 import logging
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,8 +30,6 @@ from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
-
-from experiments.headless.facts import header
 
 HERE = Path(__file__).resolve().parent
 # The one type of an output that is shown is the first of these that it has.
@@ -39,13 +43,22 @@ SHOWN_TYPES = (
     "application/vnd.jupyter.widget-view+json",
     "text/plain",
 )
+STATES = {"healthy": "Healthy", "faulty": "Fault found", "inconclusive": "Inconclusive"}
+RESULTS = {  # name in run.json: label, factor, format
+    "accuracy_float32": ("test accuracy", 100, "{:.1f} %"),
+    "unstructured_sparsity": ("weights that are zero", 100, "{:.1f} %"),
+    "structured_sparsity": ("dead channels", 100, "{:.1f} %"),
+    "mean_bits": ("bits on average", 1, "{:.1f}"),
+    "structured_mac_ratio": ("fewer MACs", 1, "{:.2f}×"),
+}
+SETTINGS = ("preset", "epochs", "batch_size", "limit", "seed")
 _log = logging.getLogger(__name__)
 
 
 def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
     """The notebook as a page of its own. Relative image addresses are read from `folder`, the notebook's.
 
-    The title is the first heading, and the facts of the run (see `facts.header`) stand below it. Where
+    The title is the first heading, and the facts of the run (see `header`) stand below it. Where
     `notebook.metadata["run"]` has the status "failed" a banner says so. `notebook` itself stays as it is.
     """
     script = (HERE / "template/page.js").read_text(encoding="utf-8").strip()
@@ -147,3 +160,68 @@ def _contents(page: str) -> str:
     found = re.findall(r'<h2[^>]*\bid="([^"]*)"[^>]*>(.*?)<a class="anchor-link"', page, flags=re.DOTALL)
     items = [f'<li><a href="#{anchor}">{re.sub("<[^>]+>", "", text).strip()}</a></li>' for anchor, text in found]
     return f"<ol>{''.join(items)}</ol>" if len(found) > 2 else ""
+
+
+def header(notebook: NotebookNode) -> dict[str, Any]:
+    """The head of the page of an executed notebook, from its facts and the runner's `notebook.metadata["run"]`.
+
+    state: healthy, faulty, inconclusive, stopped or no-verdict. verdict: that in words; detail: one sentence on it.
+    results, rows, settings: label and text.
+    """
+    facts, run = _published(notebook), notebook.metadata.get("run", {})
+    rows = dict.fromkeys(("Date", "Network", "Settings", "Device", "Versions"), "not recorded")
+    started, config = run.get("started") or facts.get("recorded"), facts.get("config", {})
+    if started:
+        rows["Date"] = _date(started, run.get("seconds"))
+    if config:  # then there is the rest of what a run is
+        data, machine = facts["data"], facts["machine"]
+        images = f"{data['train_images']:,} training and {data['test_images']:,} test images"
+        named = f"{machine['device']} ({machine['device_name']})" if machine["device_name"] else machine["device"]
+        rows |= {
+            "Network": f"{config['model']} on {data['title']} ({images})",
+            "Settings": ", ".join(f"{n.replace('_', ' ')} {config[n]}" for n in SETTINGS if config[n] is not None),
+            "Device": f"{named}, {machine['precision']}, threads: {machine['threads']}, {machine['system']}",
+            "Versions": ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items())),
+        }
+    command = {"command": run["command"]} if "command" in run else {}
+    return {
+        **_verdict(facts.get("verdict"), run),
+        "results": {
+            label: form.format(factor * facts["results"][name])
+            for name, (label, factor, form) in RESULTS.items()
+            if facts.get("results", {}).get(name) is not None
+        },
+        "rows": rows,
+        "settings": {name: str(value) for name, value in {**command, **config}.items() if name != "given"},
+    }
+
+
+def _published(notebook: NotebookNode) -> dict[str, Any]:
+    """The facts in the outputs of an executed notebook, merged in the order of its cells."""
+    from experiments.notebook import FACTS  # loads torch
+
+    facts: dict[str, Any] = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            facts.update(output.get("data", {}).get(FACTS, {}))
+    return facts
+
+
+def _verdict(judged: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[str, str]:
+    if run.get("status") == "failed":
+        where = run["message"].partition("\n")[0]
+        return {"state": "stopped", "verdict": "Stopped before the end", "detail": f"{where}. There is no verdict."}
+    if judged is None:
+        detail = "The notebook that this page was made from holds none."
+        return {"state": "no-verdict", "verdict": "No verdict", "detail": detail}
+    sentence = judged["headline"].partition(": ")[2]
+    verdict = STATES[judged["state"]]
+    return {"state": judged["state"], "verdict": verdict, "detail": sentence[:1].upper() + sentence[1:]}
+
+
+def _date(started: str, seconds: float | None) -> str:
+    from experiments.notebook import duration  # loads torch
+
+    moment = datetime.datetime.fromisoformat(started).astimezone(datetime.UTC)
+    took = f", took {duration(seconds)}" if seconds is not None else ""
+    return f"{moment.day} {moment:%B %Y, %H:%M} UTC{took}"

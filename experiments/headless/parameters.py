@@ -15,14 +15,6 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-# By the type of a parameter's default: the types that a value may have, and what to ask for.
-TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    type(None): ((int, type(None)), "a whole number or None"),
-    bool: ((bool,), "True or False"),
-    int: ((int,), "a whole number"),
-    str: ((str,), "text"),
-}
-
 
 class NotebookInputError(ValueError):
     """The notebook, a parameter or an output path is not what it has to be. Nothing was executed."""
@@ -82,16 +74,15 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
             hint = f"did you mean {nearest[0]}? " if nearest else ""
             allowed = ", ".join(defaults) or "none: the notebook has no cell tagged 'parameters'"
             raise NotebookInputError(f"unknown parameter {name!r}: {hint}allowed are {allowed}")
-        if name in values:
-            raise NotebookInputError(f"--set {name} is given twice: keep one of them")
         default, value = defaults[name], text
         with suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text.strip())
         if isinstance(default, str) and not isinstance(value, str):
             value = text  # a folder may be called 2024
-        types, wanted = TYPES.get(type(default), ((type(default),), f"a {type(default).__name__}"))
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise NotebookInputError(f"{name}={value!r}: need {wanted}, such as the default {name}={default!r}")
+        types = (int, type(None)) if default is None else (type(default),)
+        if type(value) not in types:
+            wanted = "a whole number or None" if default is None else f"a value of the kind of the default, {default!r}"
+            raise NotebookInputError(f"{name}={value!r}: need {wanted}")
         values[name] = value
     return values
 

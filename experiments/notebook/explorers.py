@@ -44,27 +44,20 @@ def weight_samples(seed: int = 0, model: nn.Module | None = None) -> dict[str, T
     return samples
 
 
-def quantizer_figure(weights: Tensor, dead_zone: float, bits: int, *, subtitle: str = "") -> Figure:
-    """The staircase and the histogram of `weights`, in units of their range R, and what the quantizer does to them.
-
-    dead_zone: d / (2 R), its half width as a share of the range; bits: 2 to 16.
-    """
-    fixed = lessons.fixed_quantizer(dead_zone, bits)
-    range_ = float(fixed.grid(weights).range) or 1.0
-    with torch.no_grad():
-        quantized = fixed(weights) / range_
-    curve = lessons.staircase_curve("", dead_zone, bits)
-    return figures.staircase_explorer_figure(
-        curve, (weights / range_).numpy(), quantized.numpy(), bits, dead_zone, subtitle=subtitle
-    )
-
-
 def quantizer(samples: Mapping[str, Tensor], weights: str = "") -> None:
-    """Explore the quantizer: which weights, how wide a dead zone, how many bits. `weights`: the name to start with."""
+    """Explore the quantizer: which weights, how wide a dead zone, how many bits. `weights`: the name to start with.
 
+    All is drawn in units of the range R of the weights; the dead zone is d / (2 R).
+    """
+
+    @torch.no_grad()
     def draw(weights: str, dead_zone: float, bits: int) -> Figure:
+        fixed, values = lessons.fixed_quantizer(dead_zone, bits), samples[weights]
+        range_ = float(fixed.grid(values).range) or 1.0
+        curve = lessons.staircase_curve("", dead_zone, bits)
+        shown = (values / range_).numpy(), (fixed(values) / range_).numpy()
         note = f"{weights}; error: RMS of q(w) − w, over the RMS of w"  # one line, whatever the weights
-        return quantizer_figure(samples[weights], dead_zone, bits, subtitle=note)
+        return figures.staircase_explorer_figure(curve, *shown, bits, dead_zone, subtitle=note)
 
     live.explorer(
         draw,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED, ImageTrace, Stage
 from src.data import ImageData, normalize
@@ -85,13 +86,8 @@ def _float_network(model: nn.Module, data: ImageData) -> nn.Module:
     """A copy with the quantizers off and BatchNorm statistics measured on the first training images."""
     network = copy.deepcopy(model)
     toggle_quantization(network, False)
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-    network.train()
-    for first in range(0, min(MEASURED, len(data.train_images)), BATCH):
-        network(normalize(data.train_images[first : first + BATCH], data.mean, data.std))
+    images = data.train_images[:MEASURED].split(BATCH)
+    update_bn((normalize(batch, data.mean, data.std) for batch in images), network)
     return network.eval()
 
 

@@ -168,15 +168,8 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
 
 def verdict_table(verdict: Verdict) -> Styler:
     """The expectations, those that failed first."""
-    rows = [
-        {
-            "result": one.status,
-            "what": one.name,
-            "expected": one.expected,
-            "measured": one.measured,
-            "if it fails, look at": one.look_at,
-        }
-        for one in sorted(verdict.expectations, key=lambda one: one.status != FAILED)
-    ]
-    styled = plain_table(rows).map(result_css, subset=["result"])
+    failed_first = sorted(verdict.expectations, key=lambda one: one.status != FAILED)
+    table = pd.DataFrame(failed_first)[["status", "name", "expected", "measured", "look_at"]]
+    table.columns = ["result", "what", "expected", "measured", "if it fails, look at"]
+    styled = plain_table(table).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})

@@ -69,14 +69,13 @@ def publish(facts: Mapping[str, Any], line: str) -> None:
 class LiveFigure:
     """A figure that is drawn again while something runs, in one place of the notebook, at most once a second.
 
-    draw: builds the figure from the current data. A drawing that fails is reported once as a warning and never ends
-    what runs around it. Use it as a context manager: it draws the last frame.
+    draw: builds the figure from the current data. A drawing that fails is a warning and never ends what runs
+    around it. Use it as a context manager: it draws the last frame.
     """
 
     def __init__(self, draw: Callable[[], Figure], min_interval: float = 1.0, *, clock: Clock = time.monotonic) -> None:
         self._draw, self._clock, self._interval = draw, clock, min_interval
         self._handle: Any = None
-        self._warned = False
         self._next = float("-inf")
         self.update()
 
@@ -87,10 +86,8 @@ class LiveFigure:
         try:
             self._handle = put(*figure_bundle(self._draw()), handle=self._handle)
         except Exception as error:
-            if not self._warned:
-                self._warned = True
-                text = f"the live figure could not be drawn and keeps its last frame: {type(error).__name__}: {error}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            text = f"the live figure could not be drawn and keeps its last frame: {type(error).__name__}: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         self._next = self._clock() + self._interval
 
     def __enter__(self) -> Self:

@@ -1,58 +1,109 @@
 """The notebook in a real JupyterLab in a real browser, and the page that is made of what was run there.
 
-One run serves all tests of this module: see walkthrough.py. Controls are found by their kind in the outputs of
-whatever cells have them, so a new explorer is tested as soon as the notebook has it.
+One run serves all tests but the last: run all, stop while it trains, continue to the end, as a reader who changes their
+mind. Controls are found by their kind in the outputs of whatever cells have them, so a new explorer is tested as soon
+as the notebook has it.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from experiments import debug_run
-from experiments.headless import to_html
-from tests.browser import lab_server, walkthrough
+from experiments.headless import inject, read_notebook, to_html
+from tests.browser import lab_server
 from tests.browser.conftest import ROOT
-from tests.browser.lab_page import CONTROLS, Complaints, Notebook, has_choice, moves
-from tests.browser.walkthrough import SETTINGS, Watched
+from tests.browser.lab_page import CONTROLS, WATCH, Notebook, complaints, moves
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for the whole run
+NOTEBOOK = ROOT / "notebooks/codeq_walkthrough.ipynb"
+EPOCHS = 16
+FRAMES_BEFORE_STOP = 4
 ANSWER_SECONDS = 60  # a fault is diagnosed on a real pipeline, on a machine that may be busy
-WIDTHS = (1440, 768, 390)
+PICTURE = ".jp-OutputArea-output img"
+JUPYTERLAB = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0"]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What was seen. frames: one sample per frame of the screen while it trained (see lab_page.WATCH).
+
+    at_stop, after: history.csv after the stop and at the end, a line per epoch below the header. stopped_errors: of all
+    cells when the training was stopped. complaints: of the browser, until now.
+    """
+
+    notebook: Notebook
+    complaints: list[str]
+    frames: list[dict[str, Any]]
+    at_stop: list[str]
+    after: list[str]
+    stopped_errors: list[str]
+
+
+@pytest.fixture(scope="module")
+def workplace() -> Iterator[Path]:
+    """A folder inside the project, where a notebook finds its modules, that is gone afterwards."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="browser-", dir=ROOT / "build"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def watched(
     browser: Browser, workplace: Path, screenshots: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Watched]:
-    private, output = tmp_path_factory.mktemp("jupyter"), tmp_path_factory.mktemp("run") / "output"
-    walkthrough.write_copy(workplace / "walkthrough.ipynb", output)
-    with lab_server.serving(workplace, private) as server:
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        complaints = Complaints()
-        complaints.listen(page)
+    home, history = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("run") / "output/history.csv"
+    settings = {"DATA": "digits", "EPOCHS": EPOCHS, "LIMIT": 200, "OUTPUT_DIR": str(history.parent)}
+    nbformat.write(inject(read_notebook(NOTEBOOK), settings), workplace / "walkthrough.ipynb")
+    command = [*JUPYTERLAB, f"--ServerApp.root_dir={workplace}"]
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    found = complaints(page)
+    with lab_server.serving(command, workplace, home) as address:
+        page.goto(address.format("lab/tree/walkthrough.ipynb"))
         notebook = Notebook(page)
-        notebook.open(server.address, server.token, "walkthrough.ipynb")
-        yield walkthrough.run(notebook, complaints, output, screenshots)
+        training = notebook.tagged("training")
+        cell = notebook.cell(training)
+        notebook.run("runmenu:run-all")
+        notebook.wait(lambda: cell.locator(PICTURE).count() > 0 or bool(notebook.errors), 240, "the live figure")
+        assert notebook.errors == [], "a cell before the training failed"
+        cell.locator(PICTURE).first.scroll_into_view_if_needed()
+        cell.evaluate(WATCH)
+        different = "(least) => new Set(window.frames_seen.map((frame) => frame.source)).size >= least"
+        page.wait_for_function(different, arg=FRAMES_BEFORE_STOP, timeout=120_000)
+        page.screenshot(path=screenshots / "lab_training.png")
+        notebook.press("notebook:interrupt-kernel")
+        notebook.wait_until_done(120)
+        frames = page.evaluate("() => { window.watching = false; return window.frames_seen; }")
+        at_stop, stopped_errors = rows(history), notebook.errors
+        page.screenshot(path=screenshots / "lab_stopped.png")
+        notebook.run("notebook:run-all-below", training)
+        notebook.wait_until_done(400)
+        yield Watched(notebook, found, frames, at_stop, rows(history), stopped_errors)
         page.close()
 
 
-def test_live_figure_changes_while_it_trains(watched: Watched) -> None:
-    assert len({frame["source"] for frame in watched.frames}) >= walkthrough.FRAMES_BEFORE_STOP
+def rows(history: Path) -> list[str]:
+    return history.read_text().splitlines()[1:]
 
 
-def test_live_figure_is_one_that_neither_flickers_nor_moves(watched: Watched) -> None:
+def test_live_figure_changes_and_neither_flickers_nor_moves(watched: Watched) -> None:
     assert len(watched.frames) > 20
+    assert len({frame["source"] for frame in watched.frames}) >= FRAMES_BEFORE_STOP
     assert {frame["images"] for frame in watched.frames} == {1}
     for side in ("top", "width", "height", "scrolled"):
         values = [frame[side] for frame in watched.frames]
@@ -61,74 +112,67 @@ def test_live_figure_is_one_that_neither_flickers_nor_moves(watched: Watched) ->
 
 
 def test_stop_keeps_what_was_trained_and_the_next_run_continues(watched: Watched) -> None:
-    assert 0 < len(watched.at_stop) < SETTINGS["EPOCHS"], "stopped while it trained"
-    assert all(re.match(r"(KeyboardInterrupt|Interrupted)\b", error) for error in watched.stopped_errors)
-    assert len(watched.after) == SETTINGS["EPOCHS"]
+    assert 0 < len(watched.at_stop) < EPOCHS, "stopped while it trained"
+    assert all(re.match(r"cell \d+: (KeyboardInterrupt|Interrupted)\b", error) for error in watched.stopped_errors)
+    assert len(watched.after) == EPOCHS
     assert watched.after[: len(watched.at_stop)] == watched.at_stop
 
 
 def test_no_cell_failed_in_the_end(watched: Watched) -> None:
-    assert watched.errors == []
+    assert watched.notebook.errors == []
     assert all(cell["count"] for cell in watched.notebook.cells if cell["type"] == "code" and cell["source"].strip())
 
 
 def test_every_control_is_answered_by_what_its_cell_shows(watched: Watched, screenshots: Path) -> None:
     notebook = watched.notebook
-    cells = notebook.with_controls()
+    cells = [index for index in range(len(notebook.cells)) if notebook.cell(index).locator(CONTROLS).count()]
     assert cells, "no cell with sliders or menus"
     silent = []
     for index in cells:
-        notebook.show_cell(index)
-        controls = notebook.cell(index).locator(CONTROLS)
+        cell = notebook.cell(index)
+        cell.scroll_into_view_if_needed()
+        controls = cell.locator(CONTROLS)
         for number in range(controls.count()):
-            if has_choice(controls.nth(number)) and not answered(notebook, index, number):
+            if not answered(notebook, index, number):
                 silent.append(f"cell {index}: {controls.nth(number).inner_text()!r}")
         notebook.page.screenshot(path=screenshots / f"lab_controls_{index}.png")
-        said = " ".join(notebook.cell(index).locator(".widget-html-content").all_inner_texts())
+        said = " ".join(cell.locator(".widget-html-content").all_inner_texts())
         assert not re.search(r"\w+(Error|Exception)\b", said), f"cell {index} says: {said}"
     assert silent == []
+    assert watched.complaints == []
 
 
 def answered(notebook: Notebook, index: int, number: int) -> bool:
-    """Whether something that can be done with the control changes what the cell shows."""
-    control = notebook.cell(index).locator(CONTROLS).nth(number)
-    for what, move in moves(control):
+    """Whether something that can be done with the control changes what the cell shows, or nothing can be done."""
+    possible = moves(notebook.cell(index).locator(CONTROLS).nth(number))
+    for move in possible:
         before = notebook.shown(index)
         move()
         try:
-            notebook.wait(lambda before=before: notebook.shown(index) != before, ANSWER_SECONDS, what)  # type: ignore[misc]
+            notebook.wait(lambda before=before: notebook.shown(index) != before, ANSWER_SECONDS, "an answer")  # type: ignore[misc]
         except TimeoutError:
             continue
         notebook.wait(lambda: notebook.kernel == "idle", ANSWER_SECONDS, "the answer to end")
         return True
-    return False
-
-
-def test_browser_has_nothing_to_complain_of(watched: Watched) -> None:
-    assert watched.complaints.console == []
-    assert watched.complaints.failed == []
-    assert watched.complaints.outside == []
+    return not possible
 
 
 @pytest.fixture(scope="module")
 def page_file(watched: Watched, workplace: Path) -> Path:
     """The page of the notebook as JupyterLab has saved it."""
     watched.notebook.save()
-    executed = nbformat.read(workplace / "walkthrough.ipynb", as_version=4)
-    nbformat.validate(executed)
     file = workplace / "walkthrough.html"
-    file.write_text(to_html(executed, walkthrough.NOTEBOOK.parent), encoding="utf-8")
+    file.write_text(to_html(read_notebook(workplace / "walkthrough.ipynb"), NOTEBOOK.parent), encoding="utf-8")
     return file
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [1440, 768, 390])
 def test_page_of_the_run_is_accessible_and_fits(
     browser: Browser, page_file: Path, screenshots: Path, width: int, scheme: str
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)  # type: ignore[arg-type]
-    complaints = Complaints()
-    complaints.listen(page)
+    found = complaints(page)
     page.goto(page_file.as_uri())
     page.screenshot(path=screenshots / f"page_{width}_{scheme}.png", full_page=True)
     assert sideways(page) <= 0, "the page is wider than the screen"
@@ -136,8 +180,7 @@ def test_page_of_the_run_is_accessible_and_fits(
     assert sideways(page) <= 0, "with the code shown, the page is wider than the screen"
     violations = Axe().run(page).response["violations"]
     assert [(v["id"], v["impact"], v["nodes"][0]["html"][:200]) for v in violations] == []
-    assert complaints.console == []
-    assert [url for url in complaints.outside if url != page_file.as_uri()] == []
+    assert found == []
     page.close()
 
 
@@ -163,22 +206,21 @@ def test_make_lab_opens_a_trained_run_that_is_not_trained_again(
     run = tmp_path / "run"
     few = ["--data", "digits", "--epochs", "3", "--limit", "60", "--batch-size", "20", "--output", str(run)]
     assert debug_run.main(few) in (0, 1)
-    trained = (run / "history.csv").read_text()
+    trained = rows(run / "history.csv")
     copy = (workplace / "lab.ipynb").relative_to(ROOT)
     code = f"from experiments import lab; lab.COPY = lab.Path({str(copy)!r}); raise SystemExit(lab.main())"
-    arguments = ["--output", str(run), "--port", "0", "--no-browser"]
-    with lab_server.serving(ROOT, tmp_path / "jupyter", [sys.executable, "-c", code, *arguments]) as server:
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.goto(f"{server.address}?token={server.token}")  # the address that is printed leads to the copy
+    command = [sys.executable, "-c", code, "--output", str(run), "--port", "0", "--no-browser"]
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    with lab_server.serving(command, ROOT, tmp_path / "home") as address:
+        page.goto(address.format(""))  # the address that is printed leads to the copy
         page.wait_for_url(f"**/lab/tree/{copy.as_posix()}**", timeout=60_000)
         notebook = Notebook(page)
-        notebook.wait(lambda: notebook.kernel == "idle", 120, "the kernel to start")
-        training = notebook.tagged(walkthrough.TRAINING)
-        notebook.run_to(training)
+        training = notebook.tagged("training")
+        notebook.run("notebook:run-all-above", training + 1)
         notebook.wait(lambda: bool(notebook.cells[training]["count"]), 240, "the training cell to end")
         notebook.wait_until_done(60)
-        assert notebook.cell(training).locator(".jp-OutputArea-output img").count() == 1
-        assert [cell["errors"] for cell in notebook.cells if cell["errors"]] == []
-        assert (run / "history.csv").read_text() == trained
+        assert notebook.cell(training).locator(PICTURE).count() == 1
+        assert notebook.errors == []
+        assert rows(run / "history.csv") == trained
         page.close()
     assert not (run / "previous").exists()

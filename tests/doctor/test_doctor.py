@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.doctor import Pipeline, Report, Watcher, before, first_steps, report_figure, report_table
 from experiments.doctor.causes.causes import CAUSES, causes
-from experiments.doctor.core.expected import Expected
-from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, NOT_APPLICABLE, PASSED, Finding
+from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, PASSED, Finding
 from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
 from experiments.doctor.demonstration import small_config, small_data, small_network
 from experiments.doctor.examine import examine, main
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
 from resnet import NETWORKS
 from src.data import ImageData
-from src.quantizer import DeadZoneLDZCompander
 from src.runs import CHECKPOINT, RunFolder, load_checkpoint
 from src.runs.checkpoint import state_bytes
 from src.storage import folder_lock
-from utils_quantization import attach_weight_quantizers, toggle_quantization
 
 WIDTHS = (4, 8, 16)
 
@@ -87,19 +82,6 @@ def test_examining_before_training_leaves_every_bit_as_it_was(pipeline: Pipeline
     assert [name for name in kept if not same(kept[name], now[name])] == []
 
 
-def test_the_run_after_an_examination_is_the_run_without_one(prepared: tuple[RunConfig, ImageData]) -> None:
-    ends = []
-    for examined in (False, True):
-        built = build_pipeline(*prepared, replace(PipelineParts(), network=small_network))
-        if examined:
-            before(built)
-            first_steps(built)
-        for images, labels in built.first_batches(3):
-            built.take_step(images, labels, 0.01)
-        ends.append(built.model.state_dict())
-    assert same(dict(ends[0]), dict(ends[1]))
-
-
 def test_a_healthy_pipeline_passes_all_four_stages(pipeline: Pipeline, tmp_path: Path) -> None:
     report = examine(pipeline, tmp_path)
     assert report.failed == (), report.text(passed=False)
@@ -118,54 +100,6 @@ def test_other_forms_of_the_method_raise_no_alarm(
     assert report.failed == (), report.text(passed=False)
 
 
-class PlainNetwork(nn.Module):
-    """Someone's own network: no residual connection, a hidden linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.second = nn.Conv2d(6, 8, 3, stride=2)
-        self.hidden, self.head = nn.Linear(8 * 9, 16), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.second(F.relu(self.norm(self.first(x)))))
-        return self.head(F.relu(self.hidden(x.flatten(1))))
-
-
-class OwnPipeline:
-    """A plain network, SGD and a step function that holds both."""
-
-    def __init__(self, quantized: bool = True) -> None:
-        torch.manual_seed(3)
-        self.model = PlainNetwork()
-        if quantized:
-            attach_weight_quantizers(self.model, ["first"], DeadZoneLDZCompander, {})
-        self.optimizer: Any = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        labels = torch.arange(96) % 3
-        images = torch.randn(96, 1, 8, 8) + labels[:, None, None, None].float() - 1
-        order = torch.randperm(96)
-        self.batches = [(images[part], labels[part]) for part in order.split(32)]
-
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(self.model(images), labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def pipeline(self, **parts: Any) -> Pipeline:
-        return Pipeline.of_parts(self.model, self.optimizer, self.batches, self.step, **parts)
-
-
-def test_a_pipeline_of_ones_own_with_sgd_passes() -> None:
-    own = OwnPipeline()
-    report = examine(own.pipeline(tests=own.batches, expected=Expected(num_classes=3, input_size=(1, 8, 8))))
-    assert report.failed == (), report.text(passed=False)
-    passed = {finding.name for finding in report.findings if finding.status == PASSED}
-    assert {"update", "gradients", "one batch", "only what it should", "toggling", "loss at the start"} <= passed
-
-
 def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
@@ -176,124 +110,10 @@ def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.Ca
     assert "DOCTOR: no fault found" in capsys.readouterr().out
 
 
-def test_sgd_with_another_momentum_than_its_rule_is_seen() -> None:
-    own = OwnPipeline()
-    plain = own.step
-
-    def twice(images: Tensor, labels: Tensor) -> Tensor:
-        loss = plain(images, labels)
-        with torch.no_grad():
-            own.model.head.bias.add_(0.5)
-        return loss
-
-    report = first_steps(Pipeline.of_parts(own.model, own.optimizer, own.batches, twice))
-    assert "update-wrong" in keys(report, "update")[:2]
-
-
-def test_a_network_without_quantizers_is_a_finding_and_the_rest_goes_on() -> None:
-    report = examine(OwnPipeline(quantized=False).pipeline())
-    assert keys(report, "layers quantized")[0] == "no-quantizers"
-    assert [finding.name for finding in report.failed] == ["layers quantized"]
-    assert any(finding.name == "one batch" and finding.status == PASSED for finding in report.findings)
-
-
-class SignDescent:
-    """An optimizer that is not torch's: p <- p - rate sign(gradient)."""
-
-    def __init__(self, parameters: Iterator[nn.Parameter], rate: float) -> None:
-        self.parameters, self.rate, self.calls = list(parameters), rate, 0
-
-    def zero_grad(self) -> None:
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.calls += 1
-        for p in self.parameters:
-            if p.grad is not None:
-                p.sub_(self.rate * p.grad.sign())
-
-
-def test_an_optimizer_of_ones_own_is_examined_and_left_as_it_was() -> None:
-    own = OwnPipeline()
-    own.optimizer = SignDescent(own.model.parameters(), 0.003)
-    kept = {name: value.clone() for name, value in own.model.state_dict().items()}
-    report = examine(own.pipeline())
-    assert own.optimizer.calls == 0
-    assert same(kept, dict(own.model.state_dict()))
-    status = {finding.name: finding.status for finding in report.findings}
-    assert status["kind of optimizer"] == NOT_APPLICABLE
-    assert status["one batch"] == PASSED
-    assert report.failed == (), report.text(passed=False)
-
-
 def test_another_kind_of_optimizer_than_promised_is_a_finding(pipeline: Pipeline) -> None:
     other = torch.optim.SGD(pipeline.model.parameters(), lr=0.01)
     report = before(replace(pipeline, optimizer=other))
     assert keys(report, "kind of optimizer") == ["other-optimizer"]
-
-
-@pytest.mark.parametrize(
-    ("batches", "cause"),
-    [
-        ([], "loader-empty"),
-        ([(torch.zeros(4, 1, 8, 8), torch.zeros(4, 2))], "loader-shapes"),
-        ([(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 7]))], "loader-shapes"),
-        ([torch.zeros(4, 1, 8, 8)], "loader-shapes"),
-    ],
-)
-def test_a_loader_that_gives_nothing_usable_is_a_finding(batches: list[Any], cause: str) -> None:
-    own = OwnPipeline()
-    own.batches = batches
-    report = examine(own.pipeline(expected=Expected(num_classes=3)))
-    assert keys(report, "batches")[0] == cause
-    assert any(finding.name == "toggling" and finding.status == PASSED for finding in report.findings)
-
-
-def test_a_loader_that_raises_is_a_finding() -> None:
-    def broken(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        raise OSError("the disk is gone")
-
-    own = OwnPipeline()
-    report = examine(Pipeline.of_parts(own.model, own.optimizer, broken, own.step))
-    assert keys(report, "batches") == ["loader-raises"]
-    assert "the disk is gone" in next(f.measured for f in report.failed if f.name == "batches")
-
-
-def test_a_step_that_raises_is_a_finding_and_leaves_the_network_alone() -> None:
-    own = OwnPipeline()
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        own.step(images, labels)
-        raise RuntimeError("no such thing")
-
-    kept = {name: value.clone() for name, value in own.model.state_dict().items()}
-    report = examine(Pipeline.of_parts(own.model, own.optimizer, own.batches, step))
-    assert keys(report, "a step runs")[0] == "step-raises"
-    assert same(kept, dict(own.model.state_dict()))
-    assert not own.optimizer.state
-    assert any(finding.stage == BEFORE and finding.status == PASSED for finding in report.findings)
-
-
-def test_quantizers_switched_off_are_named_first(pipeline: Pipeline) -> None:
-    toggle_quantization(pipeline.model, False)
-    report = before(pipeline)
-    assert report.diagnosis[0].key == "quantizers-off"
-
-
-def test_a_coefficient_that_is_used_but_not_promised_is_named(pipeline: Pipeline) -> None:
-    report = before(replace(pipeline, coefficient=lambda epoch: 1.0))
-    assert keys(report, "coefficient's schedule")[0] == "coefficient-too-large"
-
-
-def test_a_watcher_sees_a_record_of_another_epoch(pipeline: Pipeline) -> None:
-    from experiments.doctor.core.pipeline import train
-
-    watcher = Watcher(pipeline)
-    for record, _ in train(pipeline, None, watcher.step):
-        watcher.epoch(replace(record, epoch=record.epoch - 1))
-    assert keys(watcher.report(), "records follow the epochs")[0] == "history-shifted"
 
 
 def watched(run: Run, *, restart_at: int | None = None, from_step: int = 0) -> Watcher:

@@ -10,7 +10,6 @@ import torch
 
 from experiments.doctor.data.images import Affine, affine_of
 from experiments.doctor.quantizer import equations
-from experiments.doctor.step.coefficient_checks import coefficient_outcome
 from src.quantizer import DeadZoneLDZCompander
 
 
@@ -92,18 +91,3 @@ def test_a_normalisation_is_read_off_the_spacing_of_values() -> None:
     assert found is not None
     assert np.allclose(found.mean, mean, atol=1e-3)
     assert np.allclose(found.std, std, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("found", "key"),
-    [
-        ([0.01] * 6, "coefficient-constant"),
-        ([0.0] * 6, "coefficient-never-ramps"),
-        ([0, 0, 0.5, 1.0, 1.0, 1.0], "coefficient-too-large"),
-        ([0, 0, 0, 0.005, 0.01, 0.01], "coefficient-shifted"),
-    ],
-)
-def test_a_wrong_schedule_is_named(found: list[float], key: str) -> None:
-    out = coefficient_outcome(found, [0, 0, 0.005, 0.01, 0.01, 0.01], "it is")
-    assert not out.ok
-    assert out.likely[0] == key

@@ -17,8 +17,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from experiments.headless import to_html
-from experiments.headless.facts import header
-from experiments.headless.page import tex_to_mathml
+from experiments.headless.page import header, tex_to_mathml
 from experiments.notebook import FACTS
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
