@@ -171,5 +171,5 @@ def verdict_table(verdict: Verdict) -> Styler:
     failed_first = sorted(verdict.expectations, key=lambda one: one.status != FAILED)
     table = pd.DataFrame(failed_first)[["status", "name", "expected", "measured", "look_at"]]
     table.columns = ["result", "what", "expected", "measured", "if it fails, look at"]
-    styled = plain_table(table).map(result_css, subset=["result"])
+    styled = plain_table(table.to_dict("records")).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})
