@@ -4,7 +4,7 @@
     python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--threads N] [--json F]
 
 training: one step of ResNet-20 in three variants (experiments/benchmarks/training.py). inference: one forward pass of a
-run's network in five forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
+run's network in seven forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from src.training import DEVICES
 
 BENCHMARKS = {
     "training": "Time one training step in three variants.",
-    "inference": "Time one run's network in five forms.",
+    "inference": "Time one run's network in seven forms.",
 }
 
 

@@ -12,8 +12,8 @@ import torch
 from experiments import debug_run, export
 from experiments.export import main
 from experiments.pipeline import SavedRun
-from src.data import load_data
-from src.export import unpack
+from src.data import load_data, normalize
+from src.export import open_session, run_onnx, unpack
 from src.runs import load_checkpoint
 from src.runs.checkpoint import state_bytes
 from src.training import evaluate
@@ -65,6 +65,34 @@ def test_named_files_and_force(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert (packed.read_bytes(), onnx.read_bytes()) == written  # the same run gives the same files
 
 
+def test_int8_says_what_it_costs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    int8 = tmp_path / "int8.onnx"
+    status = main([str(run), "--int8", str(int8)])
+    printed = capsys.readouterr().out
+    data, network = load_data("digits", limit=100), unpack(run / "model.cdq")
+    logits = run_onnx(open_session(int8), normalize(data.test_images, data.mean, data.std))
+    right = int((logits.argmax(1) == data.test_labels).sum())
+    float32 = round(100 * evaluate(network, data)[1])
+    assert f"right of 100 test images: float32 {float32} (" in printed
+    assert f", int8 {right} (" in printed
+    assert f"[{'FAILED' if float32 > right else 'ok'}] int8 costs at most half a point" in printed
+    assert status == (float32 > right)
+    # untrained bits and channels: 18 layers at 8 bits, stem (3*16*9*1024 MACs) and linear (640) at 32
+    rest = 3 * 16 * 9 * 1024 + 640
+    bops = ((40_551_040 - rest) * 8 + rest * 32) / 1e9
+    assert f"learned bits: {32 * bops:.2f} G, with 8-bit activations {8 * bops:.2f} G" in printed
+
+
+@pytest.mark.slow
+def test_int8_of_a_trained_network_loses_at_most_half_a_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "out"
+    assert debug_run.main(["--data", "digits", "--epochs", "6", "--device", "cpu", "--output", str(run)]) in (0, 1)
+    assert main([str(run), "--int8", str(tmp_path / "int8.onnx")]) == 0
+    assert "[ok] int8 costs at most half a point" in capsys.readouterr().out
+
+
 def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "model.onnx").write_bytes(b"precious")
     assert main([str(run)]) == 2
@@ -89,6 +117,11 @@ def test_without_the_runs_images_noise_is_used_and_nothing_is_downloaded(
     (run / "run.json").unlink()
     assert main([str(run), "--data-root", str(tmp_path / "empty")]) == 0
     captured = capsys.readouterr()
+    assert (
+        main([str(run), "--int8", str(tmp_path / "int8.onnx"), "--data-root", str(tmp_path / "empty"), "--force"]) == 2
+    )
+    assert "--int8 needs the images that the run was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "int8.onnx").exists()
     assert "was trained on other images" in captured.err
     assert "test set is not here" in captured.err
     assert "on 256 images" in captured.out

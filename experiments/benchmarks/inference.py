@@ -1,15 +1,17 @@
-"""What a compressed network gains when it runs: one run's network in five forms, timed in turns in one process.
+"""What a compressed network gains when it runs: one run's network in seven forms, timed in turns in one process.
 
     dense       the float32 network with all channels and no zeros, as it was before training
     masked      the trained network, its quantized weights written out: the same sizes, zeros in place
     compacted   after exact removal of channels (src/pruning)
+    onnx_dense  the dense network in ONNX Runtime
     onnx_fp32   the compacted network in ONNX Runtime, float32 weights
     onnx_int    the same with whole-number weights and DequantizeLinear
+    onnx_int8   the same in 8-bit integer arithmetic (src/export/int8.py), calibrated on the images that are timed
 
-All run in float32 on the CPU. Whole-number weights make the file smaller; they are turned into floats before they are
-multiplied, so nothing here says that integer arithmetic is used, and the time may well be longer. RUN is the output
-folder of experiments.debug_run. Printed are medians and quartiles of the rounds; a ratio is the median of the ratios
-within a round.
+All run on the CPU, all but the last in float32: the whole-number weights of onnx_int make the file smaller; they are
+turned into floats before they are multiplied, and the time may well be longer. RUN is the output folder of
+experiments.debug_run. Printed are medians and quartiles of the rounds; a ratio is the median of the ratios within a
+round.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from experiments.pipeline import SavedRun, Take, spread, time_in_turns
 from resnet import NETWORKS
 from src import runs
-from src.export import compact_with_indices, export_onnx, open_session, run_onnx
+from src.export import compact_with_indices, export_onnx, int8_instructions, open_session, quantized_onnx, run_onnx
 from utils_quantization import quantized_layers, shared_quantized_weights
 
 CPU = torch.device("cpu")
@@ -35,8 +37,10 @@ FORMS = {
     "dense": "PyTorch, dense float32",
     "masked": "PyTorch, zeros in place",
     "compacted": "PyTorch, compacted",
+    "onnx_dense": "ONNX Runtime, dense float32",
     "onnx_fp32": "ONNX Runtime, compacted, float32",
     "onnx_int": "ONNX Runtime, compacted, integers",
+    "onnx_int8": "ONNX Runtime, compacted, int8",
 }
 
 
@@ -50,12 +54,12 @@ def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> d
     compacted = compact_with_indices(model)
     networks = {"dense": dense.eval(), "masked": masked.eval(), "compacted": compacted.network}
     takes: dict[str, Take] = {name: partial(network, images) for name, network in networks.items()}
-    for name, integers in (("onnx_fp32", False), ("onnx_int", True)):
-        path = folder / f"{name}.onnx"
-        export_onnx(compacted, path, integer_weights=integers, force=True)
-        session = open_session(path)
-        takes[name] = partial(run_onnx, session, images, len(images))
-    return takes
+    files: dict[str, Path | bytes] = {name: folder / f"{name}.onnx" for name in ("onnx_dense", "onnx_fp32", "onnx_int")}
+    export_onnx(dense, folder / "onnx_dense.onnx")
+    export_onnx(compacted, folder / "onnx_fp32.onnx", integer_weights=False)
+    export_onnx(compacted, folder / "onnx_int.onnx")
+    files["onnx_int8"] = quantized_onnx(compacted, images)
+    return takes | {name: partial(run_onnx, open_session(file), images, len(images)) for name, file in files.items()}
 
 
 def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
@@ -75,6 +79,7 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
                 "label": FORMS[name],
                 "seconds": spread(times),
                 "dense_over_this": spread([a / b for a, b in zip(seconds["dense"], times, strict=True)]),
+                "onnx_dense_over_this": spread([a / b for a, b in zip(seconds["onnx_dense"], times, strict=True)]),
             }
             for name, times in seconds.items()
         }
@@ -82,7 +87,7 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
         "benchmark": "inference",
         "run": {"preset": config.preset, "network": config.model},
         "rounds": rounds,
-        "machine": runs.machine(CPU, torch.float32),
+        "machine": {**runs.machine(CPU, torch.float32), "int8_instructions": int8_instructions()},
         "versions": runs.versions(),
         "batch_sizes": result,
     }
@@ -91,17 +96,23 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
 def inference_table(result: Mapping[str, Any]) -> str:
     """The figures of `bench_inference` as text."""
     host = result["machine"]
+    instructions = (
+        ", ".join(host["int8_instructions"]) or "none found, on x86 int8 needs VNNI (avx512_vnni or avx_vnni)"
+    )
     lines = [
-        f"One forward pass of {result['run']['network']} in float32, {result['rounds']} rounds in turns",
+        f"One forward pass of {result['run']['network']}, {result['rounds']} rounds in turns",
         f"{host['device_name']} ({host['device']}), {host['threads']} threads, torch {result['versions']['torch']}",
+        f"instructions for 8-bit integers: {instructions}",
         "dense / this: median of the ratios within each round, which is not the ratio of the medians",
     ]
     for batch_size, found in result["batch_sizes"].items():
-        lines += ["", f"batch of {batch_size:<24} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"]
+        head = f"batch of {batch_size:<24} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"
+        lines += ["", f"{head} {'in ONNX Runtime':>16}"]
         for form in found.values():
-            time_, ratio = form["seconds"], form["dense_over_this"]
+            time_, ratio, onnx_ratio = form["seconds"], form["dense_over_this"], form["onnx_dense_over_this"]
             quartiles = f"{1000 * time_['low']:.2f}..{1000 * time_['high']:.2f}"
             lines.append(
-                f"{form['label']:<33} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f}"
+                f"{form['label']:<33} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f} "
+                f"{onnx_ratio['median']:>16.2f}"
             )
     return "\n".join(lines)

@@ -41,7 +41,7 @@ BATCH_SIZE = 256
 
 
 class OnnxError(ValueError):
-    """An ONNX file that ONNX Runtime cannot read."""
+    """An ONNX file that ONNX Runtime cannot read, or a network that it cannot quantize."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,19 @@ def export_onnx(
     return OnnxReport(str(path), len(data), graph.weight_bytes, graph.weight_types)
 
 
-def open_session(path: str | Path) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU with as many threads as PyTorch uses. Raises OnnxError."""
+def open_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU with as many threads as PyTorch uses. model: a file, or its bytes.
+
+    Raises OnnxError.
+    """
+    source = model if isinstance(model, bytes) else str(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no class of their own
-        raise OnnxError(f"ONNX Runtime cannot read {str(path)!r} ({error}); export it again") from error
+        raise OnnxError(f"ONNX Runtime cannot read {source!r:.100} ({error}); export it again") from error
 
 
 def run_onnx(session: onnxruntime.InferenceSession, images: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -126,16 +130,21 @@ def run_onnx(session: onnxruntime.InferenceSession, images: Tensor, batch_size: 
     return torch.from_numpy(np.concatenate([session.run([OUTPUT], {INPUT: batch.numpy()})[0] for batch in batches]))
 
 
-@torch.no_grad()
 def check_onnx(path: str | Path, network: nn.Module, images: Tensor) -> OnnxCheck:
     """Run the file in ONNX Runtime and `network` in PyTorch on `images` (N, C, H, W), as the network reads them.
 
     network: in eval mode. Raises OnnxError where the file cannot be read.
     """
     found = run_onnx(open_session(path), images)
-    expected = torch.cat([network(batch) for batch in images.split(BATCH_SIZE)])
+    expected = logits_of(network, images)
     differing = int((found.argmax(1) != expected.argmax(1)).sum())
     return OnnxCheck(len(images), differing, (found - expected).abs().max().item())
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits of all images in PyTorch, (N, classes), a batch at a time. network: in eval mode."""
+    return torch.cat([network(batch) for batch in images.split(BATCH_SIZE)])
 
 
 def integer_type(indices: Tensor) -> str:
