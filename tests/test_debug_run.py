@@ -212,7 +212,7 @@ def test_an_interruption_outside_of_the_training(
     [
         ("NaN or infinity in the loss, a gradient or a weight", "weight"),
         ("out of memory in a step", "memory of the CPU"),
-        ("disk full or read-only at a checkpoint", "read-only at every file"),
+        ("disk full or read-only at a checkpoint", "read-only"),
     ],
 )
 @pytest.mark.filterwarnings("default")

@@ -41,7 +41,7 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
     for place in places:
         if RunFolder(place).has_checkpoint():
             found[place.name] = place
-        earlier = [entry for entry in (place / PREVIOUS).glob("[!.]*") if RunFolder(entry).has_checkpoint()]
+        earlier = [entry for entry in (place / PREVIOUS).glob("*") if RunFolder(entry).has_checkpoint()]
         for entry in sorted(earlier, key=lambda entry: (len(entry.name), entry.name), reverse=True):
             found[f"{place.name}/{PREVIOUS}/{entry.name}"] = entry
     return found

@@ -63,7 +63,6 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _device_name(device: torch.device) -> str:
-    """The maker's name of the device, where the system knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError, StopIteration):  # Linux has it here

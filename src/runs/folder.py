@@ -22,8 +22,7 @@ from src.storage import check_writable, folder_lock, remove_leftovers, write_ato
 PREVIOUS = "previous"
 HISTORY, SUMMARY = "history.csv", "run.json"
 FIGURES = ("accuracy_curve.png", "sparsity_curves.png", "channel_liveness.png", "per_layer_channels.png")
-RUN = frozenset({CHECKPOINT, CHECKPOINT_BEFORE, HISTORY, SUMMARY})
-"""What only a run leaves: a folder without one of these holds no run."""
+RUN = frozenset({CHECKPOINT, CHECKPOINT_BEFORE, HISTORY, SUMMARY})  # a folder without one of these holds no run
 RESULTS = RUN | {SNAPSHOTS, *FIGURES}
 EXPORTS = (".cdq", ".onnx")
 

@@ -16,7 +16,6 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from src.storage.files import StorageError
 
-LOCK = ".lock"
 _held: dict[Path, BaseFileLock] = {}  # by the lock's file
 
 
@@ -61,4 +60,4 @@ def release(folder: str | Path) -> None:
 
 
 def _file(folder: str | Path) -> Path:
-    return Path(os.path.realpath(folder), LOCK)
+    return Path(os.path.realpath(folder), ".lock")

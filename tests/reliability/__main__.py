@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,24 +32,8 @@ ROWS: dict[str, Row] = {**processes.ROWS, **failures.ROWS, **files.ROWS, **long_
 PAGE = Path(__file__).parents[2] / "docs" / "measured" / "reliability.md"
 
 
-@dataclass
-class Tally:
-    """What came of the tries of one failure: how often each word was returned, and what was lost."""
-
-    came: collections.Counter[str] = field(default_factory=collections.Counter)
-    lost: list[str] = field(default_factory=list)
-
-    @property
-    def tried(self) -> int:
-        return self.came.total() + len(self.lost)
-
-    @property
-    def note(self) -> str:
-        """In words, where there is something to say: "176 refused, 24 read"."""
-        words = {word: count for word, count in self.came.items() if word}
-        if self.tried == 1:
-            return "".join(words)
-        return ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
+Results = dict[str, tuple[collections.Counter[str], list[str]]]
+"""By the name of a failure: how often each word was returned, and what was lost."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,39 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="reliability-") as tmp:
         unbroken = train_unbroken(Path(tmp) / "unbroken" / "run")
         end = time.monotonic() + 60 * options.minutes
-        tallies = try_all(rows, options.tries, options.seed, unbroken, Path(tmp), end)
-    lost = sum(len(tally.lost) for tally in tallies.values())
-    tried = sum(tally.tried for tally in tallies.values())
-    print(f"{tried} tries, {lost} lost")
+        results = try_all(rows, options.tries, options.seed, unbroken, Path(tmp), end)
+    lost = sum(len(losses) for _, losses in results.values())
+    print(f"{sum(came.total() for came, _ in results.values()) + lost} tries, {lost} lost")
     if rows == ROWS:
         PAGE.parent.mkdir(exist_ok=True)
-        write_atomic(PAGE, page(tallies).encode())
+        write_atomic(PAGE, page(results).encode())
         print(f"the table is in docs/measured/{PAGE.name}")
     return 1 if lost else 0
 
 
-def try_all(
-    rows: Mapping[str, Row], tries: int, seed: int, unbroken: Unbroken, tmp: Path, end: float
-) -> dict[str, Tally]:
+def try_all(rows: Mapping[str, Row], tries: int, seed: int, unbroken: Unbroken, tmp: Path, end: float) -> Results:
     """Try each failure `tries` times its share, at least once, in turns, until the time `end`."""
-    tallies = {name: Tally() for name in rows}
+    results: Results = {name: (collections.Counter(), []) for name in rows}
     for number in range(tries):
         for name, row in rows.items():
             if number >= max(1, round(row.share * tries)) or time.monotonic() > end:
                 continue
-            tally, what, began = tallies[name], f"{name}, try {number}", time.monotonic()
+            came, lost = results[name]
             with tempfile.TemporaryDirectory(dir=tmp) as folder:
                 try:
-                    tally.came[row.trial(random.Random(f"{seed} {name} {number}"), Path(folder), unbroken)] += 1
+                    came[row.trial(random.Random(f"{seed} {name} {number}"), Path(folder), unbroken)] += 1
                 except (Exception, SystemExit) as error:
-                    tally.lost.append(f"{what}: {type(error).__name__}: {str(error)[:1000]}")
-                    print(f"LOST {tally.lost[-1]}", flush=True)
-            if not number:
-                print(f"{time.monotonic() - began:>6.1f} s a try: {name}", flush=True)
-    return tallies
+                    lost.append(f"{name}, try {number}: {type(error).__name__}: {str(error)[:1000]}")
+                    print(f"LOST {lost[-1]}", flush=True)
+    return results
 
 
-def page(tallies: Mapping[str, Tally]) -> str:
+def page(results: Results) -> str:
     """The table as a page: what was done, how often, how often it was survived, and what counts as that."""
     lines = [
         "# Failures, and how often they were survived",
@@ -107,13 +85,14 @@ def page(tallies: Mapping[str, Tally]) -> str:
         "| failure | tried | survived | lost | survived means |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for name, tally in tallies.items():
-        counts = f"{tally.tried} | {tally.came.total()} | {len(tally.lost)}"
-        lines.append(f"| {name} | {counts} | {ROWS[name].survived}{f' ({tally.note})' if tally.note else ''} |")
-    tried, lost = (sum(counts) for counts in zip(*((t.tried, len(t.lost)) for t in tallies.values()), strict=True))
+    for name, (came, lost) in results.items():
+        words = ", ".join(f"{count} {word}" for word, count in sorted(came.items()) if word)
+        note = f" ({words})" if words else ""
+        counts = f"{came.total() + len(lost)} | {came.total()} | {len(lost)}"
+        lines.append(f"| {name} | {counts} | {ROWS[name].survived}{note} |")
     found = versions()
     shaping = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "numpy", "matplotlib"))
-    lines += ["", f"{tried} tries, {lost} lost, on {platform.system()} with {shaping}.", ""]
+    lines += ["", f"On {platform.system()} with {shaping}.", ""]
     return "\n".join(lines)
 
 

@@ -11,11 +11,10 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,9 @@ import torch
 from torch import nn
 
 from experiments import figures
-from src.runs import folder as run_folder
 from src.training import epoch as training_epoch
 from tests.reliability.small_run import (
     EVERY,
-    FIGURES,
     STEP,
     STEPS,
     Row,
@@ -49,6 +46,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "memory of the CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB"),
     "memory of CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB"),
 }
+WRITE_ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 
 
 class Killed(BaseException):
@@ -132,33 +130,11 @@ def raise_error(patch: Patch, number: int, kind: str) -> None:
     in_step(patch, number, fail)
 
 
-@contextmanager
-def short_files(most_bytes: int) -> Iterator[None]:
-    """No file may become longer than `most_bytes`: a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def hinder_writes(patch: Patch, number: int, kind: str) -> None:
-    """From the step on no file, or not the one of this name, can be written, or not longer than some bytes."""
-    how, _, name = kind.partition(" at ")
-    real, begun = run_folder.write_atomic, []
-
-    def write(path: str | Path, *rest: Any, **more: Any) -> None:
-        hindrance: AbstractContextManager[Any] = nullcontext()
-        if begun and name in ("every file", Path(path).name):
-            error = OSError(errno.EROFS, "Read-only file system")
-            read_only = mock.patch("tempfile.mkstemp", side_effect=error)
-            hindrance = read_only if how == "read-only" else short_files(int(how.split()[0]))
-        with hindrance:
-            real(path, *rest, **more)
-
-    patch.setattr(run_folder, "write_atomic", write)
-    in_step(patch, number, lambda model, stack: begun.append(True))
+    """From the step on no file can be made."""
+    code = WRITE_ERRORS[kind]
+    refused = mock.Mock(side_effect=OSError(code, os.strerror(code)))
+    in_step(patch, number, lambda model, stack: patch.setattr(tempfile, "mkstemp", refused))
 
 
 def spoil_number(patch: Patch, number: int, kind: str) -> None:
@@ -214,15 +190,8 @@ FAILURES: dict[str, Failure] = {
     "disk full or read-only at a checkpoint": Failure(
         GOOD + "with room again, " + RESUMED,
         hinder_writes,
-        {f"{how} at every file": "could not be written" for how in ("0 bytes", "20000 bytes", "read-only")},
+        dict.fromkeys(WRITE_ERRORS, "could not be written"),
         statuses={2},
-    ),
-    "disk full at a figure, history.csv or run.json": Failure(
-        "a figure or history.csv costs a warning, run.json ends the run with one line; with room again, " + RESUMED,
-        hinder_writes,
-        {f"0 bytes at {name}": f"{name}'? could not be written" for name in (FIGURES[0], "history.csv", "run.json")},
-        statuses={0, 2},
-        loses=0,
     ),
     "NaN or infinity in the loss, a gradient or a weight": Failure(
         GOOD.replace("says so", "names the first bad tensor") + RESUMED,

@@ -67,16 +67,11 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002
 
 
-def command_line(output: Path, *more: str) -> list[str]:
-    """The words of `python -m experiments.debug_run` for this run; later words win."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-    return ["--preset=tiny", *flags, f"--checkpoint-every={EVERY}", f"--output={output}", *more]
-
-
 def run_command(output: Path, *more: str) -> int:
-    """The exit status of the command, run in this process."""
+    """The exit status of `python -m experiments.debug_run` for this run, in this process; later words win."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     try:
-        return debug_run.main(command_line(output, *more))
+        return debug_run.main(["--preset=tiny", *flags, f"--checkpoint-every={EVERY}", f"--output={output}", *more])
     except SystemExit as stopped:  # argparse
         return int(str(stopped.code))
 
@@ -124,21 +119,15 @@ def train_unbroken(folder: Path) -> Unbroken:
 
 
 def open_loop(data: ImageData, folder: Path, report: Callable[[str], None], resume: bool = False) -> TrainingLoop:
-    """The training loop of a new run. A resumed one starts from other weights and other states of the generators."""
-    run = build_run(data, disturbed=resume)
+    """The training loop of a new run. A resumed one starts from other states of the generators."""
+    run = build_run(data)
+    seed_generators(7 if resume else 0)
     return TrainingLoop.open(run, folder, resume=resume, checkpoint_every=EVERY, notify=report)
 
 
-def build_run(data: ImageData, disturbed: bool = False) -> Run:
-    """A new run, with all that a checkpoint has to restore changed where `disturbed` is set."""
-    run = pipeline.build_run(configure("tiny", **SETTINGS), data)
-    seed_generators(7 if disturbed else 0)
-    if disturbed:
-        torch.manual_seed(7)
-        with torch.no_grad():
-            for parameter in run.model.parameters():
-                parameter.add_(1.0)
-    return run
+def build_run(data: ImageData) -> Run:
+    """A new run of this network on these images."""
+    return pipeline.build_run(configure("tiny", **SETTINGS), data)
 
 
 def train(loop: TrainingLoop, observe: Callable[[Step], None] = lambda step: None) -> None:

@@ -46,7 +46,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("SIGINT, SIGTERM or SIGHUP in a step", "SIGTERM"),
         ("second Ctrl-C, in the middle of an update", "SIGINT and SIGINT"),
-        ("disk full or read-only at a checkpoint", "0 bytes at every file"),
+        ("disk full or read-only at a checkpoint", "full"),
         ("out of memory in a step", "memory of the CPU"),
     ],
 )
@@ -90,7 +90,7 @@ def test_where_nothing_was_written_no_resuming_is_promised(data: ImageData, tmp_
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hinder = FAILURES["disk full or read-only at a checkpoint"].inject
-        hinder(patch, 1, "read-only at every file")
+        hinder(patch, 1, "read-only")
         with pytest.raises(RunError, match="could not be written"):
             train(loop)
     assert said == ["nothing was written yet"]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import struct
 import tracemalloc
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -101,24 +99,11 @@ def test_a_hostile_file_is_refused_cheaply(data: bytes, words: str, tmp_path: Pa
     refused(tmp_path / "file", data, words)
 
 
-class Code:
-    """A pickle of it makes a file called `marker` when it is loaded."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("mark", [b"PK\x03\x04", b"\x89CDQP\r\n\x1a"])
-def test_an_earlier_version_is_named_and_no_pickle_is_run(mark: bytes, tmp_path: Path) -> None:
-    pickled = pickle.dumps(Code(tmp_path / "ran"))
+def test_an_earlier_version_is_named(mark: bytes, tmp_path: Path) -> None:
     words = r"an earlier version of the project \(format 1 or 2, this one reads 3\): read it with the version that"
-    refused(tmp_path / "file", mark + pickled, words, damaged=False)
-    refused(tmp_path / "file", pickled, "not a checkpoint file: it starts with")
-    refused(tmp_path / "file", MARK + pickled, "damaged")
-    assert not (tmp_path / "ran").exists()
+    refused(tmp_path / "file", mark + TINY, words, damaged=False)
+    refused(tmp_path / "file", b"x" + mark, "not a checkpoint file: it starts with")
 
 
 def test_another_kind_and_a_later_version_are_named(tmp_path: Path) -> None:
