@@ -22,7 +22,7 @@ from pathlib import Path
 from experiments import pipeline
 from experiments.doctor import Examination
 from experiments.notebook import ProgressBar
-from experiments.pipeline import PRESETS, ConfigError, configure
+from experiments.pipeline import BUDGETS, PRESETS, ConfigError, configure
 from src.data import steps_per_epoch
 from src.quantizer import check_range
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     names = ("data", "data_root", "epochs", "batch_size", "limit", "seed", "device")
-    config = configure(options.preset, **{name: getattr(options, name) for name in names})
+    settings = {name: getattr(options, name) for name in names}
+    for kind in BUDGETS:
+        if amount := getattr(options, f"target_{kind}"):
+            settings["target"] = f"{kind} {amount}"
+    config = configure(options.preset, **settings)
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
     if options.resume:
@@ -152,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, help="images a step (default: the preset's)")
     parser.add_argument("--limit", type=int, help="use at most this many training and test images (default: all)")
     parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--target-bops", metavar="SHARE", help="a budget: at most 3%% of the dense network's BOPs, say"
+    )
+    targets.add_argument("--target-macs", metavar="SHARE", help="at most 50%% of the dense network's MACs, say")
+    targets.add_argument("--target-bytes", metavar="FACTOR", help="a packed file 20x smaller than the FP32 state, say")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")

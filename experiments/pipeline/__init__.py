@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from experiments.pipeline import comparison
 from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
-from experiments.pipeline.config import DEBUG, PRESETS, ConfigError, RunConfig, configure
+from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, ConfigError, RunConfig, configure
 from experiments.pipeline.run import Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
@@ -27,6 +27,7 @@ from experiments.pipeline.stages import (
 from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge
 
 __all__ = [
+    "BUDGETS",
     "DEBUG",
     "FAILED",
     "NOT_JUDGED",

@@ -18,6 +18,7 @@ from resnet import NETWORKS
 from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, check_range
 from src.training import DEVICES, PRECISIONS, LrLambda, Objective, Penalty, cosine_to_zero, hold_then_linear
 
+BUDGETS = {"bops": "BOPs", "macs": "MACs", "bytes": "bytes"}
 LEARNING_RATE_SHAPES: dict[str, Callable[[float], LrLambda]] = {
     "constant": lambda hold: lambda done: 1.0,
     "hold_then_linear": hold_then_linear,
@@ -51,6 +52,38 @@ def _within(default: float | None, lowest: float, highest: float = math.inf, rem
 
 
 @dataclass(frozen=True)
+class Budget:
+    """At most `share` of the dense FP32 network's cost of this kind: "bops", "macs" or "bytes"."""
+
+    kind: str
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read "bops 3%", "macs 0.5" or "bytes 20x" (a twentieth). Raises ConfigError for anything else."""
+        kind, _, amount = text.strip().partition(" ")
+        try:
+            number = float(amount.strip().rstrip("%x"))
+            share = 1 / number if amount.endswith("x") else number / (100 if amount.endswith("%") else 1)
+        except (ValueError, ZeroDivisionError):
+            share = math.nan
+        if kind not in BUDGETS or not 0 < share < 1:
+            raise ConfigError(
+                f"target={text!r}: need one of {', '.join(BUDGETS)}, and a share of the dense network's cost below 1, "
+                "such as 'bops 3%', 'macs 0.5' or 'bytes 20x' (a twentieth)"
+            )
+        return cls(kind, share)
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.4g} % of the dense FP32 network's {BUDGETS[self.kind]}"
+
+
+def _check_target(name: str, value: str) -> None:
+    if value:
+        Budget.parse(value)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run. Raises ConfigError, when it is built, for any setting out of range.
 
@@ -58,6 +91,8 @@ class RunConfig:
         "loss" adds their weighted squares to the loss, as the paper does; "decoupled" hands them to AdamW.
     peak, delay, ramp: the sparsity coefficient, 0 up to epoch `delay`, `peak` from epoch `delay + ramp` on.
     hold: share of the run after which a "hold_then_linear" learning rate starts to fall. It acts on the weights alone.
+    target: a budget for the finished network, such as "bops 3%" (see `Budget`); the peak is then where the coefficient
+        begins (experiments/pipeline/budget.py). "" for none.
     limit: use at most this many training images and this many test images; None for all.
     expected_accuracy: what the verdict asks of a full run, as a share.
     given: names of the settings that were asked for by name; they stay when the data calls for another preset.
@@ -94,6 +129,7 @@ class RunConfig:
     delay: int = _within(5, 0, 100_000)
     ramp: int = _within(5, 0, 100_000)
     peak: float = _within(0.008, 0, 1000)
+    target: str = field(default="", metadata={"check": _check_target})
     expected_accuracy: float = _within(0.6, 0, 1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
@@ -106,6 +142,17 @@ class RunConfig:
             raise ConfigError(
                 f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)"
             )
+
+        if self.target and (self.peak == 0 or self.regularization != "loss"):
+            raise ConfigError(
+                f"target={self.target!r}, peak={self.peak:g}, regularization={self.regularization!r}: a budget is met by "
+                "moving the penalty's coefficient; need a peak above 0, such as 0.008, and the squares in the loss"
+            )
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of the finished network, None without one."""
+        return Budget.parse(self.target) if self.target else None
 
     @property
     def quantizer_kwargs(self) -> dict[str, Any]:

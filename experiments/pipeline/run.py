@@ -10,13 +10,14 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.pipeline.budget import BudgetControl
 from experiments.pipeline.config import RunConfig
 from src import training
 from src.data import ImageData
@@ -73,6 +74,7 @@ class Run:
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
     snapshots: the quantized layers after each epoch; the training loop makes and keeps them.
+    control: moves the penalty where the configuration has a budget.
     step_fn: what a training step does; None is `train_step`, which a CUDA device records (`GraphedStep`).
     is_consistent: False from the beginning of a step to its end, and for good where it failed or was cut off.
     """
@@ -91,6 +93,7 @@ class Run:
     is_consistent: bool = True
     snapshots: Snapshots | None = None
     step_fn: StepFunction | None = None
+    control: BudgetControl | None = None
 
     def __post_init__(self) -> None:
         if self.step_fn is None and self.device.type == "cuda":
@@ -113,6 +116,13 @@ class Run:
         self.history.records[:] = progress.history.records
         self.means, self.seconds, self.is_consistent = progress.means, progress.seconds, True
 
+    @property
+    def coefficient(self) -> float:
+        """Of the penalty, in the unfinished epoch."""
+        if self.control:
+            return self.control.coefficient(self.history)
+        return self.config.schedule()(len(self.history), self.config.epochs)
+
     def steps(self) -> Iterator[Step]:
         """Train the unfinished epoch from where it stands, yielding after each step, which is counted by then.
 
@@ -120,7 +130,9 @@ class Run:
         not consistent then.
         """
         settings = epoch_settings(self.config, len(self.history), self.precision)
-        settings |= {"start": self.means.steps, "step": self.step_fn}
+        settings |= {"start": self.means.steps, "step": self.step_fn, "coefficient": self.coefficient}
+        if self.control:
+            self.control.apply(self.history)
         began = time.perf_counter()
         self.is_consistent = False
         try:
@@ -149,10 +161,13 @@ class Run:
                 self.data,
                 self.means,
                 epoch=epoch,
-                coefficient=self.config.schedule()(epoch, self.config.epochs),
+                coefficient=self.coefficient,
                 seconds=self.seconds,
                 precision=self.precision,
             )
+        if self.control:
+            cost, penalised = self.control.cost(self.model), self.control.choose(self.model)
+            record = replace(record, cost=cost, penalised=penalised)
         self.history.append(record)
         self.means, self.seconds = EpochMeans(), 0.0
         return record

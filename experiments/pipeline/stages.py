@@ -19,6 +19,7 @@ from torch import nn
 
 from experiments import figures
 from experiments.evaluator import EvalResult, Evaluator
+from experiments.pipeline.budget import BudgetControl
 from experiments.pipeline.config import RunConfig, suited_to
 from experiments.pipeline.run import Run
 from experiments.pipeline.verdict import Verdict, judge
@@ -86,6 +87,9 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
     device = data.train_images.device
     model = build_network(config, data, device)
     attached = attach(config, model)
+    dense = NETWORKS[config.model](data.num_classes, config.shortcut)
+    control = BudgetControl(config, model, dense) if config.target else None
+    penalty = coupled_group_lasso(model) if config.peak > 0 else None
     return Run(
         config=config,
         data=data,
@@ -94,8 +98,9 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
         model=model,
         attached=attached,
         optimizer=build_optimizer(config, model),
-        objective=config.objective(coupled_group_lasso(model) if config.peak > 0 else None),
+        objective=control.objective if control else config.objective(penalty),
         history=History(config.epochs),
+        control=control,
     )
 
 

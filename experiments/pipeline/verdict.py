@@ -27,6 +27,7 @@ LOOK_AT = {
     "bits fall": "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
     "nothing collapses": "the coefficient when accuracy fell; layers that died whole in the liveness map",
     "no layer dies whole": "the coefficient's peak: a whole branch was pruned away",
+    "budget met": "the column cost of history.csv; more epochs, a larger peak, or a larger budget",
 }
 """Every expectation by name, and what to look at where it is not met."""
 
@@ -145,4 +146,8 @@ def judge(
 
     gone = [layer.name for layer in last.layers if all(layer.dead)]
     expect("no layer dies whole", "a live filter in every layer", ", ".join(gone) or "all live", not gone)
+    if config.budget and last.cost is not None:
+        used = f"{100 * last.cost:.4g} %, {last.cost / config.budget.share:.1%} of the budget"
+        met = last.cost <= config.budget.share
+        expect("budget met", f"at most {config.budget}", used, met, met or len(history) >= config.epochs)
     return Verdict(tuple(expectations))

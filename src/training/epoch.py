@@ -52,7 +52,7 @@ class EpochMeans:
         self.steps += 1
         self.images += step.images
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> dict[str, Any]:
         """Means over the steps (`MEANS`) and train_accuracy over the images. Raises TrainingError without a step."""
         if self.sums is None:
             raise TrainingError("no step was taken in this epoch: the training set is empty")

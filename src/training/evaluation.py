@@ -59,7 +59,7 @@ def layer_records(model: nn.Module) -> tuple[LayerRecord, ...]:
     return tuple(records)
 
 
-def summarize_layers(layers: tuple[LayerRecord, ...], sizes: Mapping[str, int]) -> dict[str, float]:
+def summarize_layers(layers: tuple[LayerRecord, ...], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Network-wide figures from the layers'; `sizes`: number of weights of each.
 
     unstructured_sparsity: share of all quantized weights that are 0. structured_sparsity: share of all their output

@@ -49,6 +49,8 @@ class EpochRecord:
 
     loss = task_loss + logit_penalty + coefficient * group_penalty; group_penalty is the sparsity penalty before it
     is multiplied by the coefficient. learning_rate and coefficient are those the epoch was trained with.
+    Of a run with a budget: cost is the budgeted cost at the end of the epoch, as a share of the dense network's;
+    penalised are the groups of channels that the next epoch penalises, where it does not penalise all.
     """
 
     epoch: int
@@ -66,6 +68,8 @@ class EpochRecord:
     mean_bits: float
     seconds: float
     layers: tuple[LayerRecord, ...]
+    cost: float | None = None
+    penalised: tuple[int, ...] = ()
 
     def console_line(self, epochs: int) -> str:
         """The line that the script prints for this epoch; `epochs` is the number planned."""
@@ -77,7 +81,7 @@ class EpochRecord:
         )
 
 
-SCALARS = tuple(f.name for f in fields(EpochRecord) if f.name != "layers")
+SCALARS = tuple(f.name for f in fields(EpochRecord) if f.name not in ("layers", "penalised"))
 LAYER_SCALARS = ("bits", "dead_zone", "sparsity", "dead_channels")
 
 
@@ -122,13 +126,19 @@ class History:
         return np.array([[getattr(layer, name) for layer in record.layers] for record in self.records], np.float64)
 
     def csv_text(self) -> str:
-        """One row per epoch: the scalars, then bits, dead_zone, sparsity and dead_channels of each layer."""
+        """One row per epoch: the scalars, then bits, dead_zone, sparsity and dead_channels of each layer.
+
+        The column "cost" is there only where a record has one.
+        """
+        scalars = [
+            name for name in SCALARS if name != "cost" or any(record.cost is not None for record in self.records)
+        ]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([*SCALARS, *(f"{name}.{key}" for name in self.layer_names for key in LAYER_SCALARS)])
+        writer.writerow([*scalars, *(f"{name}.{key}" for name in self.layer_names for key in LAYER_SCALARS)])
         for record in self.records:
             layers = [getattr(layer, key) for layer in record.layers for key in LAYER_SCALARS]
-            writer.writerow([*(getattr(record, name) for name in SCALARS), *layers])
+            writer.writerow([*(getattr(record, name) for name in scalars), *layers])
         return out.getvalue()
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +152,8 @@ class History:
             history = cls(data["epochs"])
             for entry in data["records"]:
                 layers = tuple(LayerRecord(**{**layer, "dead": tuple(layer["dead"])}) for layer in entry["layers"])
-                history.append(EpochRecord(**{**entry, "layers": layers}))
+                penalised = tuple(entry.get("penalised", ()))
+                history.append(EpochRecord(**{**entry, "layers": layers, "penalised": penalised}))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a history of this version: {error}; start the run again without --resume") from error
         return history

@@ -1,0 +1,156 @@
+"""A budget: how small the finished network must be, and the control of the penalty that gets it there.
+
+    cost    macs   MACs after exact channel removal
+            bops   MACs of the non-zero weights x weight bits x 32, the paper's account
+            bytes  the packed file
+            each as a share c of the dense FP32 network's, counted exactly after every epoch
+    path    log r(e) = log c0 + (log a - log c0) (3 t^2 - 2 t^3), t = (e - e0) / (E - e0), a = 0.96 budget
+    error   x(e) = log c(e) - log r(e)
+    dual    nu(e) = peak exp(3 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1
+
+e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
+For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
+gives them, and is 0 while the cost is below a: neither grows back once the weights' learning rate falls. For macs it
+weights the group lasso of those channels alone that do not fit, the smallest ones by root mean square, chosen anew
+after every epoch: the others are not drawn to zero, so the cost cannot fall far below the budget.
+The control is a function of the history alone, so a resumed run continues it.
+Axis letters: G groups.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from experiments.pipeline.config import Budget, ConfigError, RunConfig
+from experiments.sparsity import group_norms
+from metrics import QuantizationComparison
+from src.export import pack
+from src.pruning import channel_groups
+from src.training import History, Objective, squared_logits
+from utils_quantization import quantized_layers, shared_quantized_weights
+
+AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
+GAIN, INTEGRAL_GAIN = 3.0, 0.3
+WEAKEST, STRONGEST = 0.02, 30.0  # times the peak
+
+
+class BudgetControl:
+    """What a run with a budget minimises, and how strongly, epoch by epoch. See the module.
+
+    model: with its quantizers. dense: the same network without. Raises ConfigError where the layers in full precision
+    alone cost more BOPs than the budget.
+    """
+
+    def __init__(self, config: RunConfig, model: nn.Module, dense: nn.Module) -> None:
+        self.budget = Budget.parse(config.target)
+        self.peak, self.begin, self.epochs = config.peak, max(config.delay, 1), config.epochs
+        self._comparison = QuantizationComparison()
+        self._dense = self._comparison.set_baseline(dense)
+        if self.budget.kind == "bops":
+            self._check_floor(model)
+        self._groups = channel_groups(model)
+        self._norms = group_norms(self._groups)
+        self._chosen = torch.ones(len(self._groups), device=next(model.parameters()).device)
+        self._squares = config.logit_decay_dz / config.peak, config.logit_decay_bit / config.peak
+        if self.budget.kind == "macs":
+            self.objective = config.objective(self._chosen_lasso)
+        else:
+            self.objective = Objective(self._lasso_and_squares)
+
+    def coefficient(self, history: History) -> float:
+        """The coefficient of the epoch that follows `history`; 0 up to epoch `begin`."""
+        done, aim = len(history), AIM * self.budget.share
+        if done < self.begin:
+            return 0.0
+        costs = [float(record.cost or 1.0) for record in history.records[self.begin - 1 :]]
+        errors = []
+        for epoch, cost in enumerate(costs, self.begin):
+            t = (epoch - self.begin) / max(self.epochs - self.begin, 1)
+            path = math.log(costs[0]) + math.log(aim / costs[0]) * (3 * t**2 - 2 * t**3)
+            errors.append(math.log(cost) - path)
+        if self.budget.kind != "macs" and costs[-1] <= aim:
+            return 0.0
+        exponent = GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors)
+        weakest = 1.0 if self.budget.kind == "macs" else WEAKEST
+        return self.peak * min(max(math.exp(min(exponent, 50.0)), weakest), STRONGEST)
+
+    def apply(self, history: History) -> None:
+        """Let the objective be that of the epoch that follows `history`."""
+        if self.budget.kind == "macs":
+            self._chosen.zero_()
+            if history.records:
+                self._chosen[list(history.last.penalised)] = 1
+
+    @torch.no_grad()
+    def cost(self, model: nn.Module) -> float:
+        """The cost of the network as it is now, as a share of the dense network's."""
+        was_training = model.training
+        model.eval()
+        try:
+            if self.budget.kind == "bytes":
+                with tempfile.TemporaryDirectory() as folder:
+                    report = pack(model, Path(folder) / "model.cdq")
+                return report.file_bytes / report.fp32_state_bytes
+            if self.budget.kind == "macs":
+                return self._comparison.calculate_stats(model).total_macs / self._dense.total_macs
+            return self._comparison.calculate_unstructured_stats(model).total_bops / self._dense.total_bops
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def choose(self, model: nn.Module) -> tuple[int, ...]:
+        """For macs: the fewest groups, smallest first, without which the network fits; () for another budget."""
+        if self.budget.kind != "macs":
+            return ()
+        with shared_quantized_weights(model):
+            norms = self._norms(model).cpu()
+        smallest_first = (norms / self._parameters_of_groups(model).sqrt()).argsort(stable=True).numpy()
+        counts = range(len(self._groups) + 1)
+        aim = AIM * self.budget.share
+        fewest = bisect.bisect_left(counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= aim)
+        return tuple(sorted(smallest_first[:fewest].tolist()))
+
+    def _macs_without(self, groups: NDArray[np.int64]) -> float:
+        """MACs without these groups, as a share of the dense network's: of a layer, filters left x slices left."""
+        macs = {layer.name: float(layer.macs) for layer in self._dense.layers}
+        for member in self._groups.members:
+            if member.role in ("filter", "slice"):
+                macs[member.module] *= 1 - np.isin(member.groups, groups).mean()
+        return sum(macs.values()) / self._dense.total_macs
+
+    def _parameters_of_groups(self, model: nn.Module) -> Tensor:
+        """Number of parameters of each group, (G,)."""
+        counts = torch.zeros(len(self._groups))
+        for member in self._groups.members:
+            parameter = getattr(model.get_submodule(member.module), member.parameter)
+            each = torch.full(member.groups.shape, parameter.numel() / len(member.groups))
+            inside = torch.from_numpy(member.groups >= 0)
+            counts.index_add_(0, torch.from_numpy(member.groups)[inside], each[inside])
+        return counts
+
+    def _check_floor(self, model: nn.Module) -> None:
+        """Raise ConfigError where the layers in full precision alone cost more BOPs than the budget."""
+        quantized = quantized_layers(model)
+        full = [layer for layer in self._dense.layers if layer.name not in quantized]
+        floor = sum(layer.bops for layer in full) / self._dense.total_bops
+        if floor >= self.budget.share:
+            names = ", ".join(layer.name for layer in full)
+            raise ConfigError(
+                f"target: {self.budget} is less than the layers in full precision cost alone ({names}: {floor:.2%}, at "
+                f"32-bit weights); ask for more than that, or quantize them too: with 8 bits they cost {floor / 4:.2%} "
+                "(exclude_layers)"
+            )
+
+    def _lasso_and_squares(self, model: nn.Module) -> Tensor:
+        return self._norms(model).sum() + squared_logits(model, *self._squares)
+
+    def _chosen_lasso(self, model: nn.Module) -> Tensor:
+        return (self._norms(model) * self._chosen).sum()
