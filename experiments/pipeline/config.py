@@ -145,8 +145,8 @@ class RunConfig:
 
         if self.target and (self.peak == 0 or self.regularization != "loss"):
             raise ConfigError(
-                f"target={self.target!r}, peak={self.peak:g}, regularization={self.regularization!r}: a budget is met by "
-                "moving the penalty's coefficient; need a peak above 0, such as 0.008, and the squares in the loss"
+                f"target={self.target!r}, peak={self.peak:g}, regularization={self.regularization!r}: a budget is met "
+                "by moving the penalty's coefficient; need a peak above 0, such as 0.008, and the squares in the loss"
             )
 
     @property
