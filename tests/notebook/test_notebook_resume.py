@@ -38,45 +38,39 @@ TRAIN = "small_run.train(loop)"
 WHERE = "after epoch 1 of 3 and 2 steps of the next"
 
 
-class Kernel:
-    """A kernel and what its cells printed."""
+def execute(client: NotebookClient, source: str) -> str:
+    """Run a cell; its text output. Raises what nbclient raises."""
+    client.nb.cells.append(nbformat.v4.new_code_cell(source))
+    client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)
+    return printed(client)
 
-    def __init__(self, client: NotebookClient) -> None:
-        self.client = client
 
-    def execute(self, source: str) -> str:
-        """Run a cell; its text output. Raises what nbclient raises."""
-        self.cell = nbformat.v4.new_code_cell(source)
-        self.client.nb.cells.append(self.cell)
-        self.client.execute_cell(self.cell, len(self.client.nb.cells) - 1)
-        return self.printed()
-
-    def printed(self) -> str:
-        texts = (output.get("text") or output.get("data", {}).get("text/plain", "") for output in self.cell.outputs)
-        return "\n".join(texts)
+def printed(client: NotebookClient) -> str:
+    """The text output of the last cell."""
+    outputs = client.nb.cells[-1].outputs
+    return "\n".join(one.get("text") or one.get("data", {}).get("text/plain", "") for one in outputs)
 
 
 @contextmanager
-def kernel(folder: Path, *, resume: bool = False, signal_name: str = "") -> Iterator[Kernel]:
+def kernel(folder: Path, *, resume: bool = False, signal_name: str = "") -> Iterator[NotebookClient]:
     """A kernel with the run opened; the signal comes in the middle of step 6, the second of epoch 2."""
     notebook = nbformat.v4.new_notebook()
     client = NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     with client.setup_kernel():
-        started = Kernel(client)
-        started.execute(BUILD + (INTERRUPT.format(name=signal_name) if signal_name else ""))
-        opened = started.execute(OPEN.format(folder=str(folder), resume=resume))
+        execute(client, BUILD + (INTERRUPT.format(name=signal_name) if signal_name else ""))
+        opened = execute(client, OPEN.format(folder=str(folder), resume=resume))
         assert ("resumed" in opened) == resume
-        yield started
+        yield client
 
 
 @pytest.mark.slow
 def test_the_cell_that_was_stopped_is_run_again(tiny_run: Unbroken, tmp_path: Path) -> None:
     with kernel(tmp_path, signal_name="SIGINT") as one:  # what a stop button has the server do
         with pytest.raises(CellExecutionError, match="Interrupted"):
-            one.execute(TRAIN)
-        assert f"stopped {WHERE}, which is kept in {tmp_path}; run this cell again" in one.printed()
-        one.execute(TRAIN)  # the kernel lives
-        assert one.execute("print(len(calls), len(run.history))") == "12 3\n"
+            execute(one, TRAIN)
+        assert f"stopped {WHERE}, which is kept in {tmp_path}; run this cell again" in printed(one)
+        execute(one, TRAIN)  # the kernel lives
+        assert execute(one, "print(len(calls), len(run.history))") == "12 3\n"
     assert not differences(tmp_path, tiny_run.folder, command=False)
 
 
@@ -84,10 +78,10 @@ def test_the_cell_that_was_stopped_is_run_again(tiny_run: Unbroken, tmp_path: Pa
 def test_a_kernel_that_was_asked_to_end_does_and_a_new_one_continues(tiny_run: Unbroken, tmp_path: Path) -> None:
     with kernel(tmp_path, signal_name="SIGTERM") as one:
         with pytest.raises(CellExecutionError, match="Terminated"):
-            one.execute(TRAIN)
-        assert f"stopped {WHERE}, which is kept in {tmp_path}; the notebook with RESUME = True" in one.printed()
-        assert one.client.km.provisioner.process.wait(timeout=60) is not None
+            execute(one, TRAIN)
+        assert f"stopped {WHERE}, which is kept in {tmp_path}; the notebook with RESUME = True" in printed(one)
+        assert one.km.provisioner.process.wait(timeout=60) is not None
     with kernel(tmp_path, resume=True) as one:
-        one.execute(TRAIN)
-        assert one.execute("print(len(calls))") == "6\n"  # 12 steps less the 6 that were kept
+        execute(one, TRAIN)
+        assert execute(one, "print(len(calls))") == "6\n"  # 12 steps less the 6 that were kept
     assert not differences(tmp_path, tiny_run.folder, command=False)
