@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.pruning import LayerLiveness, analyze_liveness
+from src.pruning import LayerLiveness, analyze_liveness, check_multiple
 from src.quantizer import check_range
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
 
@@ -93,13 +93,15 @@ class ModelStats:
 class QuantizationComparison:
     """Compare networks of one architecture with a baseline: `set_baseline`, then `calculate_stats` and the ratios.
 
-    input_size: (C, H, W) of one image. b_a: bits of the activations. Raises MetricsError for bits out of range.
+    input_size: (C, H, W) of one image. b_a: bits of the activations. multiple_of: as in src.pruning.compact, whose
+    network the structured numbers describe. Raises MetricsError for bits or multiples out of range.
     """
 
-    def __init__(self, input_size: tuple[int, int, int] = (3, 32, 32), b_a: int = 32) -> None:
+    def __init__(self, input_size: tuple[int, int, int] = (3, 32, 32), b_a: int = 32, multiple_of: int = 1) -> None:
         check_range("b_a", b_a, 1, 64, remedy="bits of the activations", error=MetricsError)
         self.input_size = input_size
         self.b_a = b_a
+        self.multiple_of = multiple_of
         self.baseline: ModelStats | None = None
 
     def set_baseline(self, model: nn.Module) -> ModelStats:
@@ -136,7 +138,9 @@ class QuantizationComparison:
     @torch.no_grad()
     def _count(self, model: nn.Module, macs_of: Callable[[LayerLiveness, Tensor], int]) -> ModelStats:
         """`macs_of`: MACs of a layer, given its (quantized) weight."""
-        liveness, quantized, layers = analyze_liveness(model, self.input_size), quantized_layers(model), []
+        check_multiple(model, self.multiple_of, MetricsError)
+        liveness = analyze_liveness(model, self.input_size, self.multiple_of)
+        quantized, layers = quantized_layers(model), []
         with shared_quantized_weights(model):
             for live in liveness.layers:
                 layer = cast(Any, model.get_submodule(live.name))

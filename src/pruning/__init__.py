@@ -9,7 +9,7 @@ from src.pruning.compact_network import CompactionError, CompactNetwork
 from src.pruning.compaction import compact
 from src.pruning.graph import GraphError, Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
-from src.pruning.liveness import LayerLiveness, analyze_liveness
+from src.pruning.liveness import LayerLiveness, analyze_liveness, check_multiple
 from src.pruning.operations import Operation
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "analyze_liveness",
     "channel_groups",
+    "check_multiple",
     "compact",
     "groups_of",
     "trace",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork
 from src.pruning.graph import LAYERS, Op
-from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, is_padded
+from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import Operation
 from utils_quantization import shared_quantized_weights
 
@@ -34,14 +34,22 @@ Indices = NDArray[np.int64]
 
 
 @torch.no_grad()
-def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> CompactNetwork:
+def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), multiple_of: int = 1) -> CompactNetwork:
     """`model` without the channels that exact removal takes out, in eval mode, on its device and in its dtype.
 
     Logits agree to rounding (1e-10 relative in float64, 1e-4 in float32) and MACs are those that
     metrics.QuantizationComparison.calculate_stats counts. Quantized weights become plain parameters, bit for bit;
     `model` is left as it is. input_size: (C, H, W) of one image.
 
-    Raises CompactionError for a network in training mode, with an operation that src/pruning/graph.py does not know,
+    multiple_of: above 1, a layer of which something is removed keeps the next multiple of that many output channels, or
+    all it has. Layers tied by residual connections keep one set: what is live in any of them, rounded up; a branch of
+    which nothing is left stays away. Kept in addition are the channels whose groups (src/pruning/groups.py) have the
+    largest norm with quantized weights; they compute what they did. A layer reads all kept channels. A channel of ones,
+    where constants of removed channels are left, takes the place of a kept constant channel; where there is none, it
+    comes on top of the multiple.
+
+    Raises CompactionError for a `multiple_of` that is not a whole number from 1 to the widest layer's width; for a
+    network in training mode, with an operation that src/pruning/graph.py does not know,
     with weights that are not finite, or whose output does not depend on the image; GraphError where the network cannot
     be traced.
     """
@@ -50,7 +58,8 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) ->
             f"{type(model).__name__} is in training mode, where BatchNorm's statistics move and constants are not "
             "constant; call model.eval() first"
         )
-    liveness = analyze_liveness(model, input_size)
+    check_multiple(model, multiple_of, CompactionError)
+    liveness = analyze_liveness(model, input_size, multiple_of)
     _check_supported(liveness.ops)
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):
@@ -140,8 +149,9 @@ class _Writer:
         module, source = self.modules[layer.name], op.inputs[0]
         weight = self.weights[layer.name][layer.kept_out]  # (O, I, ...)
         bias = None if module.bias is None else cast(Tensor, module.bias).detach().cpu()[layer.kept_out]
-        constants = torch.from_numpy(np.nan_to_num(self.liveness.constant[source]))
-        carried = torch.tensordot(weight.double(), constants, dims=([1], [0]))  # (O, ...)
+        constants = np.nan_to_num(self.liveness.constant[source])
+        constants[layer.kept_in] = 0
+        carried = torch.tensordot(weight.double(), torch.from_numpy(constants), dims=([1], [0]))  # (O, ...)
         weight = weight[:, layer.kept_in]
         value = self._select(source, layer.kept_in) if len(layer.kept_in) else None
         if layer.carries_constants:
@@ -167,14 +177,23 @@ class _Writer:
         constants = np.zeros(len(kept))
         branches = []
         for name in op.inputs:
-            constants += np.nan_to_num(self.liveness.constant[name])[kept]
+            constants += self._removed(name)[kept]
             if np.isin(kept, self.kept[name]).any():
-                branches.append(self._select(name, kept))
+                branches.append(self._chosen(self.value[name], self.kept[name], kept))
         value = branches[0] if len(branches) == 1 else self._describe("add", *branches)
         return self._shift(f"constant_{op.name}", value, torch.from_numpy(constants)) if constants.any() else value
 
     def _select(self, source: str, wanted: Indices) -> int:
-        return self._chosen(self.value[source], self.kept[source], wanted)
+        value = self._chosen(self.value[source], self.kept[source], wanted)
+        constants = np.append(self._removed(source), 0.0)[wanted]  # -1 takes the 0
+        name = f"constant_{source}_{len(self.operations)}"
+        return self._shift(name, value, torch.from_numpy(constants)) if constants.any() else value
+
+    def _removed(self, source: str) -> NDArray[np.float64]:
+        """What the removed channels of a value are, 0 for those that are kept or that nothing needs."""
+        constants = np.nan_to_num(self.liveness.constant[source])
+        constants[self.kept[source]] = 0
+        return constants
 
     def _chosen(self, value: int, have: Indices, wanted: Indices) -> int:
         """`value` has the channels `have`; give those of `wanted`, zeros where it has none."""

@@ -67,6 +67,22 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 
 
 def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups:
     """`channel_groups` for operations that were traced already."""
+    numbers, names = group_numbers(ops)
+    members: list[Member] = []
+    for op in ops:
+        own, name = numbers[op.name], op.module or ""
+        if op.kind in LAYERS:
+            read = numbers[op.inputs[0]]
+            members += [Member(name, "weight", "filter", 0, own), Member(name, "weight", "slice", 1, read)]
+            if getattr(modules[name], "bias", None) is not None:
+                members.append(Member(name, "bias", "bias", 0, own))
+        elif op.kind == "batchnorm" and getattr(modules[name], "weight", None) is not None:
+            members += [Member(name, "weight", "scale", 0, own), Member(name, "bias", "shift", 0, own)]
+    return ChannelGroups(tuple(member for member in members if (member.groups >= 0).any()), tuple(names))
+
+
+def group_numbers(ops: Sequence[Op]) -> tuple[dict[str, NDArray[np.int64]], list[str]]:
+    """The group of each channel of each operation's output, -1 for none, by operation name; names of the groups."""
     labels, fixed = _labels(ops)
     number = np.full(1 + max((int(own.max()) for own in labels.values() if len(own)), default=0), -1)
     names: list[str] = []
@@ -76,17 +92,7 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
                 if label not in fixed and number[label] < 0:
                     number[label] = len(names)
                     names.append(f"{op.module}[{channel}]")
-    members: list[Member] = []
-    for op in ops:
-        own, name = number[labels[op.name]], op.module or ""
-        if op.kind in LAYERS:
-            read = number[labels[op.inputs[0]]]
-            members += [Member(name, "weight", "filter", 0, own), Member(name, "weight", "slice", 1, read)]
-            if getattr(modules[name], "bias", None) is not None:
-                members.append(Member(name, "bias", "bias", 0, own))
-        elif op.kind == "batchnorm" and getattr(modules[name], "weight", None) is not None:
-            members += [Member(name, "weight", "scale", 0, own), Member(name, "bias", "shift", 0, own)]
-    return ChannelGroups(tuple(member for member in members if (member.groups >= 0).any()), tuple(names))
+    return {name: number[own] for name, own in labels.items()}, names
 
 
 def _labels(ops: Sequence[Op]) -> tuple[dict[str, NDArray[np.int64]], set[int]]:

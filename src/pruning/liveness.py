@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from src.pruning.graph import CHANNELWISE, LAYERS, Op, trace
+from src.pruning.groups import group_numbers, groups_of
+from src.quantizer import check_range
 from utils_quantization import shared_quantized_weights
 
 Flags = NDArray[np.bool_]
@@ -33,7 +35,7 @@ class LayerLiveness:
     in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
     constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
     dead_out: whether all weights of the filter are zero (O,).
-    kept_out, kept_in: indices of the output channels, and of the input channels read by them, after exact removal.
+    kept_out, kept_in: indices of the output channels, and of the input channels read by them, after removal.
     carries_constants: whether the layer then needs one more input channel, of ones, for the constants it reads.
     """
 
@@ -58,7 +60,7 @@ class Liveness:
     """What exact removal would keep. Arrays by operation name, one entry per channel of its output.
 
     constant: the value where the channel is the same for every image and pixel, NaN where it is live.
-    kept: live, and read by something that reaches the output.
+    kept: live, and read by something that reaches the output; or kept in addition, for a round number of channels.
     """
 
     ops: tuple[Op, ...]
@@ -80,12 +82,15 @@ class Liveness:
 
 
 @torch.no_grad()
-def analyze_liveness(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Liveness:
+def analyze_liveness(
+    model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), multiple_of: int = 1
+) -> Liveness:
     """Follow every channel of `model` as it would compute in eval mode, with the quantizers as they are switched.
 
     Forwards: a channel is constant where every weight that reads a live channel is zero, and where no nonzero constant
     is read through zero padding. Backwards: a live channel is kept where a nonzero weight of a kept channel reads it.
-    Works in float64. Raises GraphError where the network cannot be traced.
+    multiple_of: round the number of channels up, as `compact` says. Works in float64. Raises GraphError where the
+    network cannot be traced.
     """
     ops = trace(model, input_size)
     modules = dict(model.named_modules())
@@ -95,15 +100,19 @@ def analyze_liveness(model: nn.Module, input_size: tuple[int, int, int] = (3, 32
             for op in ops
             if isinstance(module := modules.get(op.module or ""), (nn.Conv2d, nn.Linear))
         }
+        norms = _group_norms(ops, modules)
     whole = _whole(ops)
     constant: dict[str, Values] = {}
     for op in ops:
         sources = [constant[name] for name in op.inputs]
         value = _constant(op, modules.get(op.module or ""), weights.get(op.name), sources)
         constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
-    kept = _kept(ops, constant, weights, whole)
+    reads = {name: _reads(weight) for name, weight in weights.items()}
+    kept = _kept(ops, constant, reads, whole, {})
+    if multiple_of > 1:
+        kept = _rounded_up(ops, constant, reads, whole, kept, norms, multiple_of)
     layers = [
-        _layer(op, modules[op.module], weights[op.name], constant, kept)
+        _layer(op, modules[op.module], weights[op.name], constant, kept, norms, multiple_of)
         for op in ops
         if op.module and op.name in weights
     ]
@@ -137,32 +146,96 @@ def _constant_of_layer(module: nn.Module, weight: Values, source: Values) -> Val
 
 
 def _kept(
-    ops: Sequence[Op], constant: dict[str, Values], weights: dict[str, Values], whole: set[str]
+    ops: Sequence[Op],
+    constant: dict[str, Values],
+    reads: dict[str, Flags],
+    whole: set[str],
+    also: dict[str, Flags],
 ) -> dict[str, Flags]:
+    """Channels that are live and needed, and those of `also`."""
     needed = {op.name: np.full(op.channels, op.kind == "input" or op.name in whole) for op in ops}
+    kept: dict[str, Flags] = {}
     for op in reversed(ops):
-        wanted = needed[op.name] & np.isnan(constant[op.name])
+        kept[op.name] = wanted = needed[op.name] & np.isnan(constant[op.name]) | also.get(op.name, np.False_)
         for name in op.inputs:
             if op.kind in LAYERS:
-                needed[name] |= _reads(weights[op.name])[wanted].any(axis=0)
+                needed[name] |= reads[op.name][wanted].any(axis=0)
             elif op.kind in CHANNELWISE:
                 channels = op.channel_map(len(needed[name]))[wanted]
                 needed[name][channels[channels >= 0]] = True
-    return {op.name: needed[op.name] & np.isnan(constant[op.name]) for op in ops}
+    return kept
+
+
+def _rounded_up(
+    ops: Sequence[Op],
+    constant: dict[str, Values],
+    reads: dict[str, Flags],
+    whole: set[str],
+    kept: dict[str, Flags],
+    norms: dict[str, Values],
+    multiple_of: int,
+) -> dict[str, Flags]:
+    """`kept` with as many channels more as the multiple asks for, the same ones in all operations that are tied.
+
+    What is added may need more of what it reads, so this is repeated until nothing changes.
+    """
+    numbers, _ = group_numbers(ops)
+    tied: dict[bytes, list[str]] = {}
+    for op in ops:
+        tied.setdefault(numbers[op.name].tobytes(), []).append(op.name)
+    widths = [tied[numbers[op.name].tobytes()] for op in ops if op.kind in LAYERS]
+    while True:
+        also: dict[str, Flags] = {}
+        for names in widths:
+            alive = [name for name in names if kept[name].any()]  # a branch that is gone stays gone
+            if alive:
+                union = np.asarray(np.any([kept[name] for name in alive], axis=0))
+                by_norm = np.argsort(np.where(union, -np.inf, -norms[alive[0]]), kind="stable")
+                union[by_norm[: -(-int(union.sum()) // multiple_of) * multiple_of]] = True
+                also |= dict.fromkeys(alive, union)
+        for op in ops:
+            if op.kind == "flatten" and op.name not in also:  # a channel's pixels are features beside each other
+                also[op.name] = kept[op.inputs[0]][op.channel_map(len(kept[op.inputs[0]]))]
+        before, kept = kept, _kept(ops, constant, reads, whole, also)
+        if all(np.array_equal(before[name], flags) for name, flags in kept.items()):
+            return kept
+
+
+def _group_norms(ops: Sequence[Op], modules: dict[str, nn.Module]) -> dict[str, Values]:
+    """The norm of the group of each channel of each operation's output, -1 where it is in none, by operation name."""
+    numbers, names = group_numbers(ops)
+    squares = np.zeros(len(names) + 1)
+    for member in groups_of(ops, modules).members:
+        values = _numpy(getattr(modules[member.module], member.parameter)) ** 2
+        others = tuple(dim for dim in range(values.ndim) if dim != member.dim)
+        np.add.at(squares, member.groups, values.sum(axis=others))
+    norms = np.append(np.sqrt(squares[:-1]), -1)
+    return {name: norms[own] for name, own in numbers.items()}
 
 
 def _layer(
-    op: Op, module: nn.Module, weight: Values, constant: dict[str, Values], kept: dict[str, Flags]
+    op: Op,
+    module: nn.Module,
+    weight: Values,
+    constant: dict[str, Values],
+    kept: dict[str, Flags],
+    norms: dict[str, Values],
+    multiple_of: int,
 ) -> LayerLiveness:
     outputs, inputs = weight.shape[:2]
     reads = _reads(weight)  # (O, I)
     if op.kind == "opaque":  # a grouped or shared layer: nothing of it is removed, but its cost counts
         source, result = np.full(inputs, np.nan), np.full(outputs, np.nan)
         kept_out, read = np.arange(outputs), np.full(inputs, True)
+        taken = read
     else:
         source, result, kept_out = constant[op.inputs[0]], constant[op.name], np.flatnonzero(kept[op.name])
         read = np.asarray(reads[kept_out].any(axis=0))  # (I,): by a kept output channel
-    live = np.isnan(source)
+        taken = kept[op.inputs[0]] & (read if multiple_of == 1 else len(kept_out) > 0)
+    carries = bool(is_padded(module) and (read & ~taken & (source != 0)).any())
+    spare = np.flatnonzero(taken & ~np.isnan(source))
+    if carries and len(spare):  # the channel of ones takes the place of the one that matters least
+        taken[spare[np.argmin(norms[op.inputs[0]][spare])]] = False
     return LayerLiveness(
         name=cast(str, op.module),
         out_channels=outputs,
@@ -170,10 +243,17 @@ def _layer(
         constant_out=result,
         dead_out=~np.asarray(reads.any(axis=1)),
         kept_out=kept_out,
-        kept_in=np.flatnonzero(read & live),
-        carries_constants=bool(is_padded(module) and (read & ~live & (source != 0)).any()),
+        kept_in=np.flatnonzero(taken),
+        carries_constants=carries,
         pixels=op.height * op.width,
     )
+
+
+def check_multiple(model: nn.Module, multiple_of: int, error: type[ValueError]) -> None:
+    """Raise `error` unless `multiple_of` is a whole number from 1 to the width of the widest layer."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    widest = max(layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features for layer in layers)
+    check_range("multiple_of", multiple_of, 1, widest, remedy="the widest layer has no more channels", error=error)
 
 
 def is_padded(module: nn.Module) -> bool:

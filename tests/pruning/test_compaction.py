@@ -32,15 +32,18 @@ def zero(model: nn.Module, **filters: list[int] | slice) -> nn.Module:
 
 
 @torch.no_grad()
-def compared(model: nn.Module, size: tuple[int, int, int] = IMAGE, tolerance: float = 1e-10) -> CompactNetwork:
+def compared(
+    model: nn.Module, size: tuple[int, int, int] = IMAGE, tolerance: float = 1e-10, multiple_of: int = 1
+) -> CompactNetwork:
     """Compact, and compare the logits with the original's and the operations with the metrics'."""
     x = torch.randn(5, *size, generator=torch.Generator().manual_seed(9), dtype=next(model.parameters()).dtype)
-    network, expected = compact(model, size), model(x)
+    network, expected = compact(model, size, multiple_of), model(x)
     difference = (network(x) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     assert difference < tolerance, f"logits differ by {difference:.1e}"
+    comparison = QuantizationComparison(size, multiple_of=multiple_of)
     with FlopCounterMode(display=False) as counter:
         network(x[:1])
-    assert counter.get_total_flops() == 2 * QuantizationComparison(size).calculate_stats(model).total_macs
+    assert counter.get_total_flops() == 2 * comparison.calculate_stats(model).total_macs
     return network
 
 
@@ -200,13 +203,14 @@ TINY = st.sampled_from(SMALL).map(lambda topology: topology())
     model=st.one_of(residual_networks(), chains(), TINY),
     seed=st.integers(0, 10_000),
     share=st.sampled_from([0.0, 0.1, 0.2, 0.4]),
+    multiple_of=st.integers(1, 2),
 )
-def test_any_network_any_mask(model: nn.Module, seed: int, share: float) -> None:
+def test_any_network_any_mask(model: nn.Module, seed: int, share: float, multiple_of: int) -> None:
     """Random shapes, dead filters, dead slices, zero scales: equal, or dead and said so."""
     zero_some(randomize(model, seed), seed, share)
     dead = ""
     try:
-        compared(model)
+        compared(model, multiple_of=multiple_of)
     except CompactionError as error:
         dead = str(error)
     if dead:
