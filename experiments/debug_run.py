@@ -89,7 +89,10 @@ def _run(options: argparse.Namespace) -> int:
     except TrainingError as error:
         return fail(f"{error}; {loop.kept}")
     try:
-        return _conclude(run, loop.folder, examination)
+        baseline = pipeline.obtain_baseline(
+            run, options.output, pipeline.WISHES[options.baseline], progress=ProgressBar, notify=log_info
+        )
+        return _conclude(run, loop.folder, examination, baseline)
     except BaseException:
         kept = f"the training is complete and kept in {loop.folder.path}"
         log_info(f"{kept}; {RESUME_HINT} with its evaluation and figures")
@@ -113,20 +116,23 @@ def _train(loop: pipeline.TrainingLoop, examination: Examination | None) -> None
             print_result(record.console_line(epochs))
 
 
-def _conclude(run: pipeline.Run, folder: RunFolder, examination: Examination | None) -> int:
+def _conclude(
+    run: pipeline.Run, folder: RunFolder, examination: Examination | None, baseline: pipeline.Baseline | None
+) -> int:
     result, accuracy = pipeline.evaluate_run(run)
     report = examination.conclude(folder.path / CHECKPOINT, result, accuracy) if examination else None
-    verdict = pipeline.judge_run(run)
-    pipeline.save_figures(run, folder)
+    verdict = pipeline.judge_run(run, accuracy, baseline)
+    pipeline.save_figures(run, folder, baseline)
     folder.try_write("history.csv", run.history.csv_text())
-    print_result(f"\n{pipeline.compression_table(result, accuracy)}\n\n{verdict.text()}")
+    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model))
+    print_result(f"\n{pipeline.compression_table(result, accuracy)}\n{price}\n\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")
     if run.data.notice:
         print_result(f"\nNOTICE: {run.data.notice}")
     try:
         diagnosis = report.to_json() if report else None
-        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis))
+        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis, baseline))
     except OSError as error:
         return fail(f"{SUMMARY} could not be written ({error.strerror or error}); {RESUME_HINT} and writes it")
     print_result(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
@@ -164,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--target-bytes", metavar="FACTOR", help="a packed file 20x smaller than the FP32 state, say")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
+    parser.add_argument(
+        "--baseline",
+        choices=pipeline.WISHES,
+        default="auto",
+        help="train without compression, too, to say what it costs; auto: where that takes less than two minutes",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and name what is broken")
     parser.add_argument(

@@ -209,7 +209,7 @@ def layers(change: Callable[[nn.Module, LayerRecord], LayerRecord]) -> Callable[
         found = quantized_layers(s.model)
         changed = tuple(change(found[layer.name], layer) for layer in record.layers)
         sizes = {name: latent_weight(layer).numel() for name, layer in found.items()}
-        return replace(record, layers=changed, **summarize_layers(changed, sizes))  # type: ignore[arg-type]
+        return replace(record, layers=changed, **summarize_layers(changed, sizes))
 
     return recording(apply)
 

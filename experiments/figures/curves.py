@@ -29,14 +29,22 @@ PANELS = (
 
 
 @style.styled
-def accuracy_curve(history: History, *, chance: float, subtitle: str = "") -> Figure:
-    """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed."""
+def accuracy_curve(history: History, *, chance: float, baseline: History | None = None, subtitle: str = "") -> Figure:
+    """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed.
+
+    baseline: of the run without compression, its test accuracy in grey.
+    """
     test, train, last = history.column("accuracy"), history.column("train_accuracy"), history.last
     title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(last.accuracy)} after epoch {len(test)}"
     alt = f"Line chart by epoch. {title}; the best is {percent(test.max())} in epoch {int(test.argmax()) + 1}. "
     alt += f"Training accuracy ends at {percent(last.train_accuracy)}."
+    if baseline:
+        alt += f" Without compression the test accuracy ends at {percent(baseline.last.accuracy)}."
     figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
+    if baseline:
+        curve = 100 * baseline.column("accuracy")
+        style.epoch_line(axes, curve, color=style.GREY, lw=1.8, marker="", label="test images, without compression")
     style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images, augmented")
     style.epoch_line(axes, 100 * test, color=style.ACCURACY, label="test images")
     axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
@@ -48,8 +56,11 @@ def accuracy_curve(history: History, *, chance: float, subtitle: str = "") -> Fi
 
 
 @style.styled
-def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
-    """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed)."""
+def sparsity_curves(history: History, *, budget: float | None = None, subtitle: str = "") -> Figure:
+    """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed).
+
+    budget: the largest share of the dense network's cost, drawn with the path of the cost that the history has.
+    """
     zeros, dead = percent(history.last.unstructured_sparsity), percent(history.last.structured_sparsity)
     title = f"{zeros} of the weights are zero and {dead} of the channels dead"
     alt = f"Line chart by epoch, the penalty's coefficient on the right axis. After epoch {len(history)} {title}. "
@@ -57,6 +68,11 @@ def sparsity_curves(history: History, *, subtitle: str = "") -> Figure:
     figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
     right = draw_sparsity(axes, history, ("zero weights", "dead channels", "coefficient (right)"))
+    if budget is not None:
+        style.epoch_line(
+            axes, 100 * history.column("cost"), color=style.BLUE, label="cost, share of the dense network's"
+        )
+        axes.axhline(100 * budget, color=style.BLUE, lw=1.2, ls=(0, (4, 3)), label=f"budget, {percent(budget)}")
     style.legend_above(axes, right)
     return figure
 

@@ -6,9 +6,11 @@ The script and the notebook are two thin callers of these functions.
 from __future__ import annotations
 
 from experiments.pipeline import comparison
+from experiments.pipeline.baseline import WISHES, find_baseline, obtain_baseline
+from experiments.pipeline.budget import BudgetControl, packed_ratio
 from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
 from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, ConfigError, RunConfig, configure
-from experiments.pipeline.run import Run, TrainingLoop, epoch_settings
+from experiments.pipeline.run import Baseline, Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
     attach,
@@ -21,6 +23,7 @@ from experiments.pipeline.stages import (
     expected_layers,
     judge_run,
     prepare_data,
+    price,
     save_figures,
     summary,
 )
@@ -33,6 +36,9 @@ __all__ = [
     "NOT_JUDGED",
     "PASSED",
     "PRESETS",
+    "WISHES",
+    "Baseline",
+    "BudgetControl",
     "ConfigError",
     "Run",
     "RunConfig",
@@ -53,10 +59,14 @@ __all__ = [
     "epoch_settings",
     "evaluate_run",
     "expected_layers",
+    "find_baseline",
     "judge",
     "judge_run",
     "load_run",
+    "obtain_baseline",
+    "packed_ratio",
     "prepare_data",
+    "price",
     "removal_map",
     "save_figures",
     "spread",

@@ -42,6 +42,12 @@ GAIN, INTEGRAL_GAIN = 3.0, 0.3
 WEAKEST, STRONGEST = 0.02, 30.0  # times the peak
 
 
+def packed_ratio(model: nn.Module) -> float:
+    """FP32 state of the dense network over the packed file, in bytes; model: in eval mode."""
+    with tempfile.TemporaryDirectory() as folder:
+        return pack(model, Path(folder) / "model.cdq").ratio
+
+
 class BudgetControl:
     """What a run with a budget minimises, and how strongly, epoch by epoch. See the module.
 
@@ -96,9 +102,7 @@ class BudgetControl:
         model.eval()
         try:
             if self.budget.kind == "bytes":
-                with tempfile.TemporaryDirectory() as folder:
-                    report = pack(model, Path(folder) / "model.cdq")
-                return report.file_bytes / report.fp32_state_bytes
+                return 1 / packed_ratio(model)
             if self.budget.kind == "macs":
                 return self._comparison.calculate_stats(model).total_macs / self._dense.total_macs
             return self._comparison.calculate_unstructured_stats(model).total_bops / self._dense.total_bops

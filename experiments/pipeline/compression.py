@@ -1,6 +1,6 @@
 """From zeros to a smaller network: the stages of compression, every figure of each measured here and now.
 
-FP32        the dense network the run started from: its own accuracy is not known, it was never trained
+FP32        the dense network, of which the baseline says the accuracy where one was trained
 quantized   the trained network with its quantizers on: zeros in place, computed as a dense network
 compacted   the same function in an ordinary, smaller network (src/pruning/compaction.py)
 packed      that network in one file of entropy-coded integers (src/export/packing.py), read back
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
 from experiments.figures import names_left
-from experiments.pipeline.run import Run
+from experiments.pipeline.run import Baseline, Run
 from metrics import QuantizationComparison
 from src.data import test_batches
 from src.export import PackReport, pack, unpack
@@ -73,31 +73,36 @@ class Compression:
         return f"largest relative difference of a logit: {differences}\n{classes} test image"
 
 
-def compress(run: Run, baseline: nn.Module, result: EvalResult, path: str | Path) -> Compression:
+def compress(
+    run: Run, dense: nn.Module, result: EvalResult, path: str | Path, baseline: Baseline | None = None
+) -> Compression:
     """Compact and pack the trained network of `run` to `path`, and measure every stage.
 
-    baseline: the dense network the run started from; result: from `evaluate_run`. Raises what `compact` and `pack`
-    raise.
+    dense: the network the run started from; result: from `evaluate_run`; baseline: gives the first row its accuracy.
+    Raises what `compact` and `pack` raise.
     """
     model = run.model.eval()
     network = compact(model)
     report = pack(model, path, force=True)
     trained = {"quantized": model, "compacted": network, "packed": unpack(path).to(run.device)}
-    speed = relative_times({"FP32 at the start": baseline.eval(), **trained}, next(test_batches(run.data, 64))[0])
+    speed = relative_times({"FP32": dense.eval(), **trained}, next(test_batches(run.data, 64))[0])
     predictions = [predict(each, run.data)[0] for each in trained.values()]
-    dense = QuantizationComparison().set_baseline(baseline)
+    full = QuantizationComparison().set_baseline(dense)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
-    costs = [dense, in_place, result.structured_stats, result.structured_stats]
+    costs = [full, in_place, result.structured_stats, result.structured_stats]
     columns = {
         "parameters": [
             sum(parameter.numel() for parameter in each.parameters())
-            for each in (baseline, baseline, network, trained["packed"])
+            for each in (dense, dense, network, trained["packed"])
         ],
         "MACs": [cost.total_macs for cost in costs],
         "BOPs, channels": [cost.total_bops for cost in costs],
         "BOPs, non-zero": [math.nan, result.unstructured_stats.total_bops, math.nan, math.nan],
         "bytes": [report.fp32_state_bytes, report.fp32_state_bytes, report.compact_state_bytes, report.file_bytes],
-        "accuracy": [math.nan, *(int((found == run.data.test_labels).sum()) / len(found) for found in predictions)],
+        "accuracy": [
+            baseline.accuracy if baseline else math.nan,
+            *(int((found == run.data.test_labels).sum()) / len(found) for found in predictions),
+        ],
         "time / FP32's": list(speed.values()),
     }
     same = all(torch.equal(found, predictions[0]) for found in predictions)

@@ -94,7 +94,8 @@ class RunConfig:
     target: a budget for the finished network, such as "bops 3%" (see `Budget`); the peak is then where the coefficient
         begins (experiments/pipeline/budget.py). "" for none.
     limit: use at most this many training images and this many test images; None for all.
-    expected_accuracy: what the verdict asks of a full run, as a share.
+    expected_accuracy: what the verdict asks of a full run, as a share. allowed_cost: how far below the accuracy without
+        compression it may stay, as a share.
     given: names of the settings that were asked for by name; they stay when the data calls for another preset.
     """
 
@@ -131,6 +132,7 @@ class RunConfig:
     peak: float = _within(0.008, 0, 1000)
     target: str = field(default="", metadata={"check": _check_target})
     expected_accuracy: float = _within(0.6, 0, 1)
+    allowed_cost: float = _within(0.05, 0, 1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -206,6 +208,7 @@ SMOKE = RunConfig(
     ramp=0,
     peak=0.01,
     expected_accuracy=0.9,
+    allowed_cost=0.02,
 )
 PAPER = RunConfig(
     preset="paper",
@@ -216,6 +219,7 @@ PAPER = RunConfig(
     ramp=0,
     peak=0.0,
     expected_accuracy=0.91,
+    allowed_cost=0.01,
 )
 PAPER_4BIT = replace(PAPER, preset="paper-4bit", learnable_bit=False, fixed_bits=4)
 PRESETS = {config.preset: config for config in (DEBUG, SMOKE, PAPER, PAPER_4BIT)}

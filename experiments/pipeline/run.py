@@ -184,6 +184,15 @@ class Run:
             raise TrainingError(training.batch_size_advice(self.config.batch_size, self.device)) from error
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """The finished run without compression: accuracy on the test set in float32, its history, and where it lies."""
+
+    accuracy: float
+    history: History
+    folder: Path
+
+
 @dataclass
 class TrainingLoop:
     """A run and its folder, as the script and the notebook train it. As a context manager it keeps what was done.

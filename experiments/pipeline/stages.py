@@ -21,7 +21,7 @@ from experiments import figures
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.pipeline.budget import BudgetControl
 from experiments.pipeline.config import RunConfig, suited_to
-from experiments.pipeline.run import Run
+from experiments.pipeline.run import Baseline, Run
 from experiments.pipeline.verdict import Verdict, judge
 from experiments.sparsity import coupled_group_lasso
 from resnet import NETWORKS, ResNet
@@ -111,18 +111,22 @@ def evaluate_run(run: Run) -> tuple[EvalResult, float]:
     return result, training.evaluate(run.model, run.data)[1]
 
 
-def judge_run(run: Run) -> Verdict:
-    """The verdict on a finished run."""
+def judge_run(run: Run, accuracy: float | None = None, baseline: Baseline | None = None) -> Verdict:
+    """The verdict on a finished run. accuracy: in float32, compared with that of its baseline."""
     steps = len(run.history) * steps_per_epoch(run.data, run.config.batch_size)
-    return judge(run.history, run.config, run.data.num_classes, expected_layers(run.config, run.model), steps)
+    accuracies = (accuracy, baseline.accuracy) if baseline and accuracy is not None else None
+    layers = expected_layers(run.config, run.model)
+    return judge(run.history, run.config, run.data.num_classes, layers, steps, accuracies)
 
 
-def save_figures(run: Run, folder: RunFolder) -> None:
+def save_figures(run: Run, folder: RunFolder, baseline: Baseline | None = None) -> None:
     """Write the four diagnostic plots. One that cannot be drawn or written is a warning."""
     history, shown = run.history, {"subtitle": run.subtitle}
+    chance, plain = 1 / run.data.num_classes, baseline.history if baseline else None
+    budget = run.config.budget.share if run.config.budget else None
     drawings: dict[str, Callable[[], Figure]] = {
-        "accuracy_curve.png": partial(figures.accuracy_curve, history, chance=1 / run.data.num_classes, **shown),
-        "sparsity_curves.png": partial(figures.sparsity_curves, history, **shown),
+        "accuracy_curve.png": partial(figures.accuracy_curve, history, chance=chance, baseline=plain, **shown),
+        "sparsity_curves.png": partial(figures.sparsity_curves, history, budget=budget, **shown),
         "channel_liveness.png": partial(figures.channel_liveness, history.last.layers, **shown),
         "per_layer_channels.png": partial(figures.per_layer_channels, history.last.layers, **shown),
     }
@@ -155,7 +159,12 @@ def described(config: RunConfig, data: ImageData, device: torch.device, precisio
 
 
 def summary(
-    run: Run, result: EvalResult, accuracy: float, judged: Verdict, diagnosis: Mapping[str, Any] | None = None
+    run: Run,
+    result: EvalResult,
+    accuracy: float,
+    judged: Verdict,
+    diagnosis: Mapping[str, Any] | None = None,
+    baseline: Baseline | None = None,
 ) -> dict[str, Any]:
     """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one."""
     last, structured = run.history.last, result.structured_stats
@@ -164,6 +173,8 @@ def summary(
         "epochs": len(run.history),
         "accuracy": last.accuracy,
         "accuracy_float32": accuracy,
+        **({"baseline_accuracy": baseline.accuracy} if baseline else {}),
+        **({"budget_cost": last.cost} if last.cost is not None else {}),
         "unstructured_sparsity": last.unstructured_sparsity,
         "structured_sparsity": last.structured_sparsity,
         "mean_bits": last.mean_bits,
@@ -204,4 +215,14 @@ def compression_table(result: EvalResult, accuracy: float) -> str:
     ):
         ratios = f"{macs_ratio:.2f}x fewer MACs, {bops_ratio:.2f}x fewer BOPs than dense FP32"
         lines.append(f"{kind:<13} {ratios} ({meaning})")
+    lines.append("BOPs = MACs x weight bits x 32-bit activations; layers without quantizer have 32-bit weights")
     return "\n".join([*lines, f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%"])
+
+
+def price(result: EvalResult, accuracy: float, baseline: Baseline | None, bytes_ratio: float) -> str:
+    """What the compression cost and gained, in one sentence. bytes_ratio: FP32 state over packed file."""
+    against = (
+        f"against {baseline.accuracy:.2%} without compression" if baseline else "(without compression: not measured)"
+    )
+    macs = f"{1 / result.structured_mac_ratio:.0%} of the MACs"
+    return f"{accuracy:.2%} {against}, for {macs} and 1/{bytes_ratio:.0f} of the bytes"

@@ -27,6 +27,7 @@ LOOK_AT = {
     "bits fall": "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
     "nothing collapses": "the coefficient when accuracy fell; layers that died whole in the liveness map",
     "no layer dies whole": "the coefficient's peak: a whole branch was pruned away",
+    "accuracy kept": "the peak of the penalty; more epochs; the curve of the baseline beside the run's",
     "budget met": "the column cost of history.csv; more epochs, a larger peak, or a larger budget",
 }
 """Every expectation by name, and what to look at where it is not met."""
@@ -92,12 +93,17 @@ class Verdict:
 
 
 def judge(
-    history: History, config: RunConfig, num_classes: int, expected_layers: Sequence[str], steps: int | None = None
+    history: History,
+    config: RunConfig,
+    num_classes: int,
+    expected_layers: Sequence[str],
+    steps: int | None = None,
+    accuracies: tuple[float, float] | None = None,
 ) -> Verdict:
     """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history.
 
     expected_layers: names of the layers that should be quantized. steps: updates made in all; below 500 most of what is
-    expected is not judged. None where it is not known.
+    expected is not judged. None where it is not known. accuracies: of the run and of its baseline, where that is known.
     """
     last, first = history.last, history[0]
     preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
@@ -146,6 +152,16 @@ def judge(
 
     gone = [layer.name for layer in last.layers if all(layer.dead)]
     expect("no layer dies whole", "a live filter in every layer", ", ".join(gone) or "all live", not gone)
+    if accuracies:
+        lost = accuracies[1] - accuracies[0]
+        found = f"{100 * lost:.2f} points: {accuracies[0]:.2%} against {accuracies[1]:.2%}"
+        expect(
+            "accuracy kept",
+            f"costs at most {100 * config.allowed_cost:g} points",
+            found,
+            lost <= config.allowed_cost,
+            full,
+        )
     if config.budget and last.cost is not None:
         used = f"{100 * last.cost:.4g} %, {last.cost / config.budget.share:.1%} of the budget"
         met = last.cost <= config.budget.share

@@ -71,6 +71,7 @@ class Expected:
     def of_config(cls, config: RunConfig, model: nn.Module, data: ImageData) -> Expected:
         """What `config` asks of a network and data from `pipeline`."""
         decoupled = config.regularization == "decoupled"
+        schedule = tuple(_coefficient(config, epoch) for epoch in range(config.epochs))
         factor = factor_of(config)
         return cls(
             quantized=_meant(config, model),
@@ -88,10 +89,11 @@ class Expected:
                 "logit_bit": ExpectedGroup(config.bit_learning_rate, config.logit_decay_bit if decoupled else 0.0),
             },
             optimizer="AdamW",
-            lambda_dz=0.0 if decoupled else config.logit_decay_dz,
-            lambda_bit=0.0 if decoupled else config.logit_decay_bit,
-            penalty="coupled group lasso" if config.peak > 0 else None,
-            coefficients=tuple(_coefficient(config, epoch) for epoch in range(config.epochs)),
+            # With a budget the penalty and its coefficient follow the run: there is nothing to expect beforehand.
+            lambda_dz=None if config.target else 0.0 if decoupled else config.logit_decay_dz,
+            lambda_bit=None if config.target else 0.0 if decoupled else config.logit_decay_bit,
+            penalty="coupled group lasso" if config.peak > 0 and not config.target else None,
+            coefficients=None if config.target else schedule,
             lr_factors=tuple(factor(epoch / config.epochs) for epoch in range(config.epochs)),
             epochs=config.epochs,
             batch_size=config.batch_size,

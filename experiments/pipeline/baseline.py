@@ -1,0 +1,123 @@
+"""What compression costs in accuracy: the same network, recipe, seed and epochs without quantizers and penalty.
+
+The baseline is a run like any other, in the folder `baseline` of the run it belongs to, trained by the same functions:
+it can be interrupted, resumed and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.pipeline.config import RunConfig
+from experiments.pipeline.run import Baseline, Run, TrainingLoop
+from experiments.pipeline.saved_run import SavedRun
+from experiments.pipeline.stages import build_run
+from src import training
+from src.data import steps_per_epoch
+from src.runs import RunError
+from src.storage import Notify
+from utils_quantization import toggle_quantization
+
+FOLDER = "baseline"
+AUTO_SECONDS = 120
+WISHES: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
+SHAPING = (
+    "model",
+    "shortcut",
+    "epochs",
+    "batch_size",
+    "limit",
+    "seed",
+    "precision",
+    "crop_padding",
+    "flip",
+    "learning_rate",
+    "learning_rate_shape",
+    "hold",
+)
+
+
+def baseline_key(config: RunConfig | Mapping[str, Any], data_digest: str) -> str:
+    """A digest of what shapes a baseline: data and every setting that has nothing to do with compression."""
+    settings = config if isinstance(config, Mapping) else asdict(config)
+    shaping = [data_digest, *(settings[name] for name in SHAPING)]
+    return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
+
+
+def baseline_run(run: Run) -> Run:
+    """The untrained baseline of `run`: its quantizers switched off, nothing but the task in the loss."""
+    plain = replace(run.config, target="", peak=0.0, logit_decay_dz=0.0, logit_decay_bit=0.0, given=())
+    baseline = build_run(plain, run.data)
+    toggle_quantization(baseline.model, False)
+    return baseline
+
+
+def find_baseline(run: Run, output: str | Path) -> Baseline | None:
+    """The finished baseline of the same configuration in the run's folder `output`, or in a folder beside it."""
+    output, wanted = Path(output).absolute(), baseline_key(run.config, run.data.digest)
+    for folder in [output / FOLDER, *sorted(output.parent.glob(f"*/{FOLDER}"))]:
+        try:
+            saved = SavedRun.open(folder)
+        except (RunError, OSError):
+            continue
+        if baseline_key(saved.config, saved.data_digest) == wanted and len(saved.history) == saved.config.epochs:
+            network = saved.network().to(run.device)
+            toggle_quantization(network, False)
+            return Baseline(training.evaluate(network, run.data)[1], saved.history, folder)
+    return None
+
+
+def obtain_baseline(
+    run: Run,
+    output: str | Path,
+    wish: str | bool = "auto",
+    *,
+    progress: Callable[[int, int, int, int], Any],
+    notify: Notify,
+) -> Baseline | None:
+    """The baseline of the trained `run`: a stored one, or one that is trained now; None where neither is wanted.
+
+    wish: "auto" trains where that takes less than two minutes by the run's own epochs, True always, False neither
+    looks nor trains. progress: experiments.notebook.ProgressBar, or another with its methods. What is interrupted is
+    resumed the next time.
+    """
+    if wish is False:
+        return None
+    if found := find_baseline(run, output):
+        notify(f"accuracy without compression: from {found.folder}")
+        return found
+    seconds = sum(record.seconds for record in run.history) / max(len(run.history), 1) * run.config.epochs
+    if wish == "auto" and seconds > AUTO_SECONDS:
+        notify(
+            f"what compression costs in accuracy is not measured: a baseline takes about {seconds / 60:.0f} min here; "
+            "the same command with --resume --baseline true (in the notebook RESUME = True, BASELINE = True) trains it"
+        )
+        return None
+    notify(f"training the baseline, without quantizers and penalty: about {seconds:.0f} s")
+    baseline, folder = baseline_run(run), Path(output) / FOLDER
+    loop = _continued(baseline, folder, notify) or TrainingLoop.open(baseline, folder, notify=notify)
+    try:
+        steps = steps_per_epoch(run.data, run.config.batch_size)
+        with progress(run.config.epochs, steps, len(baseline.history), baseline.means.steps) as bar, loop:
+            for epoch in loop.epochs():
+                for step in loop.steps():
+                    bar.step(epoch + 1, step.index + 1, step.loss)
+                bar.epoch_done(loop.finish_epoch())
+    finally:
+        loop.folder.close()
+    return Baseline(training.evaluate(baseline.model, run.data)[1], baseline.history, folder)
+
+
+def _continued(baseline: Run, folder: Path, notify: Notify) -> TrainingLoop | None:
+    """The loop of a baseline that was interrupted; None where the folder holds none that fits."""
+    try:
+        with warnings.catch_warnings():
+            return TrainingLoop.open(baseline, folder, resume=True, notify=notify)
+    except RunError:
+        return None
