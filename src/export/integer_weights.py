@@ -55,9 +55,10 @@ class IndexedNetwork:
 
 @torch.no_grad()
 def compact_with_indices(
-    model: nn.Module | IndexedNetwork, input_size: tuple[int, int, int] = (3, 32, 32)
+    model: nn.Module | IndexedNetwork, input_size: tuple[int, int, int] = (3, 32, 32), multiple_of: int = 1
 ) -> IndexedNetwork:
     """`model` compacted, with the indices of its quantized weights. What was compacted before is taken as it is.
+    multiple_of: as in `compact`.
 
     Grid and indices are computed on the model's own device, as they were for its evaluation. A network without
     quantizers gives no indices. Raises IndexingError where a quantizer is switched off or has no grid, or the weights
@@ -71,9 +72,9 @@ def compact_with_indices(
     layers = quantized_layers(model)
     if isinstance(model, CompactNetwork) and not layers:
         return IndexedNetwork(copy.deepcopy(model).cpu().eval(), {}, fp32_state_bytes(model))
-    network = compact(model, input_size).cpu()
+    network = compact(model, input_size, multiple_of).cpu()
     state = network.state_dict()
-    liveness = {layer.name: layer for layer in analyze_liveness(model, input_size).layers} if layers else {}
+    liveness = {layer.name: layer for layer in analyze_liveness(model, input_size, multiple_of).layers}
     weights = {
         name: _indexed(layer, liveness[name], state[f"{name}.weight"])
         for name, layer in layers.items()

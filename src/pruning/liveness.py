@@ -10,8 +10,9 @@ Axis letters: O output channels, I input channels, k kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -100,7 +101,7 @@ def analyze_liveness(
             for op in ops
             if isinstance(module := modules.get(op.module or ""), (nn.Conv2d, nn.Linear))
         }
-        norms = _group_norms(ops, modules)
+        norms = _group_norms(ops, modules) if multiple_of > 1 else {}
     whole = _whole(ops)
     constant: dict[str, Values] = {}
     for op in ops:
@@ -108,11 +109,10 @@ def analyze_liveness(
         value = _constant(op, modules.get(op.module or ""), weights.get(op.name), sources)
         constant[op.name] = np.full_like(value, np.nan) if op.name in whole else value
     reads = {name: _reads(weight) for name, weight in weights.items()}
-    kept = _kept(ops, constant, reads, whole, {})
-    if multiple_of > 1:
-        kept = _rounded_up(ops, constant, reads, whole, kept, norms, multiple_of)
+    keep = partial(_kept, ops, constant, reads, whole)
+    kept = _rounded_up(ops, keep, norms, multiple_of) if multiple_of > 1 else keep({})
     layers = [
-        _layer(op, modules[op.module], weights[op.name], constant, kept, norms, multiple_of)
+        _layer(op, modules[op.module], weights[op.name], constant, kept, norms)
         for op in ops
         if op.module and op.name in weights
     ]
@@ -168,18 +168,15 @@ def _kept(
 
 def _rounded_up(
     ops: Sequence[Op],
-    constant: dict[str, Values],
-    reads: dict[str, Flags],
-    whole: set[str],
-    kept: dict[str, Flags],
+    keep: Callable[[dict[str, Flags]], dict[str, Flags]],
     norms: dict[str, Values],
     multiple_of: int,
 ) -> dict[str, Flags]:
-    """`kept` with as many channels more as the multiple asks for, the same ones in all operations that are tied.
+    """`keep({})`, and as many channels more as the multiple asks for, the same ones in all operations that are tied.
 
     What is added may need more of what it reads, so this is repeated until nothing changes.
     """
-    numbers, _ = group_numbers(ops)
+    kept, (numbers, _) = keep({}), group_numbers(ops)
     tied: dict[bytes, list[str]] = {}
     for op in ops:
         tied.setdefault(numbers[op.name].tobytes(), []).append(op.name)
@@ -196,7 +193,7 @@ def _rounded_up(
         for op in ops:
             if op.kind == "flatten" and op.name not in also:  # a channel's pixels are features beside each other
                 also[op.name] = kept[op.inputs[0]][op.channel_map(len(kept[op.inputs[0]]))]
-        before, kept = kept, _kept(ops, constant, reads, whole, also)
+        before, kept = kept, keep(also)
         if all(np.array_equal(before[name], flags) for name, flags in kept.items()):
             return kept
 
@@ -220,8 +217,8 @@ def _layer(
     constant: dict[str, Values],
     kept: dict[str, Flags],
     norms: dict[str, Values],
-    multiple_of: int,
 ) -> LayerLiveness:
+    """norms: of the channels' groups, empty where numbers of channels are not rounded up."""
     outputs, inputs = weight.shape[:2]
     reads = _reads(weight)  # (O, I)
     if op.kind == "opaque":  # a grouped or shared layer: nothing of it is removed, but its cost counts
@@ -231,7 +228,7 @@ def _layer(
     else:
         source, result, kept_out = constant[op.inputs[0]], constant[op.name], np.flatnonzero(kept[op.name])
         read = np.asarray(reads[kept_out].any(axis=0))  # (I,): by a kept output channel
-        taken = kept[op.inputs[0]] & (read if multiple_of == 1 else len(kept_out) > 0)
+        taken = kept[op.inputs[0]] & (len(kept_out) > 0 if norms else read)
     carries = bool(is_padded(module) and (read & ~taken & (source != 0)).any())
     spare = np.flatnonzero(taken & ~np.isnan(source))
     if carries and len(spare):  # the channel of ones takes the place of the one that matters least
