@@ -1,7 +1,8 @@
 """What the pipeline costs, and what a compressed network gains, timed on this machine.
 
     python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--json F]
-    python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--threads N] [--json F]
+    python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--multiple-of 4 8] [--threads N]
+        [--json F]
 
 training: one step of ResNet-20 in three variants (experiments/benchmarks/training.py). inference: one forward pass of a
 run's network in seven forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = bench_training(config, options.images, options.rounds, options.memory)
             print(training_table(result))
         else:
-            result = bench_inference(options.run, options.batch_sizes, options.rounds)
+            result = bench_inference(options.run, options.batch_sizes, options.rounds, options.multiple_of)
             print(inference_table(result))
         if options.json:
             write_output(options.json, (json.dumps(result, indent=2) + "\n").encode(), force=True)
@@ -72,6 +73,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         add("run", metavar="RUN", help="output folder of experiments.debug_run")
         add("--batch-sizes", type=int, nargs="+", default=[1, 256], help="default: 1 256")
         add("--rounds", type=int, default=30, help="turns of every form (default: 30)")
+        add("--multiple-of", type=int, nargs="+", default=[], help="also round numbers of channels up to these")
     add("--threads", type=int, help="CPU threads (default: torch's own choice)")
     add("--json", metavar="F", help="write the figures to this file")
     return parser

@@ -44,8 +44,10 @@ FORMS = {
 }
 
 
-def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> dict[str, Take]:
-    """One forward pass of `images` in each form; the ONNX files go to `folder`."""
+def forms(
+    model: nn.Module, dense: nn.Module, images: Tensor, folder: Path, multiples: Sequence[int] = ()
+) -> dict[str, Take]:
+    """One forward pass of `images` in each form, and compacted to each of `multiples`. ONNX files go to `folder`."""
     masked = copy.deepcopy(dense)
     with shared_quantized_weights(model):
         weights = {f"{name}.weight": cast(Tensor, layer.weight) for name, layer in quantized_layers(model).items()}
@@ -58,12 +60,22 @@ def forms(model: nn.Module, dense: nn.Module, images: Tensor, folder: Path) -> d
     export_onnx(dense, folder / "onnx_dense.onnx")
     export_onnx(compacted, folder / "onnx_fp32.onnx", integer_weights=False)
     export_onnx(compacted, folder / "onnx_int.onnx")
+    for multiple in multiples:
+        smaller = compact_with_indices(model, multiple_of=multiple)
+        takes[f"PyTorch, multiples of {multiple}"] = partial(smaller.network, images)
+        files[f"ONNX Runtime, multiples of {multiple}"] = path = folder / f"{multiple}.onnx"
+        export_onnx(smaller, path, integer_weights=False)
     files["onnx_int8"] = quantized_onnx(compacted, images)
     return takes | {name: partial(run_onnx, open_session(file), images, len(images)) for name, file in files.items()}
 
 
-def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Time every form at every batch size and return the figures that `--json` writes."""
+def bench_inference(
+    run: str | Path, batch_sizes: Sequence[int], rounds: int, multiples: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Time every form at every batch size and return the figures that `--json` writes.
+
+    multiples: also time networks whose numbers of channels are rounded up to these (`multiple_of` in src.pruning).
+    """
     saved = SavedRun.open(run)
     config, model = saved.config, saved.network()
     dense = NETWORKS[config.model](saved.classes, config.shortcut)
@@ -73,10 +85,10 @@ def bench_inference(run: str | Path, batch_sizes: Sequence[int], rounds: int) ->
         images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         images = images.contiguous(memory_format=torch.channels_last)
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            seconds = time_in_turns(forms(model, dense, images, Path(folder)), rounds, CPU)
+            seconds = time_in_turns(forms(model, dense, images, Path(folder), multiples), rounds, CPU)
         result[str(batch_size)] = {
             name: {
-                "label": FORMS[name],
+                "label": FORMS.get(name, name),
                 "seconds": spread(times),
                 "dense_over_this": spread([a / b for a, b in zip(seconds["dense"], times, strict=True)]),
                 "onnx_dense_over_this": spread([a / b for a, b in zip(seconds["onnx_dense"], times, strict=True)]),

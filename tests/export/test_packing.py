@@ -67,6 +67,11 @@ def test_indices_are_the_evaluated_weights(model: nn.Module) -> None:
         assert np.abs(q).max() <= 2 ** (part.bits - 1) - 1
 
 
+def test_round_numbers_of_channels_are_packed_too(model: nn.Module, tmp_path: Path) -> None:
+    pack(compact_with_indices(model, multiple_of=8), tmp_path / "model.cdq")  # every weight was compared with its grid
+    assert state_bytes(unpack(tmp_path / "model.cdq")) == state_bytes(compact(model, multiple_of=8))
+
+
 @pytest.mark.parametrize("option", ["A", "B"])
 @pytest.mark.parametrize(("bits", "max_bits"), [((2, 3), 8), ((9, 12, 16), 16)])
 def test_round_trip_of_small_networks(option: str, bits: tuple[int, ...], max_bits: int, tmp_path: Path) -> None:
