@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 PYTHON_IN_VENV := .venv/bin/python
 
-PARAMETERS := PRESET DATA DATA_ROOT EPOCHS BATCH_SIZE LIMIT SEED DEVICE OUTPUT_DIR
+PARAMETERS := PRESET DATA DATA_ROOT EPOCHS BATCH_SIZE LIMIT SEED DEVICE OUTPUT_DIR BASELINE
 UNKNOWN := $(strip $(foreach v,$(filter-out $(PARAMETERS) MAKEFLAGS MAKEFILES SHELL -*,$(.VARIABLES)),\
 	$(if $(filter command,$(firstword $(origin $v))),$v)))
 $(if $(UNKNOWN),$(error unknown parameter $(UNKNOWN): allowed are $(PARAMETERS)))
@@ -25,6 +25,7 @@ FLAG_LIMIT := --limit
 FLAG_SEED := --seed
 FLAG_DEVICE := --device
 FLAG_OUTPUT_DIR := --output
+FLAG_BASELINE := --baseline
 SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
 FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
 
