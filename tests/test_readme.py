@@ -49,7 +49,7 @@ def test_every_make_target_and_command_exists(page: Path) -> None:
     flags = {
         (name, flag)
         for name, rest in re.findall(r"python -m (experiments\.\w+)([^`\n|]*)", text)
-        for flag in re.findall(r"--[a-z-]+", rest)
+        for flag in re.findall(r"--[a-z0-9-]+", rest)
     }
     for name, flag in flags:
         assert f'"{flag}"' in _sources(name), f"{page.name}: {name} has no {flag}"

@@ -65,6 +65,7 @@ def forms(
         takes[f"PyTorch, multiples of {multiple}"] = partial(smaller.network, images)
         files[f"ONNX Runtime, multiples of {multiple}"] = path = folder / f"{multiple}.onnx"
         export_onnx(smaller, path, integer_weights=False)
+        files[f"ONNX Runtime, int8, multiples of {multiple}"] = quantized_onnx(smaller, images)
     files["onnx_int8"] = quantized_onnx(compacted, images)
     return takes | {name: partial(run_onnx, open_session(file), images, len(images)) for name, file in files.items()}
 
@@ -118,13 +119,13 @@ def inference_table(result: Mapping[str, Any]) -> str:
         "dense / this: median of the ratios within each round, which is not the ratio of the medians",
     ]
     for batch_size, found in result["batch_sizes"].items():
-        head = f"batch of {batch_size:<24} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"
+        head = f"batch of {batch_size:<26} {'milliseconds':>12} {'quartiles':>17} {'dense / this':>13}"
         lines += ["", f"{head} {'in ONNX Runtime':>16}"]
         for form in found.values():
             time_, ratio, onnx_ratio = form["seconds"], form["dense_over_this"], form["onnx_dense_over_this"]
             quartiles = f"{1000 * time_['low']:.2f}..{1000 * time_['high']:.2f}"
             lines.append(
-                f"{form['label']:<33} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f} "
+                f"{form['label']:<35} {1000 * time_['median']:>12.2f} {quartiles:>17} {ratio['median']:>13.2f} "
                 f"{onnx_ratio['median']:>16.2f}"
             )
     return "\n".join(lines)

@@ -149,11 +149,14 @@ def test_the_forms_that_are_timed_compute_the_same(run: pipeline.Run, tmp_path: 
         found = {name: take() for name, take in inference.forms(run.model, dense, images, tmp_path, [4]).items()}
         expected = run.model(images)
     rounded = ("PyTorch, multiples of 4", "ONNX Runtime, multiples of 4")
-    assert set(found) == {*inference.FORMS, *rounded}
+    int8 = ("onnx_int8", "ONNX Runtime, int8, multiples of 4")
+    assert set(found) == {*inference.FORMS, *rounded, *int8}
     for name in ("masked", "compacted", "onnx_fp32", "onnx_int", *rounded):
         logits = found[name]
         assert isinstance(logits, torch.Tensor)
         torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    for name in int8:
+        torch.testing.assert_close(found[name], expected, atol=0.2 * expected.abs().max().item(), rtol=0)
 
 
 def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
