@@ -39,7 +39,7 @@ from utils_quantization import quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
 GAIN, INTEGRAL_GAIN = 3.0, 0.3
-WEAKEST, STRONGEST = 0.02, 30.0  # times the peak
+STRONGEST = 30.0  # times the peak
 
 
 def packed_ratio(model: nn.Module) -> float:
@@ -84,9 +84,8 @@ class BudgetControl:
             errors.append(math.log(cost) - path)
         if self.budget.kind != "macs" and costs[-1] <= aim:
             return 0.0
-        exponent = GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors)
-        weakest = 1.0 if self.budget.kind == "macs" else WEAKEST
-        return self.peak * min(max(math.exp(min(exponent, 50.0)), weakest), STRONGEST)
+        strength = math.exp(min(GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors), math.log(STRONGEST)))
+        return self.peak * (max(strength, 1.0) if self.budget.kind == "macs" else strength)
 
     def apply(self, history: History) -> None:
         """Let the objective be that of the epoch that follows `history`."""
