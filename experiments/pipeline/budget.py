@@ -35,7 +35,7 @@ from metrics import QuantizationComparison
 from src.export import pack
 from src.pruning import channel_groups
 from src.training import History, Objective, squared_logits
-from utils_quantization import quantized_layers, shared_quantized_weights
+from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
 GAIN, INTEGRAL_GAIN = 3.0, 0.3
@@ -43,8 +43,8 @@ STRONGEST = 30.0  # times the peak
 
 
 def packed_ratio(model: nn.Module) -> float:
-    """FP32 state of the dense network over the packed file, in bytes; model: in eval mode."""
-    with tempfile.TemporaryDirectory() as folder:
+    """FP32 state of the dense network over the packed file, in bytes."""
+    with tempfile.TemporaryDirectory() as folder, eval_mode(model):
         return pack(model, Path(folder) / "model.cdq").ratio
 
 
