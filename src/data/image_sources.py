@@ -55,14 +55,29 @@ def read_digits() -> ImageSet:
 
 
 def read_folder(path: str, notify: Notify) -> ImageSet:
-    """An ImageFolder tree: train/ and test/ (or val/), one folder a class. As RGB, the centre square at 32 x 32."""
+    """An ImageFolder tree: train/ and test/ (or val/), one folder a class. As RGB, the centre square at 32 x 32.
+
+    What is hidden, such as .ipynb_checkpoints, counts neither as a class nor as an image.
+    """
     from torchvision.datasets import DatasetFolder
 
     folder = Path(path).expanduser()
+
+    class VisibleFolder(DatasetFolder):
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+            return names, {name: label for label, name in enumerate(names)}
+
+    def is_image(path: str) -> bool:
+        hidden = any(name.startswith(".") for name in Path(path).relative_to(folder).parts)
+        return not hidden and path.lower().endswith(EXTENSIONS)
+
     held_out = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
     try:
-        train, test = (DatasetFolder(folder / part, _read_image, EXTENSIONS) for part in ("train", held_out))
-    except OSError as error:
+        train, test = (
+            VisibleFolder(folder / part, _read_image, is_valid_file=is_image) for part in ("train", held_out)
+        )
+    except (OSError, ValueError) as error:
         raise DataError(
             f"folder:{path}: {error}; need train/ and test/ (or val/) in it, with one folder of images a class"
         ) from error

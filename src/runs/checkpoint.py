@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def load_checkpoint(
             )
         return state
     raise RunError(f"the checkpoint cannot be read: {', and '.join(errors)}; start without --resume")
+
+
+def is_readable(path: Path) -> bool:
+    """Whether there is a checkpoint that is neither damaged nor of another version."""
+    with suppress(StorageError, OSError):
+        return bool(_read(path, "cpu"))
+    return False
 
 
 def restore(

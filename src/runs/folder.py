@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.runs.checkpoint import CHECKPOINT, CHECKPOINT_BEFORE, RunError, RunProgress, checkpoint_bytes
+from src.runs.checkpoint import CHECKPOINT, CHECKPOINT_BEFORE, RunError, RunProgress, checkpoint_bytes, is_readable
 from src.runs.snapshots import SNAPSHOTS
 from src.storage import check_writable, folder_lock, remove_leftovers, write_atomic
 
@@ -80,12 +80,14 @@ class RunFolder:
     ) -> None:
         """Write the checkpoint, and after an epoch the history. data_digest: of the images and labels trained on.
 
-        The checkpoint before is kept. Raises RunError where the checkpoint cannot be written, TrainingError where a
-        weight is not finite; both leave the old one. A folder that vanished is made again.
+        The checkpoint before is kept; where that is damaged, the good one before it. Raises RunError where the
+        checkpoint cannot be written, TrainingError where a weight is not finite; both leave the old one. A folder that
+        vanished is made again.
         """
         data = checkpoint_bytes(model, optimizer, progress, config, data_digest)
+        path = self.path / CHECKPOINT
         try:
-            write_atomic(self.path / CHECKPOINT, data, keep=self.path / CHECKPOINT_BEFORE)
+            write_atomic(path, data, keep=self.path / CHECKPOINT_BEFORE if is_readable(path) else None)
         except OSError as error:
             raise RunError(
                 f"the checkpoint {progress.text} could not be written to {str(self.path)!r} "

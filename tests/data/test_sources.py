@@ -79,7 +79,7 @@ def test_unknown_data_is_refused() -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """train/ and test/ with the classes cat and dog; cats are red, dogs blue."""
-    root = tmp_path / "pets"
+    root = tmp_path / ".cache" / "pets"
     for part in ("train", "test"):
         for name, colour in (("dog", (0, 0, 200)), ("cat", (200, 0, 0))):
             (root / part / name).mkdir(parents=True)
@@ -94,6 +94,10 @@ def test_a_folder_becomes_images_and_sorted_classes(tree: Path) -> None:
     (tree / "train" / "cat" / "more").mkdir()
     Image.new("RGB", (32, 32), (200, 0, 0)).save(tree / "train" / "cat" / "more" / "nested.png")
     (tree / "train" / "dog" / "0.png").rename(tree / "train" / "dog" / "more.PNG")
+    for name in ("train/cat/.ipynb_checkpoints", "train/.ipynb_checkpoints", "val/.cache"):
+        (tree / name).mkdir()
+        (tree / name / "0.png").write_bytes(b"hidden")
+    (tree / "train" / "dog" / "._1.png").write_bytes(b"hidden")
     lines: list[str] = []
     data = load_data(f"folder:{tree}", notify=lines.append)
     assert (data.name, data.title, data.class_names) == ("folder", "images of pets", ("cat", "dog"))

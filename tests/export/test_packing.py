@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +215,16 @@ def test_output_paths(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="name"):
             pack(model, place, input_size=SMALL_SIZE, force=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.cdq"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); name another place"):
+        pack(small_resnet(), tmp_path / "model.cdq", input_size=SMALL_SIZE)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_and_one_of_another_version_say_what_to_do(

@@ -205,6 +205,8 @@ def test_a_missing_or_damaged_checkpoint_or_one_of_an_earlier_version(tmp_path: 
     said: list[str] = []
     resume(folder, model, optimizer, said.append)
     assert said == ["NOTICE: checkpoint.pt is missing or damaged; reading checkpoint.previous.pt, the one before it"]
+    folder.save_progress(model, optimizer, RunProgress(make_history(1, 2)), CONFIG)
+    assert before.read_bytes() == good  # the damaged one does not replace it
 
 
 def altered(folder: RunFolder, place: tuple[Any, ...], value: object) -> None:
