@@ -56,7 +56,7 @@ def compressed(run: pipeline.Run, tmp_path_factory: pytest.TempPathFactory) -> c
 
 def test_the_stages_against_other_counts(run: pipeline.Run, compressed: compression.Compression) -> None:
     rows = compressed.stages
-    assert list(rows.index) == ["FP32 at the start", "quantized", "compacted", "packed"]
+    assert list(rows.index) == ["FP32", "quantized", "compacted", "packed"]
     # 18 layers at 8 bits, stem (3*16*9*1024 MACs) and linear (640) at 32
     rest = 3 * 16 * 9 * 1024 + 640
     bops = 40_551_040 * 32 * 32, ((40_551_040 - rest) * 8 + rest * 32) * 32
