@@ -97,16 +97,12 @@ class BudgetControl:
     @torch.no_grad()
     def cost(self, model: nn.Module) -> float:
         """The cost of the network as it is now, as a share of the dense network's."""
-        was_training = model.training
-        model.eval()
-        try:
-            if self.budget.kind == "bytes":
-                return 1 / packed_ratio(model)
+        if self.budget.kind == "bytes":
+            return 1 / packed_ratio(model)
+        with eval_mode(model):
             if self.budget.kind == "macs":
                 return self._comparison.calculate_stats(model).total_macs / self._dense.total_macs
             return self._comparison.calculate_unstructured_stats(model).total_bops / self._dense.total_bops
-        finally:
-            model.train(was_training)
 
     @torch.no_grad()
     def choose(self, model: nn.Module) -> tuple[int, ...]:
