@@ -20,8 +20,6 @@ from experiments.pipeline import SavedRun, comparison
 from src.runs import PREVIOUS, RunError
 from src.storage import fail, write_atomic
 
-OTHER_IMAGES = (".jpg", ".jpeg", ".svg", ".pdf", ".gif", ".webp", ".eps")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
@@ -34,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         labels, output = _labels(options.folders), Path(options.output)
         runs = [comparison.read_run(folder, label) for folder, label in zip(options.folders, labels, strict=True)]
-        if output.suffix.lower() in OTHER_IMAGES and not output.is_dir():
-            raise RunError(f"--output {str(output)!r}: figures are written as PNG; name a .png file or a folder")
         text = comparison.as_text(runs)
         print(text)
         print(f"\nFigures: {', '.join(map(str, _save(runs, output, text)))}")

@@ -124,7 +124,7 @@ def _conclude(
     verdict = pipeline.judge_run(run, accuracy, baseline)
     pipeline.save_figures(run, folder, baseline)
     folder.try_write("history.csv", run.history.csv_text())
-    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model))
+    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model.eval()))
     print_result(f"\n{pipeline.compression_table(result, accuracy)}\n{price}\n\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")

@@ -35,15 +35,12 @@ def read_run(folder: str | Path, label: str = "") -> SavedRun:
 
 def find_runs(folder: str | Path) -> dict[str, Path]:
     """Runs around a run's folder, by label: itself, earlier ones in its `previous/`, folders beside it and theirs."""
-    here = Path(folder)
-    places = [here, *sorted(entry for entry in here.resolve().parent.iterdir() if entry.resolve() != here.resolve())]
+    here = Path(folder).resolve()
     found: dict[str, Path] = {}
-    for place in places:
-        if RunFolder(place).has_checkpoint():
-            found[place.name] = place
-        earlier = [entry for entry in (place / PREVIOUS).glob("*") if RunFolder(entry).has_checkpoint()]
-        for entry in sorted(earlier, key=lambda entry: (len(entry.name), entry.name), reverse=True):
-            found[f"{place.name}/{PREVIOUS}/{entry.name}"] = entry
+    for place in [here, *sorted(entry for entry in here.parent.iterdir() if entry != here)]:
+        earlier = sorted((place / PREVIOUS).glob("*"), key=lambda entry: (len(entry.name), entry.name), reverse=True)
+        runs = [entry for entry in (place, *earlier) if RunFolder(entry).has_checkpoint()]
+        found |= {entry.relative_to(here.parent).as_posix(): entry for entry in runs}
     return found
 
 
@@ -57,11 +54,11 @@ def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     """Rows of a table: each setting that is not the same in all runs, and its value in each."""
     settings = {run.label: {**vars(run.config), "data": run.data_name} for run in runs}
     same_data = len({run.data_digest or run.label for run in runs}) == 1  # whatever it was called
-    names = [n for n in settings[runs[0].label] if n not in NOT_COMPARED and not (same_data and n == "data")]
+    left_out = NOT_COMPARED | ({"data"} if same_data else set())
     rows = []
-    for name in names:
+    for name in settings[runs[0].label]:
         values = {label: str(setting[name]) for label, setting in settings.items()}
-        if len(set(values.values())) > 1:
+        if name not in left_out and len(set(values.values())) > 1:
             rows.append({"setting": name, **values})
     return rows
 
@@ -120,9 +117,7 @@ def relative_bops(history: History, macs: Mapping[str, int]) -> NDArray[np.float
     dense = sum(macs.values()) * FULL_PRECISION_BITS
     quantized = np.array([macs[name] for name in history.layer_names], dtype=np.float64)  # (L,)
     untouched = dense - quantized.sum() * FULL_PRECISION_BITS
-    shape = (len(history), len(quantized))
-    density = 1 - history.layer_column("sparsity").reshape(shape)
-    bits = history.layer_column("bits").reshape(shape)
+    density, bits = 1 - history.layer_column("sparsity"), history.layer_column("bits")
     return ((density * bits * quantized).sum(axis=1) + untouched) / dense
 
 

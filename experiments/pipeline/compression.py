@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,16 +153,14 @@ def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles and the values themselves."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": statistics.median(values), "low": low, "high": high, "samples": list(values)}
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": median, "low": low, "high": high, "samples": list(values)}
 
 
 def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:

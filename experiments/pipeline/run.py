@@ -181,7 +181,12 @@ class Run:
             if not training.is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
-            raise TrainingError(training.batch_size_advice(self.config.batch_size, self.device)) from error
+            size = self.config.batch_size
+            half = max(2, size // 2)  # BatchNorm needs two images
+            raise TrainingError(
+                f"the memory of {self.device.type} does not hold a batch of {size} images; try batches of {half}: "
+                f"--batch-size {half}, or BATCH_SIZE = {half}"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class ImageData:
     def limited(self, limit: int | None) -> ImageData:
         """`limit` training and at most `limit` test images: of every class its first ones, as evenly as they allow.
 
-        The order, mean and std stay. None, or a limit beyond what is there, keeps all. Raises DataError below C.
+        None keeps all. Raises DataError below C.
         """
         if limit is None:
             return self
@@ -93,7 +93,7 @@ class ImageData:
 
 
 def load_data(
-    data: str = "auto", root: str | Path = "data", limit: int | None = None, notify: Notify | None = None
+    data: str = "auto", root: str | Path = "data", limit: int | None = None, notify: Notify = lambda line: None
 ) -> ImageData:
     """Load a dataset into memory. `notify` receives progress and notices, a line at a time.
 
@@ -102,10 +102,9 @@ def load_data(
     folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class.
     Raises DataError for an unknown name, damaged or missing files, or a limit out of range.
     """
-    notify = notify or (lambda line: None)
     root = Path(root).expanduser()
     notice = ""
-    if isinstance(data, str) and data.startswith("folder:"):
+    if data.startswith("folder:"):
         path = data.removeprefix("folder:")
         name, found = "folder", read_folder(path, notify)
         title = f"images of {Path(path).expanduser().resolve().name}"
@@ -179,15 +178,13 @@ def augment(images_uint8: Tensor, offsets: Tensor, flips: Tensor, padding: int) 
     """Crop each image out of its zero-padded (black) self, then mirror it left to right where its flip is True.
 
     Worked case: padding 4, offset (row 4, column 4), no flip is the identity; offset (0, 4) moves the picture 4 pixels
-    down. images: uint8 (B, 3, H, W); offsets: int64 (B, 2), row and column, 0..2p; flips: bool (B,), all on one device.
-    Returns uint8 (B, 3, H, W), channels_last. A pure function of its arguments.
+    down. offsets: int64 (B, 2), row and column, 0..2p; flips: bool (B,). Returns uint8 (B, 3, H, W), channels_last.
     """
     count, _, height, width = images_uint8.shape
     wide, tall = width + 2 * padding, height + 2 * padding
     inner = (slice(padding, padding + height), slice(padding, padding + width))
     # Each image and its mirror lie padded in one stretch of bytes; a crop is H runs of 3 W bytes, and a mirrored crop
-    # is a plain crop of the mirror. So the whole batch is one row gather from overlapping runs, without copying pixels
-    # one by one.
+    # is a plain crop of the mirror. So the whole batch is one row gather from overlapping runs.
     padded = images_uint8.new_zeros(2, count, tall, wide, 3)
     padded[0][:, inner[0], inner[1]] = images_uint8.permute(0, 2, 3, 1)
     padded[1][:, inner[0], inner[1]] = images_uint8.flip(3).permute(0, 2, 3, 1)

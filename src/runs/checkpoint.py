@@ -73,9 +73,8 @@ def checkpoint_bytes(
             "step": progress.means.steps,
             "model": weights,
             "optimizer": updates,
-            "optimizer_class": type(optimizer).__name__,
             "history": progress.history.to_json(),
-            "unfinished": {**progress.means.state(), "seconds": progress.seconds},
+            "unfinished": {**vars(progress.means), "seconds": progress.seconds},
             "random": random_states(),
         }
     )
@@ -92,7 +91,7 @@ def state_bytes(state: Mapping[str, Any]) -> bytes:
 
 
 def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", notify: Notify | None = None
+    path: str | Path, device: torch.device | str = "cpu", notify: Notify = warnings.warn
 ) -> dict[str, Any]:
     """The contents of a checkpoint, its tensors on `device`. Reading runs no code from the file.
 
@@ -100,18 +99,15 @@ def load_checkpoint(
     Raises RunError where neither can be read.
     """
     path = Path(path)
-    places = [path, path.with_name(CHECKPOINT_BEFORE)] if path.name == CHECKPOINT else [path]
     errors = []
-    for place in places:
+    for place in (path, path.with_name(CHECKPOINT_BEFORE)):
         try:
             state = _read(place, device)
         except (StorageError, OSError) as error:
             errors.append(str(error))
             continue
-        if place != path:
-            (notify or warnings.warn)(
-                f"NOTICE: {CHECKPOINT} is missing or damaged; reading {CHECKPOINT_BEFORE}, the one before it"
-            )
+        if errors:
+            notify(f"NOTICE: {CHECKPOINT} is missing or damaged; reading {CHECKPOINT_BEFORE}, the one before it")
         return state
     raise RunError(f"the checkpoint cannot be read: {', and '.join(errors)}; start without --resume")
 
@@ -128,31 +124,28 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Mapping[str, Any],
-    data_digest: str = "",
-    notify: Notify | None = None,
+    data_digest: str,
+    notify: Notify,
 ) -> RunProgress:
     """Load the contents of a checkpoint into `model`, `optimizer` and the random generators.
 
-    Raises RunError where it belongs to another configuration, architecture, optimizer or (where both digests are known)
-    other data; nothing is changed then. `notify` receives a line where the last digits may differ.
+    Raises RunError where it belongs to another configuration, architecture or other data; nothing is changed then.
+    `notify` receives a line where the last digits may differ.
     """
     _check_config(state["config"], config)
     trained_on = state["data_digest"]
-    if trained_on and data_digest and trained_on != data_digest:
+    if trained_on != data_digest:
         raise RunError(
             f"the checkpoint was trained on other images or labels (digest {trained_on[:12]} then, {data_digest[:12]} "
             "now); put the data back as it was, or start without --resume"
         )
-    if state["optimizer_class"] != type(optimizer).__name__:
-        raise RunError("the checkpoint is of another optimizer; build the same one, or start without --resume")
-    unfinished = state["unfinished"]
-    history = History.from_json(state["history"])
-    progress = RunProgress(history, EpochMeans.from_state(unfinished), float(unfinished["seconds"]))
+    unfinished = dict(state["unfinished"])
+    seconds = unfinished.pop("seconds")
+    progress = RunProgress(History.from_json(state["history"]), EpochMeans(**unfinished), seconds)
     load_model_state(model, state["model"])
     _load_optimizer(optimizer, state["optimizer"])
     set_random_states(state["random"])
-    if notify:
-        _report_differences(state, _machine(model, config), notify)
+    _report_differences(state, _machine(model, config), notify)
     return progress
 
 
@@ -212,15 +205,11 @@ def _check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load settings and moments as an uninterrupted run has them, where a file holds neither tuples nor strides.
+    """Load settings and moments, these with the strides of their parameters, which a file does not hold.
 
     Raises ValueError for other groups of parameters.
     """
-    groups = [
-        {name: tuple(value) if isinstance(own.get(name), tuple) else value for name, value in saved.items()}
-        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:
@@ -234,8 +223,7 @@ def _machine(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _report_differences(state: Mapping[str, Any], here: Mapping[str, Any], notify: Notify) -> None:
     """Notify of every difference that the last digits depend on."""
-    then = {**state.get("versions", {}), **state.get("machine", {})}
-    now = {**versions(), **here}
+    then, now = {**state["versions"], **state["machine"]}, {**versions(), **here}
     differing = [
         f"{name.replace('_', ' ')} {then.get(name)} then, {now.get(name)} now"
         for name in ("torch", "numpy", "device", "device_name", "precision", "threads")

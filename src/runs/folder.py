@@ -60,15 +60,13 @@ class RunFolder:
         """Write strict JSON; what it has no type for is written as text. Raises ValueError for NaN, and OSError."""
         self.write(name, json.dumps(data, indent=2, allow_nan=False, default=str) + "\n")
 
-    def try_write(self, name: str, data: bytes | str) -> bool:
+    def try_write(self, name: str, data: bytes | str) -> None:
         """Write one file that a run can do without: a failure is a warning, and the old file stays."""
         try:
             self.write(name, data)
         except OSError as error:
             text = f"{str(self.path / name)!r} could not be written ({error.strerror or error}); the run goes on"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return False
-        return True
 
     def save_progress(
         self,
@@ -81,8 +79,7 @@ class RunFolder:
         """Write the checkpoint, and after an epoch the history. data_digest: of the images and labels trained on.
 
         The checkpoint before is kept; where that is damaged, the good one before it. Raises RunError where the
-        checkpoint cannot be written, TrainingError where a weight is not finite; both leave the old one. A folder that
-        vanished is made again.
+        checkpoint cannot be written, TrainingError where a weight is not finite; both leave the old one.
         """
         data = checkpoint_bytes(model, optimizer, progress, config, data_digest)
         path = self.path / CHECKPOINT

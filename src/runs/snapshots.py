@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class Snapshots:
 
     def __init__(self, layer_names: Sequence[str]) -> None:
         self.layer_names = tuple(layer_names)
-        self._rows: dict[int, list[LayerSnapshot]] = {}  # epoch, ascending -> all layers, (L,)
+        self._rows: dict[int, dict[str, NDArray[Any]]] = {}  # epoch, ascending -> the arrays of `_measure`
 
     @property
     def epochs(self) -> list[int]:
@@ -84,34 +84,30 @@ class Snapshots:
     @torch.no_grad()
     def add(self, model: nn.Module, epoch: int) -> None:
         """Take a snapshot of `model` after `epoch`. It replaces that of the same epoch, and all later ones."""
-        self.cut(epoch - 1)
-        self._rows[epoch] = _measure(model, epoch)
+        self._cut(epoch - 1)
+        self._rows[epoch] = _measure(model)
 
     def view(self, layer: str, epoch: int) -> LayerSnapshot:
-        """One layer at the newest epoch that is not after `epoch`. Raises SnapshotError for an unknown layer."""
+        """One layer at the newest epoch that is not after `epoch`."""
         course = list(self.through(layer))
         return next((seen for seen in reversed(course) if seen.epoch <= epoch), course[0])
 
     def through(self, layer: str) -> Iterator[LayerSnapshot]:
-        """One layer at every epoch, in order. Raises SnapshotError for an unknown layer."""
-        if layer not in self.layer_names:
-            raise SnapshotError(f"no quantized layer is called {layer!r}: choose one of {', '.join(self.layer_names)}")
+        """One layer at every epoch, in order."""
         place = self.layer_names.index(layer)
-        return (row[place] for row in self._rows.values())
+        for epoch, row in self._rows.items():
+            numbers = {name: row[name][place].item() for name in COLUMNS}
+            yield LayerSnapshot(
+                layer, epoch, row["counts"][place].astype(np.int64), dead=row[f"dead {layer}"], **numbers
+            )
 
-    def cut(self, epochs: int) -> None:
-        """Forget all that is after epoch `epochs`."""
+    def _cut(self, epochs: int) -> None:
         self._rows = {epoch: row for epoch, row in self._rows.items() if epoch <= epochs}
 
     def to_bytes(self) -> bytes:
         """The file's contents, the same bytes for the same snapshots."""
         rows = list(self._rows.values())
-        arrays = {
-            name: np.array([[getattr(layer, name) for layer in row] for row in rows], dtype=kind)
-            for name, kind in {**COLUMNS, "counts": "<u4"}.items()
-        }
-        for place, name in enumerate(self.layer_names):
-            arrays[f"dead {name}"] = np.array([row[place].dead for row in rows], dtype=bool)  # (E, O)
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         return container_bytes("snapshots", {"layers": self.layer_names, "epochs": self.epochs}, save_arrays(arrays))
 
     @classmethod
@@ -119,23 +115,14 @@ class Snapshots:
         """Read a file. Raises SnapshotError where it is absent or damaged."""
         try:
             description, arrays = read_container(path, "snapshots")
-            found = cls(description["layers"])
-            for row, epoch in enumerate(description["epochs"]):
-                found._rows[epoch] = [
-                    LayerSnapshot(
-                        name=name,
-                        epoch=epoch,
-                        counts=arrays["counts"][row, place].astype(np.int64),
-                        dead=arrays[f"dead {name}"][row],
-                        **{column: arrays[column][row, place].item() for column in COLUMNS},
-                    )
-                    for place, name in enumerate(found.layer_names)
-                ]
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError) as error:
             raise SnapshotError(
-                f"the snapshots at {str(path)!r} cannot be read ({error!s:.300}): the file is damaged or of another "
-                "version; delete it, and the run goes on without the earlier epochs' histograms"
+                f"the snapshots at {str(path)!r} cannot be read ({error}); delete it, and the run goes on without the "
+                "earlier epochs' histograms"
             ) from error
+        found = cls(description["layers"])
+        for place, epoch in enumerate(description["epochs"]):
+            found._rows[epoch] = {name: values[place] for name, values in arrays.items()}
         return found
 
     @classmethod
@@ -148,13 +135,14 @@ class Snapshots:
         found = cls.load(path) if Path(path).exists() else cls(layer_names)
         if found.layer_names != tuple(layer_names):
             raise SnapshotError(f"the snapshots at {str(path)!r} are of other layers; delete the file to go on")
-        found.cut(epochs)
+        found._cut(epochs)
         if not found.epochs:
             found.add(model, epochs)
         return found
 
 
-def _measure(model: nn.Module, epoch: int) -> list[LayerSnapshot]:
+def _measure(model: nn.Module) -> dict[str, NDArray[Any]]:
+    """The arrays of one epoch as the file has them: (L,) for each of COLUMNS, counts (L, B), and dead (O,) by layer."""
     latent = [latent_weight(layer).detach().float() for layer in quantized_layers(model).values()]
     ranges = weight_ranges(latent)
     bins = []
@@ -162,18 +150,15 @@ def _measure(model: nn.Module, epoch: int) -> list[LayerSnapshot]:
         share = torch.nan_to_num(w.flatten() / scale, nan=2 * REACH)
         inner = torch.floor((share + REACH) * (INNER_BINS / (2 * REACH))).clamp(-1, INNER_BINS)
         bins.append(torch.bincount(inner.long() + 1, minlength=INNER_BINS + 2))
-    return [
-        LayerSnapshot(
-            name=record.name,
-            epoch=epoch,
-            counts=counts,
-            range=range_,
-            dead_zone=2 * range_ * record.dead_zone,
-            bits=int(record.bits),
-            sparsity=record.sparsity,
-            dead=np.array(record.dead),
-        )
-        for record, counts, range_ in zip(
-            layer_records(model), torch.stack(bins).cpu().numpy(), ranges.float().tolist(), strict=True
-        )
-    ]
+    records, measured = layer_records(model), ranges.float().cpu().numpy()
+    columns = {
+        "range": measured,
+        "dead_zone": 2 * measured.astype(np.float64) * [record.dead_zone for record in records],
+        "bits": [record.bits for record in records],
+        "sparsity": [record.sparsity for record in records],
+    }
+    return {
+        **{name: np.array(columns[name], dtype=kind) for name, kind in COLUMNS.items()},
+        "counts": torch.stack(bins).cpu().numpy().astype("<u4"),
+        **{f"dead {record.name}": np.array(record.dead) for record in records},
+    }

@@ -7,7 +7,7 @@ is the optimizer's own, so that its rates, hooks and state are as without a grap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +19,8 @@ from src.training.step import Objective, StepLosses, step_gradients, train_step
 WARM_UP = 3  # eager passes before a recording, in which libraries choose algorithms and allocate workspaces
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """A graph and the memory it reads and writes. gradients: of the parameters, in the model's order."""
-
-    graph: torch.cuda.CUDAGraph
-    images: Tensor
-    labels: Tensor
-    coefficient: Tensor
-    losses: StepLosses
-    gradients: list[Tensor | None]
+Replay = Callable[[Tensor, Tensor, float], StepLosses]
+"""Leaves the gradients of a batch in the parameters and returns its losses; takes images, labels, coefficient."""
 
 
 class GraphedStep:
@@ -42,7 +34,7 @@ class GraphedStep:
 
     def __init__(self, notify: Notify = lambda line: None) -> None:
         self._notify = notify
-        self._recordings: dict[Any, _Recording] = {}
+        self._recordings: dict[Any, Replay] = {}
         self._model: nn.Module | None = None
         self.failure = ""
 
@@ -74,15 +66,9 @@ class GraphedStep:
                 self._recordings.clear()
                 self._notify(f"this step cannot be recorded as a CUDA graph and runs without one: {self.failure}")
                 return train_step(model, optimizer, *arguments)
-        recording = self._recordings[key]
-        recording.images.copy_(images)
-        recording.labels.copy_(labels)
-        recording.coefficient.fill_(coefficient)
-        recording.graph.replay()
-        for parameter, gradient in zip(model.parameters(), recording.gradients, strict=True):
-            parameter.grad = gradient
+        losses = self._recordings[key](images, labels, coefficient)
         optimizer.step()
-        return StepLosses(*(part.clone() for part in vars(recording.losses).values()))
+        return losses
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -101,13 +87,12 @@ def _key(model: nn.Module, images: Tensor, labels: Tensor, objective: Objective,
 
 def _record(
     model: nn.Module, images: Tensor, labels: Tensor, objective: Objective, coefficient: float, precision: torch.dtype
-) -> _Recording:
-    images, labels = images.clone(), labels.clone()
-    weight = torch.full((), float(coefficient), device=images.device)
+) -> Replay:
+    held = (images.clone(), labels.clone(), torch.full((), float(coefficient), device=images.device))
 
     def losses_and_gradients() -> StepLosses:
         model.zero_grad(set_to_none=True)
-        return step_gradients(model, images, labels, objective, weight if coefficient else 0.0, precision)
+        return step_gradients(model, *held[:2], objective, held[2] if coefficient else 0.0, precision)
 
     # The passes before the recording leave no trace in buffers (BatchNorm's averages) and random numbers.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -125,4 +110,15 @@ def _record(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         losses = losses_and_gradients()
-    return _Recording(graph, images, labels, weight, losses, [p.grad for p in model.parameters()])
+    gradients = [parameter.grad for parameter in model.parameters()]
+
+    def replay(images: Tensor, labels: Tensor, coefficient: float) -> StepLosses:
+        held[0].copy_(images)
+        held[1].copy_(labels)
+        held[2].fill_(coefficient)
+        graph.replay()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return StepLosses(*(part.clone() for part in vars(losses).values()))
+
+    return replay

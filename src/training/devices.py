@@ -78,12 +78,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS)
-
-
-def batch_size_advice(batch_size: int, device: torch.device) -> str:
-    """One sentence that says which batch size to try: the half."""
-    half = max(2, batch_size // 2)  # BatchNorm needs two images
-    return (
-        f"the memory of {device.type} does not hold a batch of {batch_size} images; try batches of {half}: "
-        f"--batch-size {half}, or BATCH_SIZE = {half}"
-    )

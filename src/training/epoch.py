@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,6 @@ class EpochMeans:
         means = {name: total / self.steps for name, total in zip(MEANS, losses, strict=True)}
         return {**means, "train_accuracy": correct / self.images}
 
-    def state(self) -> dict[str, Any]:
-        """The sums as they are, so that a resumed epoch adds up to the same bits."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> EpochMeans:
-        """The inverse of `state`."""
-        return cls(state["sums"], state["steps"], state["images"])
-
 
 def train_epoch(
     model: nn.Module,
@@ -91,11 +82,9 @@ def train_epoch(
     """Train epoch `epoch` (from 0) of `epochs`, yielding after each step.
 
     lr_lambda: progress of the run (0 to 1) -> factor on the learning rate of the group "weights" alone.
-    start: steps of this epoch that were taken before; they are left out. step: what a step does, with the arguments of
-        `train_step`, which is the default.
-    The order of the images, the crops and the flips depend on `seed` and `epoch` alone, so an epoch can be repeated, or
-    resumed at any step. Raises TrainingError once a loss or gradient is not finite, and between two steps the
-    interruption that `interrupts.between_steps` deferred.
+    start: steps of this epoch that were taken before; they are left out. step: by default `train_step`.
+    Order, crops and flips depend on `seed` and `epoch` alone, so an epoch can be resumed at any step. Raises
+    TrainingError once a loss or gradient is not finite, and between two steps the interruption that was deferred.
     """
     model.train()
     step_fn = step or train_step

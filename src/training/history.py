@@ -6,13 +6,12 @@ Axis letters: E epochs, L layers, O output channels.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 
@@ -112,9 +111,7 @@ class History:
         return tuple(layer.name for layer in self.records[0].layers) if self.records else ()
 
     def append(self, record: EpochRecord) -> None:
-        """Add the next epoch. Raises ValueError where its number is not the next one."""
-        if record.epoch != len(self.records) + 1:
-            raise ValueError(f"epoch {record.epoch} does not follow {len(self.records)} recorded epochs")
+        """Add the next epoch."""
         self.records.append(record)
 
     def column(self, name: str) -> NDArray[np.float64]:
@@ -126,20 +123,12 @@ class History:
         return np.array([[getattr(layer, name) for layer in record.layers] for record in self.records], np.float64)
 
     def csv_text(self) -> str:
-        """One row per epoch: the scalars, then bits, dead_zone, sparsity and dead_channels of each layer.
-
-        The column "cost" is there only where a record has one.
-        """
-        scalars = [
-            name for name in SCALARS if name != "cost" or any(record.cost is not None for record in self.records)
-        ]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([*scalars, *(f"{name}.{key}" for name in self.layer_names for key in LAYER_SCALARS)])
-        for record in self.records:
-            layers = [getattr(layer, key) for layer in record.layers for key in LAYER_SCALARS]
-            writer.writerow([*(getattr(record, name) for name in scalars), *layers])
-        return out.getvalue()
+        """One row per epoch: the scalars (cost where there is one), then LAYER_SCALARS of each layer."""
+        rows = []
+        for record in self:
+            layers = {f"{layer.name}.{key}": getattr(layer, key) for layer in record.layers for key in LAYER_SCALARS}
+            rows.append({name: getattr(record, name) for name in SCALARS} | layers)
+        return pd.DataFrame(rows).dropna(axis="columns", how="all").to_csv(index=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists; `from_json` is the inverse."""
@@ -147,13 +136,13 @@ class History:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> History:
-        """Rebuild a history. Raises ValueError where a field is missing or unknown, or an epoch out of order."""
-        try:
-            history = cls(data["epochs"])
-            for entry in data["records"]:
+        """Rebuild a history. Raises ValueError where a field is missing or unknown."""
+        history = cls(data["epochs"])
+        for entry in data["records"]:
+            try:
                 layers = tuple(LayerRecord(**{**layer, "dead": tuple(layer["dead"])}) for layer in entry["layers"])
                 penalised = tuple(entry.get("penalised", ()))
                 history.append(EpochRecord(**{**entry, "layers": layers, "penalised": penalised}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a history of this version: {error}; start the run again without --resume") from error
+            except TypeError as error:
+                raise ValueError(f"not a history of this version: {error}; start without --resume") from error
         return history

@@ -20,10 +20,6 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class Interrupted(KeyboardInterrupt):
     """An interruption that came between two steps: nothing is half done."""
 
-    def _render_traceback_(self) -> list[str]:
-        """What IPython shows in place of a traceback, which would look like a fault of the cell."""
-        return [f"{type(self).__name__}: stopped between two steps, as asked; nothing is half done"]
-
 
 class Terminated(Interrupted):
     """The process was asked to end (SIGTERM, SIGHUP); `signal` is the number. An exit status is 128 + signal."""
@@ -68,8 +64,8 @@ def terminations() -> Iterator[None]:
 def between_steps() -> Iterator[None]:
     """Inside, the first interruption waits for `raise_pending`, or for the end of the block.
 
-    A signal that was ignored stays ignored (nohup). Only the main thread receives signals: in another one, and inside
-    another such block, this does nothing.
+    A signal that was ignored stays ignored (nohup). In another thread than the main one, and inside another such block,
+    this does nothing.
     """
     if _watch.active or threading.current_thread() is not threading.main_thread():
         yield
