@@ -17,7 +17,6 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments import pipeline
 from experiments.doctor import Examination
@@ -27,7 +26,7 @@ from src.data import steps_per_epoch
 from src.quantizer import check_range
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
-from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
+from src.training import DEVICES, Terminated, TrainingError, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 RESUME_HINT = "the same command with --resume continues"
@@ -45,10 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return fail("the memory does not hold the images; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         log_info("interrupted")
         return _status(stopped)
@@ -65,8 +60,6 @@ def _run(options: argparse.Namespace) -> int:
     config = configure(options.preset, **settings)
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
-    if options.resume:
-        RunFolder(Path(options.output)).check_resumable()
     every = options.checkpoint_every
     if every is not None:
         check_range("--checkpoint-every", every, 1, remedy="it counts steps", error=ConfigError)
@@ -124,7 +117,7 @@ def _conclude(
     verdict = pipeline.judge_run(run, accuracy, baseline)
     pipeline.save_figures(run, folder, baseline)
     folder.try_write("history.csv", run.history.csv_text())
-    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model.eval()))
+    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model))
     print_result(f"\n{pipeline.compression_table(result, accuracy)}\n{price}\n\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")

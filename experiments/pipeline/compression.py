@@ -34,16 +34,15 @@ from src.pruning import CompactNetwork, analyze_liveness, compact
 from src.training import predict
 
 Take = Callable[[], object]
-WARM_UP, STEPS_A_TURN = 2, {"cpu": 1, "mps": 5, "cuda": 20}
-KEPT, ZERO, CONSTANT, UNREAD = "kept", "zero", "constant", "unread"
+ROUNDS, WARM_UP, STEPS_A_TURN = 15, 2, {"cpu": 1, "mps": 5, "cuda": 20}
 
 
 @dataclass(frozen=True)
 class Compression:
     """The stages of one run, the smaller network, and the proofs that it computes the same.
 
-    stages: one row each, by name; costs per image, times over the dense network's in the same round (median, quartiles
-        and samples, see `spread`); NaN where a figure does not apply.
+    stages: one row each, by name; costs per image, times over the dense network's in the same round (see `spread`);
+        NaN where a figure does not apply.
     largest_difference: of the logits of 256 test images between the quantized and the compacted network, relative to
         the largest logit, in float64 and float32.
     same_predictions: compacted and unpacked give the quantized network's class for every test image.
@@ -84,7 +83,10 @@ def compress(
     network = compact(model)
     report = pack(model, path, force=True)
     trained = {"quantized": model, "compacted": network, "packed": unpack(path).to(run.device)}
-    speed = relative_times({"FP32": dense.eval(), **trained}, next(test_batches(run.data, 64))[0])
+    images = next(test_batches(run.data, 64))[0]
+    takes = {name: partial(each, images) for name, each in {"FP32": dense.eval(), **trained}.items()}
+    with torch.inference_mode():
+        seconds = time_in_turns(takes, ROUNDS, run.device)
     predictions = [predict(each, run.data)[0] for each in trained.values()]
     full = QuantizationComparison().set_baseline(dense)
     in_place = QuantizationComparison().set_baseline(model)  # the same MACs with the learned bits
@@ -102,10 +104,12 @@ def compress(
             baseline.accuracy if baseline else math.nan,
             *(int((found == run.data.test_labels).sum()) / len(found) for found in predictions),
         ],
-        "time / FP32's": list(speed.values()),
+        "time / FP32's": [
+            spread([a / b for a, b in zip(times, seconds["FP32"], strict=True)]) for times in seconds.values()
+        ],
     }
     same = all(torch.equal(found, predictions[0]) for found in predictions)
-    stages = pd.DataFrame(columns, index=list(speed))
+    stages = pd.DataFrame(columns, index=list(seconds))
     return Compression(stages, network, report, differences(model, network, next(test_batches(run.data, 256))[0]), same)
 
 
@@ -121,15 +125,6 @@ def differences(model: nn.Module, network: CompactNetwork, images: Tensor) -> di
     return found
 
 
-def relative_times(networks: Mapping[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, dict[str, Any]]:
-    """Time of one forward pass of `images` over the first network's in the same round (see `spread`), by name."""
-    takes = {name: partial(network, images) for name, network in networks.items()}
-    with torch.inference_mode():
-        seconds = time_in_turns(takes, rounds, images.device)
-    first = next(iter(seconds.values()))
-    return {name: spread([a / b for a, b in zip(times, first, strict=True)]) for name, times in seconds.items()}
-
-
 def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds a step of every variant, one number a round.
 
@@ -137,9 +132,8 @@ def time_in_turns(takes: Mapping[str, Take], rounds: int, device: torch.device) 
     """
     count, names = STEPS_A_TURN[device.type], list(takes)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for take in takes.values():
-        for _ in range(WARM_UP):
-            take()
+    for take in [*takes.values()] * WARM_UP:
+        take()
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             synchronize(device)
@@ -173,10 +167,10 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
     liveness = analyze_liveness(model)
     for layer in liveness.layers:
         value = liveness.propagated_constants(layer.name)
-        fate = np.full(layer.out_channels, UNREAD, dtype="<U8")
-        fate[~np.isnan(value)] = CONSTANT
-        fate[value == 0] = ZERO
-        fate[layer.kept_out] = KEPT
+        fate = np.full(layer.out_channels, "unread", dtype="<U8")
+        fate[~np.isnan(value)] = "constant"
+        fate[value == 0] = "zero"
+        fate[layer.kept_out] = "kept"
         names.append(layer.name)
         fates.append(fate)
     return names, fates

@@ -73,7 +73,6 @@ class Run:
     """Everything that moves while a network trains. `config` is the one that is really run (see `suited_to`).
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
-    snapshots: the quantized layers after each epoch; the training loop makes and keeps them.
     control: moves the penalty where the configuration has a budget.
     step_fn: what a training step does; None is `train_step`, which a CUDA device records (`GraphedStep`).
     is_consistent: False from the beginning of a step to its end, and for good where it failed or was cut off.
@@ -126,8 +125,7 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """Train the unfinished epoch from where it stands, yielding after each step, which is counted by then.
 
-        Raises TrainingError where the loss or a gradient is not finite or the memory does not hold a batch; the run is
-        not consistent then.
+        Raises TrainingError where the loss or a gradient is not finite or the memory does not hold a batch.
         """
         settings = epoch_settings(self.config, len(self.history), self.precision)
         settings |= {"start": self.means.steps, "step": self.step_fn, "coefficient": self.coefficient}
@@ -208,10 +206,9 @@ class TrainingLoop:
                     ...                       # a Step: progress, observers
                 record = loop.finish_epoch()  # measured, in run.history, and written
 
-    Between two steps a run is consistent: it can be written, read and continued, and the rest is what it would have
-    been. So inside, an interruption waits for the end of the step; then checkpoint and history are written and it is
-    raised: KeyboardInterrupt, or Terminated where the process was asked to end (a notebook's kernel does end then).
-    Entered again, it continues where it stopped; after a step that failed, from the last checkpoint.
+    Inside, an interruption waits for the end of the step; then checkpoint and history are written and it is raised:
+    KeyboardInterrupt, or Terminated where the process was asked to end (a notebook's kernel does end then). Entered
+    again, it continues where it stopped; after a step that failed, from the last checkpoint.
 
     checkpoint_every: steps between two checkpoints within an epoch; None for one after each epoch only. resume_hint:
     how the user continues after an interruption. saved: the state that is in the folder, in words; "" for none.
@@ -221,7 +218,7 @@ class TrainingLoop:
     folder: RunFolder
     checkpoint_every: int | None = None
     notify: Notify = print
-    resume_hint: str = "run this cell again to continue"
+    resume_hint: str = "run this cell again to continue, or the notebook with RESUME = True"
     saved: str = field(default="", init=False)
 
     @classmethod
@@ -277,8 +274,10 @@ class TrainingLoop:
 
     @property
     def kept(self) -> str:
-        """Which state is in the folder."""
-        return f"the state {self.saved} is in {self.folder.path}" if self.saved else "nothing was written yet"
+        """Which state is in the folder, and how it is continued."""
+        if not self.saved:
+            return "nothing was written yet"
+        return f"the state {self.saved} is kept in {self.folder.path}; {self.resume_hint}"
 
     def __enter__(self) -> TrainingLoop:
         self._guard = self._guarded()
@@ -315,23 +314,18 @@ class TrainingLoop:
     def _keep(self, error: BaseException) -> None:
         """Write what is not written yet, and say how to continue."""
         if isinstance(error, StorageError):
-            self.notify(f"{self.kept}; {self.resume_hint}" if self.saved else self.kept)
+            self.notify(self.kept)
         elif self.run.is_consistent:
             try:
                 self._save_unsaved()
             except (StorageError, TrainingError) as failure:
                 self.notify(f"error: {failure}")
-        ends_kernel = isinstance(error, Terminated) and in_notebook()
         if isinstance(error, KeyboardInterrupt):
             where = self.run.progress.text if self.run.is_consistent else "within a step"
-            hint = "the notebook with RESUME = True continues" if ends_kernel else self.resume_hint
-            if self.saved:
-                state = "which" if self.saved == where else f"the state {self.saved}"
-                rest = f", {state} is kept in {self.folder.path}; {hint}"
-            else:
-                rest = "; no step was finished, so there is nothing to resume"
-            self.notify(f"stopped {where}{rest}")
-        if ends_kernel:  # IPython outlives every exception, but this process was asked to end
+            self.notify(f"stopped {where}; {self.kept}")
+        if (
+            isinstance(error, Terminated) and in_notebook()
+        ):  # IPython outlives every exception, but this process was asked to end
             threading.Timer(KERNEL_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     def _restore(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiments.pipeline import stages
-from experiments.pipeline.config import ConfigError, RunConfig
+from experiments.pipeline.config import RunConfig
 from experiments.pipeline.run import Run
 from resnet import NETWORKS, ResNet
 from src.data import ImageData, load_data
@@ -49,8 +49,11 @@ class SavedRun:
             )
         try:
             state = load_checkpoint(path / CHECKPOINT)
-            config, history = _config(state["config"]), History.from_json(state["history"])
-        except ValueError as error:
+            settings: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()
+            }
+            config, history = RunConfig(**settings), History.from_json(state["history"])
+        except (ValueError, TypeError) as error:
             reason = str(error).removesuffix("; start without --resume")
             raise RunError(f"the run in {str(folder)!r} cannot be used: {reason}; name another run") from error
         digest = str(state.get("data_digest", ""))
@@ -119,16 +122,6 @@ def contents(folder: Path) -> str:
         return "there is no such folder"
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     return f"in it are {', '.join(names[:12])}" if names else "it is empty"
-
-
-def _config(saved: Mapping[str, Any]) -> RunConfig:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    try:
-        return RunConfig(**values)
-    except (ConfigError, TypeError) as error:
-        raise RunError(
-            f"its configuration is not one of this version ({error}); use the version that trained it"
-        ) from error
 
 
 def _summary(folder: Path) -> dict[str, Any]:

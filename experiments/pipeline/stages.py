@@ -37,7 +37,7 @@ from utils_quantization import attach_weight_quantizers, quantized_layers
 def prepare_data(config: RunConfig, notify: Notify = lambda line: None) -> tuple[RunConfig, ImageData]:
     """Load the data, and return it with the configuration that suits it; `notify` is told what was changed.
 
-    Raises DataError or TrainingError (absent device). Also prepares this process: `keep_freed_memory`, `repeatable`.
+    Raises DataError or TrainingError. Also prepares this process: `keep_freed_memory`, `repeatable`.
     """
     keep_freed_memory()
     device = training.pick_device(config.device)
@@ -45,10 +45,8 @@ def prepare_data(config: RunConfig, notify: Notify = lambda line: None) -> tuple
     data = load_data(config.data, config.data_root, config.limit, notify)
     suited, count = suited_to(config, data.name), len(data.train_labels)
     if suited != config:
-        notify(
-            f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: batches of {suited.batch_size}, "
-            f"{suited.epochs} epochs"
-        )
+        batches = f"batches of {suited.batch_size}, {suited.epochs} epochs"
+        notify(f"preset {config.preset!r} becomes {suited.preset!r} on the {data.name}: {batches}")
     if suited.batch_size > count:
         suited = replace(suited, batch_size=max(2, count))
         notify(f"batch size lowered to {count}: there are no more training images")
@@ -70,7 +68,7 @@ def attach(config: RunConfig, model: nn.Module) -> list[str]:
 def expected_layers(config: RunConfig, model: nn.Module) -> list[str]:
     """The layers that should have a quantizer, found without the patterns: every convolution but the first.
 
-    That is what the presets' exclusion list means. With a list of one's own it is what was attached.
+    With an exclusion list of one's own it is what was attached.
     """
     if config.exclude_layers != RunConfig("").exclude_layers:
         return list(quantized_layers(model))
@@ -221,8 +219,8 @@ def compression_table(result: EvalResult, accuracy: float) -> str:
 
 def price(result: EvalResult, accuracy: float, baseline: Baseline | None, bytes_ratio: float) -> str:
     """What the compression cost and gained, in one sentence. bytes_ratio: FP32 state over packed file."""
-    against = (
-        f"against {baseline.accuracy:.2%} without compression" if baseline else "(without compression: not measured)"
-    )
+    against = "(without compression: not measured)"
+    if baseline:
+        against = f"against {baseline.accuracy:.2%} without compression"
     macs = f"{1 / result.structured_mac_ratio:.0%} of the MACs"
     return f"{accuracy:.2%} {against}, for {macs} and 1/{bytes_ratio:.0f} of the bytes"

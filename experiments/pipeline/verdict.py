@@ -18,9 +18,7 @@ FEWEST_STEPS = 500  # below this the logits, which move by a learning rate a ste
 LOOK_AT = {
     "layers quantized": "exclude_layers: a pattern may take out more than was meant",
     "loss falls": "learning rate, normalisation of the images, labels",
-    "accuracy climbs": (
-        "the loss curve; a peak of the penalty that is too high; quantizers switched off in training only"
-    ),
+    "accuracy climbs": "the loss curve; a peak of the penalty that is too high; quantizers off in training only",
     "accuracy reached": "the coefficient's peak (accuracy that falls as it ramps), then the learning-rate schedule",
     "zeros appear": "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
     "channels die": "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
@@ -63,13 +61,12 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The verdict in one line, with the names of what failed."""
-        count = len(self.expectations)
-        failed = [expectation.name for expectation in self.expectations if expectation.status == FAILED]
+        count, failed = len(self.expectations), [each.name for each in self.expectations if each.status == FAILED]
         if failed:
             return f"FAULT: {len(failed)} of {count} expectations not met ({', '.join(failed)})"
         if self.healthy:
             return f"HEALTHY: all {count} expectations met"
-        met = sum(expectation.status == PASSED for expectation in self.expectations)
+        met = sum(each.status == PASSED for each in self.expectations)
         return f"INCONCLUSIVE: {met} of {count} expectations met, the rest could not be judged in this run"
 
     def to_json(self) -> dict[str, Any]:
@@ -79,16 +76,14 @@ class Verdict:
 
     def text(self) -> str:
         """The expectations as a table for a terminal; below each that failed, what to look at."""
-        names = max(len(expectation.name) for expectation in self.expectations)
-        expected = max(len(expectation.expected) for expectation in self.expectations)
+        names = max(len(each.name) for each in self.expectations)
+        width = max(len(each.expected) for each in self.expectations)
         lines = [self.headline]
         for each in self.expectations:
-            lines.append(
-                f"  {each.status:<10}  {each.name:<{names}}  expected {each.expected:<{expected}}  "
-                f"measured {each.measured}"
-            )
+            start = f"  {each.status:<10}  {each.name:<{names}}  "
+            lines.append(f"{start}expected {each.expected:<{width}}  measured {each.measured}")
             if each.status == FAILED:
-                lines.append(f"  {'':<10}  {'':<{names}}  look at: {each.look_at}")
+                lines.append(f"{'':<{len(start)}}look at: {each.look_at}")
         return "\n".join(lines)
 
 
@@ -100,10 +95,10 @@ def judge(
     steps: int | None = None,
     accuracies: tuple[float, float] | None = None,
 ) -> Verdict:
-    """Judge a finished run by what its epochs recorded. Raises ValueError for an empty history.
+    """Judge a finished run by what its epochs recorded.
 
-    expected_layers: names of the layers that should be quantized. steps: updates made in all; below 500 most of what is
-    expected is not judged. None where it is not known. accuracies: of the run and of its baseline, where that is known.
+    expected_layers: names of the layers that should be quantized. steps: updates made in all, where that is known;
+    below 500 most of what is expected is not judged. accuracies: of the run and of its baseline.
     """
     last, first = history.last, history[0]
     preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
@@ -155,13 +150,8 @@ def judge(
     if accuracies:
         lost = accuracies[1] - accuracies[0]
         found = f"{100 * lost:.2f} points: {accuracies[0]:.2%} against {accuracies[1]:.2%}"
-        expect(
-            "accuracy kept",
-            f"costs at most {100 * config.allowed_cost:g} points",
-            found,
-            lost <= config.allowed_cost,
-            full,
-        )
+        most = f"costs at most {100 * config.allowed_cost:g} points"
+        expect("accuracy kept", most, found, lost <= config.allowed_cost, full)
     if config.budget and last.cost is not None:
         used = f"{100 * last.cost:.4g} %, {last.cost / config.budget.share:.1%} of the budget"
         met = last.cost <= config.budget.share

@@ -139,8 +139,7 @@ def epoch_batches(
     """One epoch of shuffled, augmented, normalised training batches: float32 (B, 3, 32, 32) channels_last, int64 (B,).
 
     The last incomplete batch is dropped unless it is the only one. The CPU `generator` gives all random numbers of the
-    epoch when this function is called: permutation, crop offsets, flips, in this order and whatever the options. So
-    neither the device nor `start`, the number of batches to skip, changes the draw.
+    epoch when this function is called, so neither the device nor `start`, the batches to skip, changes the draw.
     """
     count, steps = len(data.train_labels), steps_per_epoch(data, batch_size)
     order = torch.randperm(count, generator=generator)

@@ -17,8 +17,7 @@ from PIL import Image, ImageOps
 from src.storage import Notify
 
 SIZE = 32
-# Pillow recognises a file by its contents, whatever its name says, and would hand PostScript to another program (EPS),
-# among others. These are decoded in this process, from the file alone:
+# Pillow would hand PostScript to another program, whatever the file's name says. These it decodes itself:
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TEST_DIGITS = (36, 37, 35, 37, 36, 36, 36, 36, 35, 36)  # of each class, 360 in proportion to its size

@@ -26,10 +26,9 @@ Replay = Callable[[Tensor, Tensor, float], StepLosses]
 class GraphedStep:
     """`train_step` for one model on a CUDA device, to be called with the same arguments and giving the same numbers.
 
-    A recording is made for every shape of batch and whatever else changes what is computed: whether the penalty counts,
-    the precision, training mode, which quantizers are on, which parameters are trained. A forward pass that decides by
-    the values of a tensor cannot be recorded; its steps are those of `train_step`, and `notify` is told once. A replay
-    runs no Python, so while a module has a hook, steps are those of `train_step`, too.
+    A recording is made for whatever changes what is computed (`_key`). A forward pass that decides by the values of a
+    tensor cannot be recorded; its steps are those of `train_step`, and `notify` is told once. A replay runs no Python,
+    so while a module has a hook, steps are those of `train_step`, too.
     """
 
     def __init__(self, notify: Notify = lambda line: None) -> None:

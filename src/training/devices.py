@@ -34,8 +34,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The arithmetic of forward and backward passes: torch.float32 or torch.bfloat16.
 
-    "auto" takes bfloat16 where the hardware multiplies it (AVX512_BF16 or AMX on a CPU, any CUDA device that supports
-    it): elsewhere it is emulated and slower. Weights, logits, BatchNorm statistics and optimizer state are float32.
+    "auto" takes bfloat16 where the hardware multiplies it (AVX512_BF16 or AMX on a CPU, CUDA devices that support it):
+    elsewhere it is emulated and slower.
     """
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
@@ -56,8 +56,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def repeatable(device: torch.device) -> None:
     """Make this process compute the same bits every time on a CUDA device; elsewhere there is nothing to do.
 
-    Sums in random order are replaced by ordered ones where CUDA has them; torch warns of an operation for which it has
-    none. To be called before the first matrix product, which fixes cuBLAS's workspace.
+    To be called before the first matrix product, which fixes cuBLAS's workspace.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -53,9 +53,8 @@ class EpochMeans:
         self.images += step.images
 
     def read(self) -> dict[str, Any]:
-        """Means over the steps (`MEANS`) and train_accuracy over the images. Raises TrainingError without a step."""
-        if self.sums is None:
-            raise TrainingError("no step was taken in this epoch: the training set is empty")
+        """Means over the steps (`MEANS`) and train_accuracy over the images, of at least one step."""
+        assert self.sums is not None
         *losses, correct = self.sums.tolist()
         means = {name: total / self.steps for name, total in zip(MEANS, losses, strict=True)}
         return {**means, "train_accuracy": correct / self.images}

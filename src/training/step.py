@@ -58,8 +58,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's three groups, each named: "weights" (no decay), "logit_dz" and "logit_bit".
 
-    dz_decay, bit_decay: the optimizer's decoupled decay on the logits; 0 where their squares are in the loss. Every
-    trainable parameter is in exactly one group; a group without parameters is left out.
+    dz_decay, bit_decay: decoupled decay on the logits; 0 where their squares are in the loss. A group without
+    parameters is left out.
     """
     groups = {
         "weights": {"lr": learning_rate, "weight_decay": 0.0},
