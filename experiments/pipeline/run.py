@@ -73,6 +73,7 @@ class Run:
     """Everything that moves while a network trains. `config` is the one that is really run (see `suited_to`).
 
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
+    snapshots: the quantized layers after each epoch, once the training loop has opened its folder.
     control: moves the penalty where the configuration has a budget.
     step_fn: what a training step does; None is `train_step`, which a CUDA device records (`GraphedStep`).
     is_consistent: False from the beginning of a step to its end, and for good where it failed or was cut off.
@@ -90,7 +91,7 @@ class Run:
     means: EpochMeans = field(default_factory=EpochMeans)
     seconds: float = 0.0
     is_consistent: bool = True
-    snapshots: Snapshots | None = None
+    snapshots: Snapshots = field(init=False)
     step_fn: StepFunction | None = None
     control: BudgetControl | None = None
 
@@ -151,14 +152,13 @@ class Run:
 
         Raises TrainingError where the test loss is not finite or the memory does not hold the test images.
         """
-        epoch = len(self.history)
         with self._explained_out_of_memory():
             record = training.measure_epoch(
                 self.model,
                 self.optimizer,
                 self.data,
                 self.means,
-                epoch=epoch,
+                epoch=len(self.history),
                 coefficient=self.coefficient,
                 seconds=self.seconds,
                 precision=self.precision,
@@ -228,9 +228,9 @@ class TrainingLoop:
         An earlier run there moves to previous/ unless it is resumed. Raises RunError where the folder cannot be used,
         is in use, or holds no checkpoint that fits; nothing is changed then.
         """
-        if resume:
-            RunFolder(Path(output)).check_resumable()
-        elif run.optimizer.state and not run.history.records:
+        if resume and not RunFolder(Path(output)).has_checkpoint():
+            raise RunError(f"there is no checkpoint at {str(output)!r} to resume from; run without --resume first")
+        if not resume and run.optimizer.state and not run.history.records:
             raise RunError(
                 "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
                 "run the cells from chapter 5 on), or resume"
@@ -239,6 +239,8 @@ class TrainingLoop:
         if resume:
             loop._restore()
             loop.notify(f"resumed {run.progress.text}")
+        elif not run.history.records:
+            loop._begin_snapshots()
         return loop
 
     def epochs(self) -> range:
@@ -256,7 +258,7 @@ class TrainingLoop:
     def finish_epoch(self) -> EpochRecord:
         """Measure the epoch, put its record into the history, and write checkpoint and history."""
         record = self.run.finish_epoch()
-        self._snapshots().add(self.run.model, record.epoch)
+        self.run.snapshots.add(self.run.model, record.epoch)
         self.save()
         return record
 
@@ -268,7 +270,7 @@ class TrainingLoop:
         run, folder = self.run, self.folder.path
         if not run.means.steps or not (folder / SNAPSHOTS).exists():
             # Before the checkpoint: snapshots ahead of it are cut off by a resumed run, missing ones are lost.
-            self.folder.try_write(SNAPSHOTS, self._snapshots().to_bytes())
+            self.folder.try_write(SNAPSHOTS, run.snapshots.to_bytes())
         self.folder.save_progress(run.model, run.optimizer, run.progress, asdict(run.config), run.data.digest)
         self.saved = run.progress.text
 
@@ -298,7 +300,6 @@ class TrainingLoop:
                 self.notify(f"resumed {self.run.progress.text}, the last good state")
             else:
                 raise RunError("the first steps failed and no checkpoint is there: build the network again")
-            self._snapshots()
             try:
                 yield
                 raise_pending()
@@ -339,11 +340,8 @@ class TrainingLoop:
             run.snapshots = Snapshots.resume(self.folder.path / SNAPSHOTS, layers, run.model, len(run.history))
         except SnapshotError as error:
             self.notify(f"the histograms of the epochs so far are lost: {error}")
-            run.snapshots = None
+            self._begin_snapshots()
 
-    def _snapshots(self) -> Snapshots:
-        """The run's snapshots, which begin with its present state."""
-        if self.run.snapshots is None:
-            self.run.snapshots = Snapshots(list(quantized_layers(self.run.model)))
-            self.run.snapshots.add(self.run.model, len(self.run.history))
-        return self.run.snapshots
+    def _begin_snapshots(self) -> None:
+        self.run.snapshots = Snapshots(list(quantized_layers(self.run.model)))
+        self.run.snapshots.add(self.run.model, len(self.run.history))

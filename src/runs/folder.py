@@ -97,11 +97,6 @@ class RunFolder:
         """Whether there is one, or the one before it."""
         return any((self.path / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
 
-    def check_resumable(self) -> None:
-        """Raise RunError where there is no checkpoint. Changes nothing."""
-        if not self.has_checkpoint():
-            raise RunError(f"there is no checkpoint at {str(self.path)!r} to resume from; run without --resume first")
-
 
 def set_aside(folder: Path) -> None:
     """Move an earlier run, with what was exported from it, to `previous/N`. Everything else in the folder stays."""

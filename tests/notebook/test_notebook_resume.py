@@ -68,7 +68,7 @@ def test_the_cell_that_was_stopped_is_run_again(tiny_run: Unbroken, tmp_path: Pa
     with kernel(tmp_path, signal_name="SIGINT") as one:  # what a stop button has the server do
         with pytest.raises(CellExecutionError, match="Interrupted"):
             execute(one, TRAIN)
-        assert f"stopped {WHERE}, which is kept in {tmp_path}; run this cell again" in printed(one)
+        assert f"stopped {WHERE}; the state {WHERE} is kept in {tmp_path}; run this cell again" in printed(one)
         execute(one, TRAIN)  # the kernel lives
         assert execute(one, "print(len(calls), len(run.history))") == "12 3\n"
     assert not differences(tmp_path, tiny_run.folder, command=False)
@@ -79,7 +79,7 @@ def test_a_kernel_that_was_asked_to_end_does_and_a_new_one_continues(tiny_run: U
     with kernel(tmp_path, signal_name="SIGTERM") as one:
         with pytest.raises(CellExecutionError, match="Terminated"):
             execute(one, TRAIN)
-        assert f"stopped {WHERE}, which is kept in {tmp_path}; the notebook with RESUME = True" in printed(one)
+        assert f"stopped {WHERE}; the state {WHERE} is kept in {tmp_path}; run this cell again" in printed(one)
         assert one.km.provisioner.process.wait(timeout=60) is not None
     with kernel(tmp_path, resume=True) as one:
         execute(one, TRAIN)

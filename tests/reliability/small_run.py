@@ -71,7 +71,9 @@ def run_command(output: Path, *more: str) -> int:
     """The exit status of `python -m experiments.debug_run` for this run, in this process; later words win."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     try:
-        return debug_run.main(["--preset=tiny", *flags, f"--checkpoint-every={EVERY}", f"--output={output}", *more])
+        return debug_run.main(
+            ["--preset=tiny", *flags, "--baseline=false", f"--checkpoint-every={EVERY}", f"--output={output}", *more]
+        )
     except SystemExit as stopped:  # argparse
         return int(str(stopped.code))
 

