@@ -117,8 +117,10 @@ def _conclude(
     verdict = pipeline.judge_run(run, accuracy, baseline)
     pipeline.save_figures(run, folder, baseline)
     folder.try_write("history.csv", run.history.csv_text())
-    price = pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model))
-    print_result(f"\n{pipeline.compression_table(result, accuracy)}\n{price}\n\n{verdict.text()}")
+    print_result(f"\n{pipeline.compression_table(result, accuracy)}")
+    if result.structured_stats.total_macs:  # of a dead network there is nothing to pack
+        print_result(pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model)))
+    print_result(f"\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")
     if run.data.notice:

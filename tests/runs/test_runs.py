@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     refused(folder, r"\(new: None then, 1 now\)", new=1)
     refused(folder, r"exclude_layers: \['conv1', 'bn'\] then, \['bn'\] now", exclude_layers=("bn",))
     refused(folder, "other images or labels", digest="b" * 64)
-    refused(folder, "architecture: [1-9][0-9]* tensors", model=small_resnet())
+    refused(folder, "architecture: [1-9][0-9]* tensors", model=small_resnet(), digest="a" * 64)
     with pytest.raises(RunError, match="attach the same quantizers"):
         load_model_state(tiny(), model.state_dict())
 
