@@ -134,6 +134,13 @@ def test_a_network_of_which_nothing_is_left_is_judged_too(finished: Path, monkey
     assert "Structured:   infx fewer MACs" in capsys.readouterr().out
 
 
+def test_what_compression_costs_is_said_where_it_was_measured(finished: Path, capsys: Capture) -> None:
+    assert run_command(finished, "--resume", "--baseline=auto") == 0
+    accuracy = json.loads((finished / "run.json").read_text())["results"]["baseline_accuracy"]
+    assert f"against {accuracy:.2%} without compression, for " in capsys.readouterr().out
+    assert (finished / "baseline" / "checkpoint.pt").exists()
+
+
 def test_a_fault_found_is_exit_status_1(finished: Path, monkeypatch: Patch, capsys: Capture) -> None:
     fault = Verdict((Expectation("loss falls", "below 3", "4", FAILED, "the learning rate"),))
     monkeypatch.setattr(pipeline, "judge_run", lambda *_: fault)
