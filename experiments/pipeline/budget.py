@@ -6,13 +6,14 @@
             each as a share c of the dense FP32 network's, counted exactly after every epoch
     path    log r(e) = log c0 + (log a - log c0) (3 t^2 - 2 t^3), t = (e - e0) / (E - e0), a = 0.96 budget
     error   x(e) = log c(e) - log r(e)
-    dual    nu(e) = peak exp(3 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1
+    dual    nu(e) = peak 4 t' (1 - t') exp(6 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1, with t' in
+            its middle: without an error nu follows the slope of the path
 
 e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
 gives them, and is 0 while the cost is below a: neither grows back once the weights' learning rate falls. For macs it
-weights the group lasso of those channels alone that do not fit, the smallest ones by root mean square, chosen anew
-after every epoch: the others are not drawn to zero, so the cost cannot fall far below the budget.
+weights the group lasso of those channels alone that do not fit, the groups of smallest norm, chosen anew after every
+epoch, with nu at least the peak: the others are not drawn to zero, so the cost cannot fall far below the budget.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -38,7 +39,7 @@ from src.training import History, Objective, squared_logits
 from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
-GAIN, INTEGRAL_GAIN = 3.0, 0.3
+GAIN, INTEGRAL_GAIN = 6.0, 0.3
 STRONGEST = 30.0  # times the peak
 
 
@@ -84,7 +85,9 @@ class BudgetControl:
             errors.append(math.log(cost) - path)
         if self.budget.kind != "macs" and costs[-1] <= aim:
             return 0.0
-        strength = math.exp(min(GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors), math.log(STRONGEST)))
+        middle = (done + 0.5 - self.begin) / max(self.epochs - self.begin, 1)
+        exponent = GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors)
+        strength = min(4 * middle * (1 - middle) * math.exp(min(exponent, 50.0)), STRONGEST)
         return self.peak * (max(strength, 1.0) if self.budget.kind == "macs" else strength)
 
     def apply(self, history: History) -> None:
@@ -110,8 +113,7 @@ class BudgetControl:
         if self.budget.kind != "macs":
             return ()
         with shared_quantized_weights(model):
-            norms = self._norms(model).cpu()
-        smallest_first = (norms / self._parameters_of_groups(model).sqrt()).argsort(stable=True).numpy()
+            smallest_first = self._norms(model).cpu().argsort(stable=True).numpy()
         counts = range(len(self._groups) + 1)
         aim = AIM * self.budget.share
         fewest = bisect.bisect_left(counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= aim)
@@ -124,16 +126,6 @@ class BudgetControl:
             if member.role in ("filter", "slice"):
                 macs[member.module] *= 1 - np.isin(member.groups, groups).mean()
         return sum(macs.values()) / self._dense.total_macs
-
-    def _parameters_of_groups(self, model: nn.Module) -> Tensor:
-        """Number of parameters of each group, (G,)."""
-        counts = torch.zeros(len(self._groups))
-        for member in self._groups.members:
-            parameter = getattr(model.get_submodule(member.module), member.parameter)
-            each = torch.full(member.groups.shape, parameter.numel() / len(member.groups))
-            inside = torch.from_numpy(member.groups >= 0)
-            counts.index_add_(0, torch.from_numpy(member.groups)[inside], each[inside])
-        return counts
 
     def _check_floor(self, model: nn.Module) -> None:
         """Raise ConfigError where the layers in full precision alone cost more BOPs than the budget."""

@@ -210,6 +210,15 @@ SMOKE = RunConfig(
     expected_accuracy=0.9,
     allowed_cost=0.02,
 )
+MIXED_BITS = replace(
+    DEBUG,
+    preset="mixed-bits",
+    data="cifar10",
+    logit_decay_dz=3e-5,  # small enough for the task's gradient to tell layers apart
+    logit_decay_bit=3e-5,
+    dz_learning_rate=3e-3,
+    bit_learning_rate=3e-3,
+)
 PAPER = RunConfig(
     preset="paper",
     data="cifar10",
@@ -222,7 +231,7 @@ PAPER = RunConfig(
     allowed_cost=0.01,
 )
 PAPER_4BIT = replace(PAPER, preset="paper-4bit", learnable_bit=False, fixed_bits=4)
-PRESETS = {config.preset: config for config in (DEBUG, SMOKE, PAPER, PAPER_4BIT)}
+PRESETS = {config.preset: config for config in (DEBUG, SMOKE, MIXED_BITS, PAPER, PAPER_4BIT)}
 
 
 def configure(preset: str = "debug", **changes: Any) -> RunConfig:
