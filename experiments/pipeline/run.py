@@ -324,9 +324,8 @@ class TrainingLoop:
         if isinstance(error, KeyboardInterrupt):
             where = self.run.progress.text if self.run.is_consistent else "within a step"
             self.notify(f"stopped {where}; {self.kept}")
-        if (
-            isinstance(error, Terminated) and in_notebook()
-        ):  # IPython outlives every exception, but this process was asked to end
+        if isinstance(error, Terminated) and in_notebook():
+            # IPython outlives every exception, but this process was asked to end.
             threading.Timer(KERNEL_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     def _restore(self) -> None:
