@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from experiments import pipeline
 from experiments.doctor import Examination
 from experiments.notebook import ProgressBar
-from experiments.pipeline import BUDGETS, PRESETS, ConfigError, configure
+from experiments.pipeline import BUDGETS, PRESETS, configure
 from src.data import steps_per_epoch
-from src.quantizer import check_range
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, terminations
@@ -60,14 +59,10 @@ def _run(options: argparse.Namespace) -> int:
     config = configure(options.preset, **settings)
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
-    every = options.checkpoint_every
-    if every is not None:
-        check_range("--checkpoint-every", every, 1, remedy="it counts steps", error=ConfigError)
     config, data = pipeline.prepare_data(config, log_info)
     run = pipeline.build_run(config, data)
-    loop = pipeline.TrainingLoop.open(
-        run, options.output, resume=options.resume, checkpoint_every=every, notify=log_info, resume_hint=RESUME_HINT
-    )
+    saving = {"checkpoint_every": options.checkpoint_every, "notify": log_info, "resume_hint": RESUME_HINT}
+    loop = pipeline.TrainingLoop.open(run, options.output, resume=options.resume, **saving)
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
     examination = Examination(run, log_info) if options.doctor else None
@@ -125,11 +120,8 @@ def _conclude(
         print_result(f"\n{report.text()}")
     if run.data.notice:
         print_result(f"\nNOTICE: {run.data.notice}")
-    try:
-        diagnosis = report.to_json() if report else None
-        folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis, baseline))
-    except OSError as error:
-        return fail(f"{SUMMARY} could not be written ({error.strerror or error}); {RESUME_HINT} and writes it")
+    diagnosis = report.to_json() if report else None
+    folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis, baseline))
     print_result(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
     return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY
 
@@ -158,9 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, help="use at most this many training and test images (default: all)")
     parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
     targets = parser.add_mutually_exclusive_group()
-    targets.add_argument(
-        "--target-bops", metavar="SHARE", help="a budget: at most 3%% of the dense network's BOPs, say"
-    )
+    targets.add_argument("--target-bops", metavar="SHARE", help="a budget: at most 3%% of the dense network's BOPs")
     targets.add_argument("--target-macs", metavar="SHARE", help="at most 50%% of the dense network's MACs, say")
     targets.add_argument("--target-bytes", metavar="FACTOR", help="a packed file 20x smaller than the FP32 state, say")
     parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
@@ -173,12 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and name what is broken")
-    parser.add_argument(
-        "--checkpoint-every",
-        type=int,
-        metavar="STEPS",
-        help="write a checkpoint also after this many steps (default: after each epoch, and when interrupted)",
-    )
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="also after STEPS steps, not only epochs")
     return parser
 
 

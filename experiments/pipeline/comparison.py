@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from experiments.figures import Series
@@ -91,17 +92,10 @@ def results(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
 
 def as_text(runs: Sequence[SavedRun]) -> str:
     """All tables, and the notices below them, for a terminal or a file."""
-    return "\n\n".join([f"{heading}\n{text_table(rows)}" for heading, rows in tables(runs).items()] + notices(runs))
-
-
-def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows as text in aligned columns; "(none)" without rows."""
-    if not rows:
-        return "(none)"
-    names = list(rows[0])
-    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
-    lines = [names, ["-" * width for width in widths], *([row[name] for name in names] for row in rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    parts = []
+    for heading, rows in tables(runs).items():
+        parts.append(f"{heading}\n{pd.DataFrame(rows).to_string(index=False) if rows else '(none)'}")
+    return "\n\n".join(parts + notices(runs))
 
 
 def series(run: SavedRun) -> Series:

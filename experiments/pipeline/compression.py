@@ -93,8 +93,7 @@ def compress(
     costs = [full, in_place, result.structured_stats, result.structured_stats]
     columns = {
         "parameters": [
-            sum(parameter.numel() for parameter in each.parameters())
-            for each in (dense, dense, network, trained["packed"])
+            sum(p.numel() for p in each.parameters()) for each in (dense, dense, network, trained["packed"])
         ],
         "MACs": [cost.total_macs for cost in costs],
         "BOPs, channels": [cost.total_bops for cost in costs],

@@ -78,11 +78,6 @@ class Budget:
         return f"{100 * self.share:.4g} % of the dense FP32 network's {BUDGETS[self.kind]}"
 
 
-def _check_target(name: str, value: str) -> None:
-    if value:
-        Budget.parse(value)
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """One run. Raises ConfigError, when it is built, for any setting out of range.
@@ -130,7 +125,7 @@ class RunConfig:
     delay: int = _within(5, 0, 100_000)
     ramp: int = _within(5, 0, 100_000)
     peak: float = _within(0.008, 0, 1000)
-    target: str = field(default="", metadata={"check": _check_target})
+    target: str = field(default="", metadata={"check": lambda name, value: value and Budget.parse(value)})
     expected_accuracy: float = _within(0.6, 0, 1)
     allowed_cost: float = _within(0.05, 0, 1)
     given: tuple[str, ...] = field(default=(), compare=False)

@@ -89,9 +89,7 @@ class SavedRun:
         they are absent or damaged.
         """
         # "auto" takes CIFAR-10 where it is present and never downloads it
-        source = "auto" if self.config.data == "cifar10" else self.config.data
-        if self.data_name == "digits":
-            source = "digits"
+        source = {"digits": "digits", "cifar10": "auto"}.get(self.data_name, self.config.data)
         data = load_data(source, str(data_root or self.config.data_root), self.config.limit)
         if self.data_digest and data.digest != self.data_digest:
             raise RunError(

@@ -66,10 +66,7 @@ def attach(config: RunConfig, model: nn.Module) -> list[str]:
 
 
 def expected_layers(config: RunConfig, model: nn.Module) -> list[str]:
-    """The layers that should have a quantizer, found without the patterns: every convolution but the first.
-
-    With an exclusion list of one's own it is what was attached.
-    """
+    """The layers that should have a quantizer: every convolution but the first; with patterns of one's own, theirs."""
     if config.exclude_layers != RunConfig("").exclude_layers:
         return list(quantized_layers(model))
     return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][1:]

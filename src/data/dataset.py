@@ -81,8 +81,7 @@ class ImageData:
                 f"limit={limit}: need a whole number from {self.num_classes} (one image a class) to "
                 f"{len(self.train_labels)}, or None for all images"
             )
-        train = _balanced(self.train_labels, limit, self.num_classes)
-        test = _balanced(self.test_labels, limit, self.num_classes)
+        train, test = (_balanced(labels, limit, self.num_classes) for labels in (self.train_labels, self.test_labels))
         return replace(
             self,
             train_images=self.train_images[train],

@@ -205,10 +205,7 @@ def _check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load settings and moments, these with the strides of their parameters, which a file does not hold.
-
-    Raises ValueError for other groups of parameters.
-    """
+    """Load settings and moments, these with the strides of their parameters, which a file does not hold."""
     optimizer.load_state_dict(dict(state))
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():

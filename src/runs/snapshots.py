@@ -34,7 +34,7 @@ COLUMNS = {"range": "<f4", "dead_zone": "<f8", "bits": "|u1", "sparsity": "<f8"}
 
 
 class SnapshotError(ValueError):
-    """Snapshots that are damaged or absent, or that belong to other layers."""
+    """Snapshots that are damaged or absent."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,9 @@ class Snapshots:
     def resume(cls, path: str | Path, layer_names: Sequence[str], model: nn.Module, epochs: int) -> Self:
         """What an unbroken run holds after `epochs` epochs; the file may be ahead of the checkpoint.
 
-        Where there is no file, the first snapshot is the state of `model`. Raises SnapshotError for a damaged file or
-        other layers.
+        Where there is no file, the first snapshot is the state of `model`. Raises SnapshotError for a damaged file.
         """
         found = cls.load(path) if Path(path).exists() else cls(layer_names)
-        if found.layer_names != tuple(layer_names):
-            raise SnapshotError(f"the snapshots at {str(path)!r} are of other layers; delete the file to go on")
         found._cut(epochs)
         if not found.epochs:
             found.add(model, epochs)

@@ -34,26 +34,12 @@ class GraphedStep:
     def __init__(self, notify: Notify = lambda line: None) -> None:
         self._notify = notify
         self._recordings: dict[Any, Replay] = {}
-        self._model: nn.Module | None = None
         self.failure = ""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: Tensor,
-        labels: Tensor,
-        objective: Objective,
-        coefficient: float,
-        precision: torch.dtype = torch.float32,
-    ) -> StepLosses:
-        """One update on one batch; see `train_step`."""
-        arguments = (images, labels, objective, coefficient, precision)
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *arguments: Any) -> StepLosses:
+        """One update on one batch; the arguments are those of `train_step`."""
         if self.failure or any(map(_is_hooked, model.modules())):
             return train_step(model, optimizer, *arguments)
-        if model is not self._model:
-            self._recordings.clear()
-            self._model = model
         key = _key(model, *arguments)
         if key not in self._recordings:
             try:
@@ -65,6 +51,7 @@ class GraphedStep:
                 self._recordings.clear()
                 self._notify(f"this step cannot be recorded as a CUDA graph and runs without one: {self.failure}")
                 return train_step(model, optimizer, *arguments)
+        images, labels, _, coefficient, *_ = arguments
         losses = self._recordings[key](images, labels, coefficient)
         optimizer.step()
         return losses
@@ -85,7 +72,12 @@ def _key(model: nn.Module, images: Tensor, labels: Tensor, objective: Objective,
 
 
 def _record(
-    model: nn.Module, images: Tensor, labels: Tensor, objective: Objective, coefficient: float, precision: torch.dtype
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    coefficient: float,
+    precision: torch.dtype = torch.float32,
 ) -> Replay:
     held = (images.clone(), labels.clone(), torch.full((), float(coefficient), device=images.device))
 

@@ -48,10 +48,7 @@ _watch = _Watch()
 
 @contextmanager
 def terminations() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C raises KeyboardInterrupt.
-
-    So a command cleans up and reports before it ends. An ignored signal stays ignored (nohup).
-    """
+    """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C does; an ignored one stays ignored (nohup)."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)

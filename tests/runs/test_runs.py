@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from src.runs import (
     versions,
 )
 from src.runs.checkpoint import state_bytes
-from src.storage import Notify, StorageError, check_writable, write_atomic
+from src.storage import Notify, StorageError, check_writable
 from src.training import History, TrainingError, make_optimizer, parameter_groups
 from tests.histories import make_history
 from tests.quantized_networks import small_resnet
@@ -73,28 +72,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     moments = [tensor.clone() for state in optimizer.state.values() for tensor in state.values()]
     return [tensor.clone() for tensor in model.state_dict().values()] + moments
-
-
-# --- complete or not at all
-
-
-@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (Path, "chmod")])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_while_writing_leaves_the_old_file(
-    owner: Any, name: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "checkpoint.pt"
-    write_atomic(target, b"old")
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(owner, name, fail)
-    with pytest.raises(type(error)):
-        write_atomic(target, b"new, and longer")
-    monkeypatch.undo()
-    assert contents(tmp_path) == {"checkpoint.pt": b"old"}
-    assert target.stat().st_mode & 0o777 == 0o644
 
 
 # --- the folder
