@@ -254,7 +254,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning_and_a_missing_summary_an_err
 # --- bad input
 
 BAD: list[tuple[list[str], str]] = [
-    (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, paper, paper-4bit, tiny; did"),
+    (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, mixed-bits, paper"),
     (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
     (["--data", "folder:/no/such"], "No such file or directory: '/no/such/train'; need train/"),
     (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
