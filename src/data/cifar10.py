@@ -51,15 +51,10 @@ def obtain(root: Path, notify: Notify, download: bool) -> bool:
         return True
     if not (root / NAME).is_file() and not download:
         return False
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{NAME}.lock"):  # another process may be preparing the same files
-            if not (root / FOLDER).is_dir():
-                _prepare(root, notify)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to data root {root}: {error.strerror}; free disk space or give another with --data-root"
-        ) from error
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{NAME}.lock"):  # another process may be preparing the same files
+        if not (root / FOLDER).is_dir():
+            _prepare(root, notify)
     return True
 
 

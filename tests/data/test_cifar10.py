@@ -175,12 +175,6 @@ def test_an_archive_that_lies_there_is_unpacked_and_kept(tmp_path: Path, monkeyp
     assert visible(tmp_path) == [FOLDER, NAME]
 
 
-def test_a_root_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot write to data root .*: Not a directory; .* --data-root"):
-        load_data("cifar10", tmp_path / "file" / "below")
-
-
 def test_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     with FileLock(tmp_path / f".{NAME}.lock"):

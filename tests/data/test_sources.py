@@ -14,9 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from src.data import CIFAR10_MEAN, CIFAR10_STD, DataError, load_data, normalize
-
-REAL = Path(__file__).parents[2] / "data"
+from src.data import DataError, load_data, normalize
 
 
 def test_digits_are_pillows_enlargement_of_the_originals_in_their_order() -> None:
@@ -47,17 +45,6 @@ def test_digits_are_the_same_everywhere_in_a_balanced_and_normalized_split() -> 
     images = normalize(data.train_images, data.mean, data.std).double()
     np.testing.assert_allclose(images.mean(dim=(0, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(images.std(dim=(0, 2, 3), correction=0), 1, atol=1e-5)
-
-
-@pytest.mark.skipif(not (REAL / "cifar-10-batches-py").is_dir(), reason="the real CIFAR-10 is not under data/")
-def test_the_statistics_of_the_real_cifar10() -> None:
-    images = load_data("auto", REAL).train_images.permute(1, 0, 2, 3).flatten(1)
-    counts = np.stack([np.bincount(channel.numpy(), minlength=256) for channel in images])
-    values = np.arange(256, dtype=np.float64) / 255
-    mean = counts @ values / counts.sum(axis=1)
-    std = np.sqrt(counts @ values**2 / counts.sum(axis=1) - mean**2)
-    assert np.round(mean, 4).tolist() == list(CIFAR10_MEAN)
-    assert np.round(std, 4).tolist() == list(CIFAR10_STD)
 
 
 def test_auto_without_cifar10_warns_that_it_uses_the_digits(tmp_path: Path) -> None:

@@ -119,19 +119,11 @@ def test_the_penalty_is_not_computed_at_coefficient_zero() -> None:
 
 
 def test_every_quantized_weight_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = quantized().train(), []
+    model, calls, many = quantized().train(), [], DeadZoneLDZCompander.quantize_many
     objective = Objective(coupled_group_lasso(model))
-    quantize_many = DeadZoneLDZCompander.quantize_many
-
-    def counted(quantizers: Any, weights: Any) -> list[Tensor]:
-        calls.append(len(weights))
-        return quantize_many(quantizers, weights)
-
-    def single(self: DeadZoneLDZCompander, w: Tensor) -> Tensor:
-        raise AssertionError("a weight was quantized by itself")
-
-    monkeypatch.setattr(DeadZoneLDZCompander, "quantize_many", staticmethod(counted))
-    monkeypatch.setattr(DeadZoneLDZCompander, "forward", single)
+    counted = staticmethod(lambda quantizers, weights: calls.append(len(weights)) or many(quantizers, weights))
+    monkeypatch.setattr(DeadZoneLDZCompander, "quantize_many", counted)
+    monkeypatch.setattr(DeadZoneLDZCompander, "forward", None)  # none is quantized by itself
     train_step(model, optimizer_of(model), *batch(), objective, 0.1)
     assert calls == [6]
 
