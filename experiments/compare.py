@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _save(runs: Sequence[SavedRun], output: Path, text: str) -> list[Path]:
     drawn = [comparison.series(run) for run in runs]
-    as_file = output.suffix.lower() == ".png"
-    curves = output if as_file else output / "curves.png"
-    plane = output.with_name(f"{output.stem}_plane.png") if as_file else output / "plane.png"
+    if output.suffix.lower() == ".png":
+        curves, plane = output, output.with_name(f"{output.stem}_plane.png")
+    else:
+        curves, plane = output / "curves.png", output / "plane.png"
+        write_atomic(output / "comparison.txt", f"{text}\n".encode())
     write_atomic(curves, png_bytes(run_curves(drawn)))
     write_atomic(plane, png_bytes(run_plane(drawn)))
-    if not as_file:
-        write_atomic(output / "comparison.txt", f"{text}\n".encode())
     return [curves, plane]
 
 

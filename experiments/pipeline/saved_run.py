@@ -56,8 +56,7 @@ class SavedRun:
         except (ValueError, TypeError) as error:
             reason = str(error).removesuffix("; start without --resume")
             raise RunError(f"the run in {str(folder)!r} cannot be used: {reason}; name another run") from error
-        digest = str(state.get("data_digest", ""))
-        return cls(label or path.name, path, config, history, state["model"], digest, _summary(path))
+        return cls(label or path.name, path, config, history, state["model"], state["data_digest"], _summary(path))
 
     @property
     def data_name(self) -> str:
