@@ -4,16 +4,17 @@
             bops   MACs of the non-zero weights x weight bits x 32, the paper's account
             bytes  the packed file
             each as a share c of the dense FP32 network's, counted exactly after every epoch
-    path    log r(e) = log c0 + (log a - log c0) (3 t^2 - 2 t^3), t = (e - e0) / (E - e0), a = 0.96 budget
+    path    log r(e) = log c0 + (log a - log c0) (3 t^2 - 2 t^3), t = (e - e0) / (e1 - e0), a = 0.96 budget
     error   x(e) = log c(e) - log r(e)
-    dual    nu(e) = peak 4 t' (1 - t') exp(6 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1, with t' in
-            its middle: without an error nu follows the slope of the path
+    dual    nu(e) = peak f exp(6 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1
 
 e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
-gives them, and is 0 while the cost is below a: neither grows back once the weights' learning rate falls. For macs it
-weights the group lasso of those channels alone that do not fit, the groups of smallest norm, chosen anew after every
-epoch, with nu at least the peak: the others are not drawn to zero, so the cost cannot fall far below the budget.
+gives them. The path ends with the run, e1 = E; f = 4 t (1 - t) in the middle of the epoch, so that nu follows the
+slope of the path, and nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
+For macs, nu weights the group lasso of those channels alone that do not fit, the groups of smallest norm, chosen anew
+after every epoch: the others are not drawn to zero, so the cost cannot fall far below the budget. Channels die only
+while the learning rate is high, so e1 is three quarters of the way from e0 to E, f = 1, and nu is at least the peak.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -58,7 +59,8 @@ class BudgetControl:
 
     def __init__(self, config: RunConfig, model: nn.Module, dense: nn.Module) -> None:
         self.budget = Budget.parse(config.target)
-        self.peak, self.begin, self.epochs = config.peak, max(config.delay, 1), config.epochs
+        self.peak, self.begin = config.peak, max(config.delay, 1)
+        self.length = max(config.epochs - self.begin, 1) * (0.75 if self.budget.kind == "macs" else 1.0)
         self._comparison = QuantizationComparison()
         self._dense = self._comparison.set_baseline(dense)
         if self.budget.kind == "bops":
@@ -78,17 +80,15 @@ class BudgetControl:
         if done < self.begin:
             return 0.0
         costs = [float(record.cost or 1.0) for record in history.records[self.begin - 1 :]]
-        errors = []
-        for epoch, cost in enumerate(costs, self.begin):
-            t = (epoch - self.begin) / max(self.epochs - self.begin, 1)
-            path = math.log(costs[0]) + math.log(aim / costs[0]) * (3 * t**2 - 2 * t**3)
-            errors.append(math.log(cost) - path)
-        if self.budget.kind != "macs" and costs[-1] <= aim:
-            return 0.0
-        middle = (done + 0.5 - self.begin) / max(self.epochs - self.begin, 1)
-        exponent = GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors)
-        strength = min(4 * middle * (1 - middle) * math.exp(min(exponent, 50.0)), STRONGEST)
-        return self.peak * (max(strength, 1.0) if self.budget.kind == "macs" else strength)
+        falls, errors = math.log(aim / costs[0]), []
+        for passed, cost in enumerate(costs):
+            t = min(passed / self.length, 1.0)
+            errors.append(math.log(cost / costs[0]) - falls * (3 * t**2 - 2 * t**3))
+        strength = math.exp(min(GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors), math.log(STRONGEST)))
+        if self.budget.kind == "macs":
+            return self.peak * max(strength, 1.0)
+        middle = (done + 0.5 - self.begin) / self.length
+        return self.peak * 4 * middle * (1 - middle) * strength if costs[-1] > aim else 0.0
 
     def apply(self, history: History) -> None:
         """Let the objective be that of the epoch that follows `history`."""

@@ -66,19 +66,24 @@ def control(target: str) -> BudgetControl:
 
 
 def test_the_coefficient_follows_the_cost() -> None:
-    # Control begins after epoch 5 with a cost of 0.25; the aim is 0.96 * 0.1 = 0.096. After epoch 6 t = 1 / 15 and the
-    # path is at log 0.25 + log(0.096 / 0.25) (3 / 225 - 2 / 3375).
+    # Control begins after epoch 5 with a cost of 0.25; the aim is 0.96 * 0.1 = 0.096. The middle of epoch 6 is 0.5 of 15
+    # epochs into it, f = 4 (1 / 30) (29 / 30) = 116 / 900; that of epoch 7 is 1.5, f = 4 (1 / 10) (9 / 10) = 0.36.
+    # After epoch 6 t = 1 / 15, so the path has fallen by log(0.25 / 0.096) (3 / 225 - 2 / 3375).
     bops = control("bops 10%")
     assert bops.coefficient(history_of([0.25] * 4)) == 0
-    assert bops.coefficient(history_of([0.25] * 5)) == pytest.approx(0.01)
-    error = math.log(0.25) - (math.log(0.25) + math.log(0.096 / 0.25) * (3 / 225 - 2 / 3375))
-    assert bops.coefficient(history_of([0.25] * 6)) == pytest.approx(0.01 * math.exp(3.3 * error))
-    assert bops.coefficient(history_of([0.25] * 19)) == pytest.approx(0.3), "at most 30 times the peak"
+    assert bops.coefficient(history_of([0.25] * 5)) == pytest.approx(0.01 * 116 / 900)
+    error = math.log(0.25 / 0.096) * (3 / 225 - 2 / 3375)
+    assert bops.coefficient(history_of([0.25] * 6)) == pytest.approx(0.01 * 0.36 * math.exp(6.3 * error))
+    # The middle of the last epoch is 14.5 into it, f = 116 / 900 again: at most 30 times that
+    assert bops.coefficient(history_of([0.25] * 19)) == pytest.approx(0.3 * 116 / 900)
     assert bops.coefficient(history_of([0.25] * 5 + [0.095])) == 0, "small enough"
-    assert control("macs 10%").coefficient(history_of([1.0] * 5 + [0.095])) == 0.01, "what is chosen stays penalised"
+    macs = control("macs 10%")
+    assert macs.coefficient(history_of([1.0] * 5 + [0.095])) == 0.01, "what is chosen stays penalised"
+    # Its path ends after three quarters of 15 epochs: after 12 the error is all of log(1 / 0.096), its sum far more
+    assert macs.coefficient(history_of([1.0] * 17)) == pytest.approx(0.3)
 
 
-def test_the_smallest_channels_that_do_not_fit_are_chosen() -> None:
+def test_the_smallest_groups_that_do_not_fit_are_chosen() -> None:
     macs = control("macs 60%")
     torch.manual_seed(1)
     model = ResNet(BasicBlock, [1, 1, 1])
@@ -87,14 +92,14 @@ def test_the_smallest_channels_that_do_not_fit_are_chosen() -> None:
             parameter.mul_(torch.rand(len(parameter)).view(-1, *[1] * (parameter.dim() - 1)) + 0.1)
     chosen = macs.choose(model)
     groups = channel_groups(model)
-    rms = {}
+    norms = {}
     for group in range(len(groups)):
         parts = [
             getattr(model.get_submodule(module), name).index_select(dim, torch.from_numpy(indices)).flatten()
             for module, name, dim, indices in groups.slices(group)
         ]
-        rms[group] = torch.cat(parts).square().mean().sqrt().item()
-    assert set(chosen) == set(sorted(rms, key=lambda group: rms[group])[: len(chosen)])
+        norms[group] = torch.cat(parts).norm().item()
+    assert set(chosen) == set(sorted(norms, key=lambda group: norms[group])[: len(chosen)])
 
     def share_without(dead: tuple[int, ...]) -> float:
         """MACs that torch counts in the network that is really left."""
@@ -111,7 +116,7 @@ def test_the_smallest_channels_that_do_not_fit_are_chosen() -> None:
             counts.append(counter.get_total_flops())
         return counts[0] / counts[1]
 
-    largest = max(chosen, key=lambda group: rms[group])
+    largest = max(chosen, key=lambda group: norms[group])
     assert share_without(chosen) <= 0.96 * 0.6 < share_without(tuple(set(chosen) - {largest}))
 
 
