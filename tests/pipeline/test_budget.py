@@ -67,7 +67,7 @@ def control(target: str) -> BudgetControl:
 
 def test_the_coefficient_follows_the_cost() -> None:
     # Control begins after epoch 5 with a cost of 0.25; the aim is 0.96 * 0.1 = 0.096. The middle of epoch 6 is 0.5
-    # of 15 epochs into it, f = 4 (1 / 30) (29 / 30) = 116 / 900; that of epoch 7 is 1.5, f = 4 (1 / 10) (9 / 10) = 0.36.
+    # of 15 epochs into it, f = 4 (1 / 30) (29 / 30) = 116 / 900; that of epoch 7 is 1.5, f = 4 (0.1) (0.9) = 0.36.
     # After epoch 6 t = 1 / 15, so the path has fallen by log(0.25 / 0.096) (3 / 225 - 2 / 3375).
     bops = control("bops 10%")
     assert bops.coefficient(history_of([0.25] * 4)) == 0
