@@ -44,8 +44,8 @@ def accuracy_curve(history: History, *, chance: float, baseline: History | None 
     axes = figure.subplots()
     if baseline:
         curve = 100 * baseline.column("accuracy")
-        style.epoch_line(axes, curve, color=style.GREY, lw=1.8, marker="", label="test images, without compression")
-    style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images, augmented")
+        style.epoch_line(axes, curve, color=style.GREY, lw=1.8, marker="", label="without compression")
+    style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images")
     style.epoch_line(axes, 100 * test, color=style.ACCURACY, label="test images")
     axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
     axes.set(ylim=(0, style.FULL), ylabel="accuracy")
@@ -70,7 +70,7 @@ def sparsity_curves(history: History, *, budget: float | None = None, subtitle: 
     right = draw_sparsity(axes, history, ("zero weights", "dead channels", "coefficient (right)"))
     if budget is not None:
         style.epoch_line(
-            axes, 100 * history.column("cost"), color=style.BLUE, label="cost, share of the dense network's"
+            axes, 100 * history.column("cost"), color=style.BLUE, label="cost, of dense"
         )
         axes.axhline(100 * budget, color=style.BLUE, lw=1.2, ls=(0, (4, 3)), label=f"budget, {percent(budget)}")
     style.legend_above(axes, right)
