@@ -25,7 +25,7 @@ from experiments.pipeline import BUDGETS, PRESETS, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
-from src.training import DEVICES, Terminated, TrainingError, terminations
+from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 RESUME_HINT = "the same command with --resume continues"
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:
         return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail("the memory does not hold the images; use --limit, or end other programs")
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         log_info("interrupted")
         return _status(stopped)

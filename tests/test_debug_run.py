@@ -301,3 +301,14 @@ def test_a_broken_pipe_is_said_once_and_costs_nothing(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command, "--resume"], cwd=ROOT, check=False)
     assert done.returncode == 0, "without any streams"
     assert json.loads((output / "run.json").read_text())["results"]["epochs"] == 1
+
+
+def test_images_that_the_memory_does_not_hold_are_bad_input(
+    capsys: Capture, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "prepare_data", full)
+    assert run_command(tmp_path / "run") == 2
+    assert "error: the memory does not hold the images; use --limit" in capsys.readouterr().err

@@ -69,9 +69,7 @@ def sparsity_curves(history: History, *, budget: float | None = None, subtitle: 
     axes = figure.subplots()
     right = draw_sparsity(axes, history, ("zero weights", "dead channels", "coefficient (right)"))
     if budget is not None:
-        style.epoch_line(
-            axes, 100 * history.column("cost"), color=style.BLUE, label="cost, of dense"
-        )
+        style.epoch_line(axes, 100 * history.column("cost"), color=style.BLUE, label="cost, of dense")
         axes.axhline(100 * budget, color=style.BLUE, lw=1.2, ls=(0, (4, 3)), label=f"budget, {percent(budget)}")
     style.legend_above(axes, right)
     return figure
