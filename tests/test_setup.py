@@ -217,7 +217,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch
 def test_packages_that_the_notebook_does_without_are_still_dependencies() -> None:
     declared = {experiments.name_of(line) for line in PROJECT["dependencies"]}
     assert declared >= experiments.ELSEWHERE
-    assert {"torch", "numpy", "constriction", "matplotlib"} <= {*map(experiments.name_of, experiments.required())}
+    assert {"torch", "numpy", "safetensors", "matplotlib"} <= {*map(experiments.name_of, experiments.required())}
 
 
 WITHOUT = """

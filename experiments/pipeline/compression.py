@@ -3,7 +3,7 @@
 FP32        the dense network, of which the baseline says the accuracy where one was trained
 quantized   the trained network with its quantizers on: zeros in place, computed as a dense network
 compacted   the same function in an ordinary, smaller network (src/pruning/compaction.py)
-packed      that network in one file of entropy-coded integers (src/export/packing.py), read back
+packed      that network in one file of compressed integers (src/export/packing.py), read back
 """
 
 from __future__ import annotations

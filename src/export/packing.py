@@ -1,13 +1,12 @@
-"""A trained network as one small file, and back: exact removal, indices on a grid, entropy coding.
+"""A trained network as one small file, and back: exact removal, indices on a grid, LZMA.
 
-`pack` compacts the network and writes the indices of its quantized weights near their entropy, and all else (stem,
-classifier, BatchNorm, constants) in float32. `unpack` gives the compact network with, bit for bit, the weights that
-were evaluated. The file is a container (src/storage/container.py): reading it runs no code from it. Its tensors are
+`pack` compacts the network and writes the indices of its quantized weights, compressed, and all else (stem, classifier,
+BatchNorm, constants) in float32. `unpack` gives the compact network with, bit for bit, the weights that were evaluated.
+The file is a container (src/storage/container.py): reading it runs no code from it. Its tensors are
 
-    stream  the entropy-coded indices
+    stream  the indices, layer after layer, as int8 (little-endian int16 above 8 bits), compressed with LZMA
     grid    step and shift of every quantized layer
     rest    the bytes of everything else, in the order of the network's state
-    check   sha256 of the indices, so that no other version of a library decodes them differently unnoticed
 
 Worked case: 1,000 weights of 4 bits, of which 900 are 0 and 100 are spread evenly over the 14 other values. As float32
 they take 4,000 bytes, as the bit widths say 500, by their entropy 0.9 * 0.152 + 0.1 * (3.322 + 3.807) = 0.850 bits each
@@ -17,7 +16,8 @@ Axis letters: O output channels, I input channels, k kernel.
 
 from __future__ import annotations
 
-import hashlib
+import io
+import lzma
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from src.export.entropy_coding import decode, encode, entropy_bits
 from src.export.integer_weights import IndexedNetwork, IndexedWeight, compact_with_indices, fp32_state_bytes
 from src.pruning import CompactNetwork
 from src.storage import (
@@ -43,6 +41,12 @@ from src.storage import (
 )
 
 KIND = "packed"
+VERSION = 2  # of what is in the container; the first one came without a number
+# dict_size: 1 MiB instead of 64 takes less memory. pb, lc: every byte is an index by itself, and best told from as many
+# bits of the one before as LZMA2 allows.
+LZMA: list[dict[str, Any]] = [
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20, "pb": 0, "lc": 4}
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class PackReport:
     compact_state_bytes: the same for the compacted network.
     weights: quantized weights that are left after exact removal. Of their indices:
         bit_width_bytes: weights x bit width; entropy_bytes: their order-0 entropy, layer by layer;
-        stream_bytes: in the file, coded, with the tables; zstd_bytes: zstd -19 over them as int8 (int16 above 8 bits).
+        stream_bytes: in the file, compressed with LZMA.
     float32_bytes: all else that the file holds of the network. file_bytes: the file.
     """
 
@@ -65,7 +69,6 @@ class PackReport:
     bit_width_bytes: float
     entropy_bytes: float
     stream_bytes: int
-    zstd_bytes: int
     float32_bytes: int
     file_bytes: int
 
@@ -82,10 +85,9 @@ class PackReport:
             ("FP32 state of the compacted network", self.compact_state_bytes),
             (f"its {self.weights:,} quantized weights: as the bit widths say", self.bit_width_bytes),
             ("    order-0 entropy of the indices", self.entropy_bytes),
-            ("    zstd -19 over the raw indices", self.zstd_bytes),
-            ("    in the file, entropy-coded", self.stream_bytes),
+            ("    in the file, compressed with LZMA", self.stream_bytes),
             ("all else in float32, in the file", self.float32_bytes),
-            ("description, steps, checksums, frame, in the file", other),
+            ("description, steps, checksum, frame, in the file", other),
             ("the file", self.file_bytes),
         ]
         lines = [f"{'packed file':<58} {'bytes':>11} {'share':>8}", "-" * 79]
@@ -116,32 +118,36 @@ def pack(
     layers = [
         {"name": name, "bits": part.bits, "columns": part.indices.shape[1]} for name, part in compacted.weights.items()
     ]
-    coded = [(part.bits, part.indices.numpy().ravel()) for part in compacted.weights.values()]
-    stream = encode(coded)
+    parts = compacted.weights.values()
+    raw = b"".join(part.indices.numpy().astype(_type(part.bits)).tobytes() for part in parts)
+    stream = lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA)
     rest = b"".join(part.numpy().tobytes() for part in _rest(state, layers).values())
-    grid = [[part.step.item(), part.shift.item()] for part in compacted.weights.values()]
+    grid = [[part.step.item(), part.shift.item()] for part in parts]
     tensors = {
-        "stream": stream,
+        "stream": np.frombuffer(stream, dtype=np.uint8),
         "grid": np.array(grid, dtype="<f4").ravel(),
         "rest": np.frombuffer(rest, dtype=np.uint8),
-        "check": np.frombuffer(_digest([q for _, q in coded]), dtype=np.uint8),
     }
-    description = {"network": compacted.network.description, "quantized": layers}
+    description = {"version": VERSION, "network": compacted.network.description, "quantized": layers}
     data = container_bytes(KIND, description, save_arrays(tensors))
     write_output(path, data, force)
-    raw = b"".join(q.astype("<i1" if bits <= 8 else "<i2").tobytes() for bits, q in coded)
     return PackReport(
         path=str(path),
         fp32_state_bytes=compacted.dense_bytes,
         compact_state_bytes=fp32_state_bytes(compacted.network),
-        weights=sum(q.size for _, q in coded),
-        bit_width_bytes=sum(bits * q.size for bits, q in coded) / 8,
-        entropy_bytes=sum(entropy_bits(q) for _, q in coded) / 8,
-        stream_bytes=stream.nbytes,
-        zstd_bytes=len(zstandard.ZstdCompressor(level=19).compress(raw)) if raw else 0,
+        weights=sum(part.indices.numel() for part in parts),
+        bit_width_bytes=sum(part.bits * part.indices.numel() for part in parts) / 8,
+        entropy_bytes=sum(entropy_bits(part.indices.numpy()) for part in parts) / 8,
+        stream_bytes=len(stream),
         float32_bytes=len(rest),
         file_bytes=len(data),
     )
+
+
+def entropy_bits(q: NDArray[np.integer]) -> float:
+    """Order-0 entropy of n whole numbers, in bits altogether: -sum over values of count log2(count / n)."""
+    counts = np.unique(q, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
 @torch.no_grad()
@@ -153,6 +159,8 @@ def unpack(path: str | Path) -> CompactNetwork:
     """
     try:
         described, tensors = read_container(path, KIND)
+        if (version := described.get("version", 1)) != VERSION:
+            raise StorageError(f"{str(path)!r} is a packed file of version {version}, need version {VERSION}")
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(f"{str(path)!r} cannot be read ({reason}); name a file that pack() wrote") from error
@@ -163,20 +171,19 @@ def unpack(path: str | Path) -> CompactNetwork:
     state = network.state_dict()  # on the "meta" device: shapes, and no numbers yet
     layers = described["quantized"]
     shapes = [state[f"{layer['name']}.weight"][:, : layer["columns"]].shape for layer in layers]
-    indices = decode(tensors["stream"], [(layer["bits"], s.numel()) for layer, s in zip(layers, shapes, strict=True)])
-    if _digest(indices) != tensors["check"].tobytes():
-        raise StorageError(
-            f"{str(path)!r}: its weights decode to others than were encoded; it was written with another version of "
-            "the library constriction: read it with that one, or pack the network again"
-        )
+    types = [_type(layer["bits"]) for layer in layers]
+    sizes = [shape.numel() * kind.itemsize for kind, shape in zip(types, shapes, strict=True)]
+    raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA).decompress(tensors["stream"].tobytes(), sum(sizes))
     left = _rest(state, layers)
     stored = torch.from_numpy(tensors["rest"].copy()).split([part.nbytes for part in left.values()])
     for (name, part), values in zip(left.items(), stored, strict=True):
         state[name] = values.clone().view(part.dtype).reshape(part.shape)
     grid = torch.from_numpy(tensors["grid"].reshape(-1, 2).copy())
-    for layer, q, shape, (step, shift) in zip(layers, indices, shapes, grid, strict=True):
+    indices = io.BytesIO(raw)
+    for layer, kind, size, shape, (step, shift) in zip(layers, types, sizes, shapes, grid, strict=True):
         weight = f"{layer['name']}.weight"
-        indexed = IndexedWeight(layer["bits"], step, shift, torch.from_numpy(q.reshape(shape)))
+        q = np.frombuffer(indices.read(size), kind).astype(np.int32).reshape(shape)
+        indexed = IndexedWeight(layer["bits"], step, shift, torch.from_numpy(q))
         state[weight] = torch.cat([indexed.values(), state[weight]], dim=1)
     network.load_state_dict(state)
     return network.eval()
@@ -188,6 +195,6 @@ def _rest(state: Mapping[str, Tensor], layers: Sequence[Mapping[str, Any]]) -> d
     return {name: tensor[:, columns[name] :] if name in columns else tensor for name, tensor in state.items()}
 
 
-def _digest(layers: Sequence[NDArray[np.int32]]) -> bytes:
-    """sha256 over the indices of all layers as little-endian int32."""
-    return hashlib.sha256(b"".join(np.asarray(q, dtype="<i4").tobytes() for q in layers)).digest()
+def _type(bits: int) -> np.dtype[Any]:
+    """How an index of so many bits is stored."""
+    return np.dtype("<i1" if bits <= 8 else "<i2")
