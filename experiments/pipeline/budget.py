@@ -12,9 +12,10 @@ e counts finished epochs, E those of the run; control begins after e0 = `delay`,
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
 gives them. The path ends with the run, e1 = E; f = 4 t (1 - t) in the middle of the epoch, so that nu follows the
 slope of the path, and nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
-For macs, nu weights the group lasso of those channels alone that do not fit, the groups of smallest norm, chosen anew
-after every epoch: the others are not drawn to zero, so the cost cannot fall far below the budget. Channels die only
-while the learning rate is high, so e1 is three quarters of the way from e0 to E, f = 1, and nu is at least the peak.
+For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
+mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
+fall far below the budget. Channels die only while the learning rate is high, so e1 is three quarters of the way from e0
+to E; f = 1, and nu is at least the peak.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -113,7 +114,11 @@ class BudgetControl:
         if self.budget.kind != "macs":
             return ()
         with shared_quantized_weights(model):
-            smallest_first = self._norms(model).cpu().argsort(stable=True).numpy()
+            norms = self._norms(model).cpu().numpy()
+        # Relative to the layer: a layer that shrinks as a whole prunes nothing, because its quantizer's grid follows.
+        makers = np.unique([name.partition("[")[0] for name in self._groups.names], return_inverse=True)[1]
+        means = np.bincount(makers, norms) / np.bincount(makers)
+        smallest_first = (norms / np.maximum(means, 1e-12)[makers]).argsort(kind="stable")
         counts = range(len(self._groups) + 1)
         aim = AIM * self.budget.share
         fewest = bisect.bisect_left(counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= aim)

@@ -99,6 +99,10 @@ def test_the_smallest_groups_that_do_not_fit_are_chosen() -> None:
             for module, name, dim, indices in groups.slices(group)
         ]
         norms[group] = torch.cat(parts).norm().item()
+    for maker in {name.partition("[")[0] for name in groups.names}:
+        same = [group for group, name in enumerate(groups.names) if name.startswith(f"{maker}[")]
+        mean = sum(norms[group] for group in same) / len(same)
+        norms |= {group: norms[group] / mean for group in same}
     assert set(chosen) == set(sorted(norms, key=lambda group: norms[group])[: len(chosen)])
 
     def share_without(dead: tuple[int, ...]) -> float:
