@@ -3,7 +3,7 @@
     python -m experiments.lab [--output debug_output] [--port 8888] [--no-browser]
 
 The run is the one in debug_output (where `make walkthrough` and `make debug` write), or the one that --output names.
-Where there is none, a short one on the embedded digits is trained first, about a minute, into runs/lab/run.
+Where there is none, a short one on the embedded digits is trained first, about two minutes, into runs/lab/run.
 JupyterLab opens runs/lab/codeq_walkthrough.ipynb, a copy of the notebook that resumes that run: its training cell reads
 the run instead of training again. A copy that was edited is kept as it is.
 Exit status: that of JupyterLab; 2 bad input; 130 interrupted (the same command resumes the training).
@@ -91,9 +91,9 @@ def train(folder: Path) -> int:
 
     command = ["--data", "digits", "--output", str(folder)]
     if (folder / "checkpoint.pt").is_file() and not (folder / "run.json").is_file():
-        log_info(f"resuming the training in {folder} (about a minute in all) ...")
+        log_info(f"resuming the training in {folder} (about two minutes in all) ...")
         return debug_run.main([*command, "--resume"])
-    log_info(f"no trained run yet: training a short one on the embedded digits into {folder}, about a minute ...")
+    log_info(f"no trained run yet: training a short one on the embedded digits into {folder}, about two minutes ...")
     return debug_run.main(command)
 
 

@@ -72,7 +72,7 @@ def test_without_a_run_a_short_one_is_trained_once_and_then_opened(
     assert lab.main(["--no-browser"]) == 0
     assert project.trained == [["--data", "digits", "--output", "runs/lab/run"]]
     told = capsys.readouterr().err
-    assert "training a short one on the embedded digits into runs/lab/run, about a minute" in told
+    assert "training a short one on the embedded digits into runs/lab/run, about two minutes" in told
     assert "exploring the run in runs/lab/run: preset smoke, 2 epochs on digits" in told
     assert project.injected == {"DATA_ROOT": "data", "OUTPUT_DIR": "runs/lab/run", "RESUME": True}
     assert lab.main(["--no-browser"]) == 0
