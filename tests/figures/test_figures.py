@@ -50,7 +50,7 @@ def test_accuracy_curve_draws_the_history_in_per_cent(history: History) -> None:
     (axes,) = figure.axes
     lines = lines_of(axes)
     np.testing.assert_allclose(lines["test images"], [30 + 2.5 * e for e in range(1, 21)])
-    np.testing.assert_allclose(lines["training images, augmented"], [33 + 2.5 * e for e in range(1, 21)])
+    np.testing.assert_allclose(lines["training images"], [33 + 2.5 * e for e in range(1, 21)])
     np.testing.assert_allclose(lines["chance, 10 %"], 10)
     assert (axes.get_xlabel(), axes.get_ylim()) == ("epoch", (0, style.FULL))
     assert axes.yaxis.get_major_formatter()(40, 0) == "40 %"
