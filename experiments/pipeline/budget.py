@@ -6,16 +6,16 @@
             each as a share c of the dense FP32 network's, counted exactly after every epoch
     path    log r(e) = log c0 + (log a - log c0) (3 t^2 - 2 t^3), t = (e - e0) / (e1 - e0), a = 0.96 budget
     error   x(e) = log c(e) - log r(e)
-    dual    nu(e) = peak f exp(6 x(e) + 0.3 sum of x up to e), the coefficient of epoch e + 1
+    dual    nu(e) = peak f exp(6 x(e) + g sum of x up to e), the coefficient of epoch e + 1
 
 e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
 gives them. The path ends with the run, e1 = E; f = 4 t (1 - t) in the middle of the epoch, so that nu follows the
-slope of the path, and nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
+slope of the path, g = 0.3, and nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
 For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
 mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
 fall far below the budget. Channels die only while the learning rate is high, so e1 is three quarters of the way from e0
-to E; f = 1, and nu is at least the peak.
+to E; f = 1, g = 1, and nu is at least the peak.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -41,7 +41,7 @@ from src.training import History, Objective, squared_logits
 from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
-GAIN, INTEGRAL_GAIN = 6.0, 0.3
+GAIN, INTEGRAL_GAIN = 6.0, {"bops": 0.3, "macs": 1.0, "bytes": 0.3}
 STRONGEST = 30.0  # times the peak
 
 
@@ -85,7 +85,8 @@ class BudgetControl:
         for passed, cost in enumerate(costs):
             t = min(passed / self.length, 1.0)
             errors.append(math.log(cost / costs[0]) - falls * (3 * t**2 - 2 * t**3))
-        strength = math.exp(min(GAIN * errors[-1] + INTEGRAL_GAIN * sum(errors), math.log(STRONGEST)))
+        exponent = GAIN * errors[-1] + INTEGRAL_GAIN[self.budget.kind] * sum(errors)
+        strength = math.exp(min(exponent, math.log(STRONGEST)))
         if self.budget.kind == "macs":
             return self.peak * max(strength, 1.0)
         middle = (done + 0.5 - self.begin) / self.length
