@@ -10,8 +10,8 @@
 
 e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
-gives them. The path ends with the run, e1 = E; f = 4 t (1 - t) in the middle of the epoch, so that nu follows the
-slope of the path, g = 0.3, and nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
+gives them. The path ends with the run, e1 = E; g = 0.3; f = 4 t (1 - t) in the middle of the epoch, so that nu follows
+the slope of the path; nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
 For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
 mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
 fall far below the budget. Channels die only while the learning rate is high, so e1 is three quarters of the way from e0
