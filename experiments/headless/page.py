@@ -46,6 +46,7 @@ SHOWN_TYPES = (
 STATES = {"healthy": "Healthy", "faulty": "Fault found", "inconclusive": "Inconclusive"}
 RESULTS = {  # name in run.json: label, factor, format
     "accuracy_float32": ("test accuracy", 100, "{:.1f} %"),
+    "baseline_accuracy": ("without compression", 100, "{:.1f} %"),
     "unstructured_sparsity": ("weights that are zero", 100, "{:.1f} %"),
     "structured_sparsity": ("dead channels", 100, "{:.1f} %"),
     "mean_bits": ("bits on average", 1, "{:.1f}"),
