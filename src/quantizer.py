@@ -141,6 +141,11 @@ class DeadZoneLDZCompander(nn.Module):
         quantizer.logit_bit.requires_grad_(quantizer._learns_bits)
         quantizer.logit_dz.requires_grad_(bool(quantizer.learnable_deadzone.item()))
 
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the quantizer."""
+        bits = f"2..{self.max_bits.item():.0f} learned" if self._learns_bits else f"{self.fixed_bit.item():.0f} fixed"
+        return f"bits {bits}, dead zone {'learned' if self.logit_dz.requires_grad else 'fixed'}"
+
 
 def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[Tensor]:
     """Quantize L weight tensors at once. logit_dz, bits: (L,). Returns tensors of the shapes given.

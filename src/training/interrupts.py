@@ -7,18 +7,25 @@ them where nothing is half done, by calling `raise_pending`. A second Ctrl-C int
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+RESEND_SECONDS = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
     """An interruption that came between two steps: nothing is half done."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback, which would look like a fault of the cell."""
+        return [f"{type(self).__name__}: stopped between two steps, as asked; nothing is half done"]
 
 
 class Terminated(Interrupted):
@@ -48,13 +55,34 @@ _watch = _Watch()
 
 @contextmanager
 def terminations() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C does; an ignored one stays ignored (nohup)."""
+    """Inside, SIGTERM and SIGHUP raise Terminated at once, as Ctrl-C raises KeyboardInterrupt.
+
+    So a command cleans up and reports before it ends. An interruption within a destructor, where Python drops every
+    exception, is sent again. An ignored signal stays ignored (nohup). Only the main thread receives signals: in another
+    one this does nothing.
+    """
+    hook = sys.unraisablehook
+
+    def send_again(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            hook(dropped)
+            return
+        number = getattr(dropped.exc_value, "signal", signal.SIGINT)
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    with _handling([n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL], terminate):
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    ends = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) == signal.SIG_DFL]
+    try:
+        sys.unraisablehook = send_again
+        with _handling(ends, terminate):
+            yield
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -125,11 +126,30 @@ def test_outside_of_the_steps_a_command_is_ended_at_once(number: int) -> None:
     assert done == ["cleaned up"]
 
 
-def test_another_thread_is_left_alone() -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interruption_within_a_destructor_comes_again(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    class Closing:
+        def __del__(self) -> None:
+            send(number)
+            time.sleep(0.01)
+
+    def command() -> None:
+        with terminations():
+            Closing()
+            time.sleep(5)
+
+    began = time.monotonic()
+    assert getattr(raised_by(command), "signal", INT) == number
+    assert time.monotonic() - began < 4
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block", [between_steps, terminations])
+def test_another_thread_is_left_alone(block: Callable[[], AbstractContextManager[None]]) -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with between_steps():
+        with block():
             seen.extend(signal.getsignal(number) for number in SIGNALS)
 
     before = [signal.getsignal(number) for number in SIGNALS]
@@ -137,3 +157,16 @@ def test_another_thread_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == before
+
+
+def test_a_notebook_shows_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        result = shell.run_cell("from src.training import Interrupted\nraise Interrupted")
+    finally:
+        InteractiveShell.clear_instance()
+    told = "".join(capsys.readouterr())
+    assert type(result.error_in_exec).__name__ == "Interrupted"
+    assert told.strip() == "Interrupted: stopped between two steps, as asked; nothing is half done"
