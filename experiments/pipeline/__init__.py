@@ -6,7 +6,7 @@ The script and the notebook are two thin callers of these functions.
 from __future__ import annotations
 
 from experiments.pipeline import comparison
-from experiments.pipeline.baseline import WISHES, find_baseline, obtain_baseline
+from experiments.pipeline.baseline import WISHES, obtain_baseline
 from experiments.pipeline.budget import BudgetControl, packed_ratio
 from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
 from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, ConfigError, RunConfig, configure
@@ -59,7 +59,6 @@ __all__ = [
     "epoch_settings",
     "evaluate_run",
     "expected_layers",
-    "find_baseline",
     "judge",
     "judge_run",
     "load_run",

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,9 @@ SHAPING = (
 )
 
 
-def baseline_key(config: RunConfig | Mapping[str, Any], data_digest: str) -> str:
+def baseline_key(config: RunConfig, data_digest: str) -> str:
     """A digest of what shapes a baseline: data and every setting that has nothing to do with compression."""
-    settings = config if isinstance(config, Mapping) else asdict(config)
-    shaping = [data_digest, *(settings[name] for name in SHAPING)]
+    shaping = [data_digest, *(getattr(config, name) for name in SHAPING)]
     return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()
 
 
@@ -101,7 +99,10 @@ def obtain_baseline(
         return None
     notify(f"training the baseline, without quantizers and penalty: about {seconds:.0f} s")
     baseline, folder = baseline_run(run), Path(output) / FOLDER
-    loop = _continued(baseline, folder, notify) or TrainingLoop.open(baseline, folder, notify=notify)
+    try:
+        loop = TrainingLoop.open(baseline, folder, resume=True, notify=notify)
+    except RunError:  # the folder holds none, or one of another configuration
+        loop = TrainingLoop.open(baseline, folder, notify=notify)
     try:
         steps = steps_per_epoch(run.data, run.config.batch_size)
         with progress(run.config.epochs, steps, len(baseline.history), baseline.means.steps) as bar, loop:
@@ -112,12 +113,3 @@ def obtain_baseline(
     finally:
         loop.folder.close()
     return Baseline(training.evaluate(baseline.model, run.data)[1], baseline.history, folder)
-
-
-def _continued(baseline: Run, folder: Path, notify: Notify) -> TrainingLoop | None:
-    """The loop of a baseline that was interrupted; None where the folder holds none that fits."""
-    try:
-        with warnings.catch_warnings():
-            return TrainingLoop.open(baseline, folder, resume=True, notify=notify)
-    except RunError:
-        return None

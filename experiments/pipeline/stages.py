@@ -56,8 +56,11 @@ def prepare_data(config: RunConfig, notify: Notify = lambda line: None) -> tuple
 def build_network(config: RunConfig, data: ImageData, device: torch.device) -> ResNet:
     """The full-precision network, from `config.seed`, laid out for speed."""
     torch.manual_seed(config.seed)
-    network = NETWORKS[config.model](data.num_classes, config.shortcut)
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _network(config, data).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _network(config: RunConfig, data: ImageData) -> ResNet:
+    return NETWORKS[config.model](data.num_classes, config.shortcut)
 
 
 def attach(config: RunConfig, model: nn.Module) -> list[str]:
@@ -82,8 +85,7 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
     device = data.train_images.device
     model = build_network(config, data, device)
     attached = attach(config, model)
-    dense = NETWORKS[config.model](data.num_classes, config.shortcut)
-    control = BudgetControl(config, model, dense) if config.target else None
+    control = BudgetControl(config, model, _network(config, data)) if config.target else None
     penalty = coupled_group_lasso(model) if config.peak > 0 else None
     return Run(
         config=config,
@@ -101,8 +103,7 @@ def build_run(config: RunConfig, data: ImageData) -> Run:
 
 def evaluate_run(run: Run) -> tuple[EvalResult, float]:
     """Compression against the dense FP32 network, and the test accuracy computed in float32."""
-    baseline = NETWORKS[run.config.model](run.data.num_classes, run.config.shortcut)
-    result = Evaluator(baseline).evaluate(run.model)
+    result = Evaluator(_network(run.config, run.data)).evaluate(run.model)
     return result, training.evaluate(run.model, run.data)[1]
 
 

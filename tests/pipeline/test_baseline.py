@@ -11,7 +11,7 @@ import torch
 from experiments import pipeline
 from experiments.notebook import ProgressBar
 from experiments.pipeline import PASSED, Verdict, configure
-from experiments.pipeline.baseline import baseline_key
+from experiments.pipeline.baseline import baseline_key, find_baseline
 from src import training
 from src.training import EpochMeans, Objective
 from tests.histories import make_history
@@ -55,7 +55,7 @@ def test_the_baseline_is_the_plain_network_trained_alike_and_is_found_again(run:
     assert beside is not None
     assert again.accuracy == beside.accuracy == found.accuracy
     assert ["training" in note for note in notes] == [True, False, False]
-    assert pipeline.find_baseline(replace_seed(run), output) is None, "of another configuration"
+    assert find_baseline(replace_seed(run), output) is None, "of another configuration"
 
 
 def replace_seed(run: pipeline.Run) -> pipeline.Run:
