@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from src.storage import folder_lock
 from src.storage.console import BAD_INPUT, Notify, fail, log_info, prepare_streams, print_result
-from src.storage.container import DamagedFileError, check_arrays, container_bytes, read_container, save_arrays
+from src.storage.container import DamagedFileError, container_bytes, read_container, save_arrays
 from src.storage.files import (
     StorageError,
     check_output,
@@ -22,7 +22,6 @@ __all__ = [
     "DamagedFileError",
     "Notify",
     "StorageError",
-    "check_arrays",
     "check_output",
     "check_writable",
     "container_bytes",

@@ -87,17 +87,6 @@ def read_container(
         raise _damaged(path, f"its tensors cannot be read ({error})") from error
 
 
-def check_arrays(arrays: Mapping[str, NDArray[Any]], needed: Mapping[str, tuple[str, tuple[int | None, ...]]]) -> None:
-    """Raise StorageError unless the arrays are those of `needed`: name -> (type, shape), None for any length."""
-    if arrays.keys() != needed.keys():
-        raise StorageError(f"it holds the tensors {sorted(arrays)!r:.200}, need {sorted(needed)}")
-    for name, (kind, shape) in needed.items():
-        found = arrays[name]
-        fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
-        if found.dtype != np.dtype(kind) or not fits:
-            raise StorageError(f"tensor {name!r} is {found.dtype} {found.shape}, need {np.dtype(kind)} {shape}")
-
-
 def _digest(*parts: bytes) -> bytes:
     sha = hashlib.sha256()
     for part in parts:  # one by one: joined, they would take their memory twice
