@@ -34,7 +34,6 @@ class LayerLiveness:
     """One convolution or linear layer, and what exact removal would leave of it.
 
     in_channels: channels that one filter reads: all of them, or those of its group in a grouped convolution.
-    constant_out: value of each output channel where it is the same for every image and pixel, NaN where it is not (O,).
     dead_out: whether all weights of the filter are zero (O,).
     kept_out, kept_in: indices of the output channels, and of the input channels read by them, after removal.
     carries_constants: whether the layer then needs one more input channel, of ones, for the constants it reads.
@@ -43,7 +42,6 @@ class LayerLiveness:
     name: str
     out_channels: int
     in_channels: int
-    constant_out: Values
     dead_out: Flags
     kept_out: NDArray[np.int64]
     kept_in: NDArray[np.int64]
@@ -222,11 +220,10 @@ def _layer(
     outputs, inputs = weight.shape[:2]
     reads = _reads(weight)  # (O, I)
     if op.kind == "opaque":  # a grouped or shared layer: nothing of it is removed, but its cost counts
-        source, result = np.full(inputs, np.nan), np.full(outputs, np.nan)
-        kept_out, read = np.arange(outputs), np.full(inputs, True)
-        taken = read
+        source, kept_out = np.full(inputs, np.nan), np.arange(outputs)
+        taken = read = np.full(inputs, True)
     else:
-        source, result, kept_out = constant[op.inputs[0]], constant[op.name], np.flatnonzero(kept[op.name])
+        source, kept_out = constant[op.inputs[0]], np.flatnonzero(kept[op.name])
         read = np.asarray(reads[kept_out].any(axis=0))  # (I,): by a kept output channel
         taken = kept[op.inputs[0]] & (len(kept_out) > 0 if norms else read)
     carries = bool(is_padded(module) and (read & ~taken & (source != 0)).any())
@@ -237,7 +234,6 @@ def _layer(
         name=cast(str, op.module),
         out_channels=outputs,
         in_channels=inputs,
-        constant_out=result,
         dead_out=~np.asarray(reads.any(axis=1)),
         kept_out=kept_out,
         kept_in=np.flatnonzero(taken),

@@ -81,7 +81,7 @@ def test_all_dead_and_unpadded_is_constant_throughout() -> None:
         model.conv2.bias.fill_(2)
     found = analyze_liveness(model, IMAGE)
     second = layer(found, "conv2")
-    np.testing.assert_allclose(second.constant_out, [15.5] * 4)
+    np.testing.assert_allclose(found.constant["conv2"], [15.5] * 4)
     assert second.kept_out.tolist() == []
     assert not second.dead_out.any()
     final = layer(found, "linear")
@@ -100,7 +100,7 @@ def test_a_channel_nobody_reads_takes_its_producer_along() -> None:
     assert layer(found, "conv2").kept_out.tolist() == [1, 2]
     assert layer(found, "conv2").kept_in.tolist() == [0]
     assert layer(found, "conv1").kept_out.tolist() == [0]
-    assert np.isnan(layer(found, "conv1").constant_out).tolist() == [True, False, True], "live, but unread"
+    assert np.isnan(found.constant["conv1"]).tolist() == [True, False, True], "live, but unread"
 
 
 @torch.no_grad()
