@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from src.pruning.operations import OPERATIONS, Operation, Shape
+from src.pruning.operations import OPERATIONS, Operation
 
 FORMAT = 2
 COMPACT_AGAIN = "compact the original network again"
@@ -43,15 +44,19 @@ class CompactNetwork(nn.Module):
         self.description = copy.deepcopy(dict(description))
         self._module_names: dict[int, str] = {}
         try:
-            shapes: dict[int, Shape] = {0: tuple(description["input_size"])}
+            values = {0: torch.empty(1, *description["input_size"], device="meta")}
             self._operations: list[Operation] = self.description["steps"]
             for number, operation in enumerate(self._operations, start=1):
-                shapes[number] = self._build(number, operation, [shapes[value] for value in operation["inputs"]])
-            shapes[description["output"]]
+                inputs = [values[value] for value in operation["inputs"]] or [values[0]]
+                self._build(number, operation, inputs[0].shape[1])
+                self.eval()  # BatchNorm then takes a single image
+                values[number] = self._result(number, operation, inputs)
+            values[description["output"]]
+            self.train()
         except Exception as error:  # whatever Python and torch say of fields and sizes that do not fit
             reason = f"{type(error).__name__}: {error}"
             raise CompactionError(f"the description is damaged ({reason:.200}); {COMPACT_AGAIN}") from error
-        self.shapes = list(shapes.values())
+        self.shapes = [tuple(value.shape[1:]) for value in values.values()]
         self.input_size = self.shapes[0]
         # activations are large and most are read once: each goes after the operation that reads it last
         self._last_use = {value: number for number, each in enumerate(self._operations, 1) for value in each["inputs"]}
@@ -67,12 +72,7 @@ class CompactNetwork(nn.Module):
         values = {0: x}
         for number, operation in enumerate(self._operations, start=1):
             inputs = [values[value] for value in operation["inputs"]] or [x]
-            if number in self._module_names:
-                values[number] = self.get_submodule(self._module_names[number])(*inputs)
-            else:
-                run = OPERATIONS[operation["op"]].run
-                assert run is not None
-                values[number] = run(operation, *inputs)
+            values[number] = self._result(number, operation, inputs)
             values = {value: held for value, held in values.items() if self._last_use.get(value, 0) > number}
         return values[self.description["output"]]
 
@@ -80,8 +80,8 @@ class CompactNetwork(nn.Module):
         """As nn.Module does, with `assign=True`, because the parameters of a new network are on the "meta" device."""
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _build(self, number: int, operation: Operation, sources: list[Shape]) -> Shape:
-        """Add the module of an operation, if it has one, and give its result's shape. sources: shapes of its inputs."""
+    def _build(self, number: int, operation: Operation, channels: int) -> None:
+        """Add the module of an operation, if it has one. channels: of its input."""
         kind = OPERATIONS[operation["op"]]
         if kind.layer is not None:
             fields = {field: operation[field] for field in kind.fields if field != "name"}
@@ -92,5 +92,11 @@ class CompactNetwork(nn.Module):
                 if part not in dict(parent.named_children()):
                     parent.add_module(part, nn.Module())
                 parent = parent.get_submodule(part)
-            parent.add_module(leaf, kind.layer(sources[0][0], **fields, device="meta"))
-        return kind.shape(operation, sources)
+            parent.add_module(leaf, kind.layer(channels, **fields, device="meta"))
+
+    def _result(self, number: int, operation: Operation, inputs: list[Tensor]) -> Tensor:
+        if number in self._module_names:
+            return cast(Tensor, self.get_submodule(self._module_names[number])(*inputs))
+        run = OPERATIONS[operation["op"]].run
+        assert run is not None
+        return run(operation, *inputs)

@@ -13,17 +13,16 @@ adds what operations 3 and 7 gave.
     fill                      (N, *size) of one number, 0 or 1
     join                      the channels of its two inputs, one after the other
 
-A row of the table says which fields an operation has, the shape of its result, and how torch computes it. Fields of
-layers have the names of torch's own arguments. The traced graph (src/pruning/graph.py) uses the same names and fields;
+A row of the table says which fields an operation has, and how torch computes it. Fields of layers have the names of
+torch's own arguments. The traced graph (src/pruning/graph.py) uses the same names and fields;
 src/export/onnx_file.py has an ONNX writer for every row. `fill` reads no value, but is given the image, which says how
 many there are, and where.
 
-Axis letters: N batch, C channels, H W space. A shape is that of one image's value, without N.
+Axis letters: N batch, C channels, H W space.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Operation = dict[str, Any]
-Shape = tuple[int, ...]  # of one image's value: (C, H, W), or (C,) for features
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,11 @@ class OperationType:
     """One row of the table.
 
     fields: what an operation says besides "op" and "inputs".
-    shape: operation, shapes of its inputs -> shape of its result.
     run: operation, inputs -> result, for an operation without a module of its own.
     layer: class of the module that computes it, for all others, made of the input channels and the fields.
     """
 
     fields: tuple[str, ...] = ()
-    shape: Callable[[Operation, list[Shape]], Shape] = lambda operation, sources: sources[0]
     run: Callable[..., Tensor] | None = None
     layer: Callable[..., nn.Module] | None = None
 
@@ -92,25 +88,6 @@ def settings_of(kind: str, module: nn.Module) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def _conv_shape(operation: Operation, sources: list[Shape]) -> Shape:
-    sides = sources[0][1:]
-    if operation["padding"] != "same":
-        fields = (operation[name] for name in ("kernel_size", "stride", "padding", "dilation"))
-        sides = tuple(_places(*each) for each in zip(sides, *fields, strict=True))
-    return (operation["out_channels"], *sides)
-
-
-def _places(side: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1) -> int:
-    """Places along one side where a window of `kernel` fits."""
-    return (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _pool_shape(operation: Operation, sources: list[Shape]) -> Shape:
-    channels, *sides = sources[0]
-    kernel, stride = operation["kernel_size"], operation["stride"]
-    return (channels, *(1 if kernel is None else _places(side, kernel, stride) for side in sides))
-
-
 def _pool(operation: Operation, x: Tensor) -> Tensor:
     if operation["kernel_size"] is None:
         return F.adaptive_avg_pool2d(x, 1) if operation["average"] else F.adaptive_max_pool2d(x, 1)
@@ -121,41 +98,20 @@ def _pool(operation: Operation, x: Tensor) -> Tensor:
 WRITTEN_ANEW = ("name", "out_channels", "out_features", "bias")  # fields that removal changes
 OPERATIONS: dict[str, OperationType] = {
     "conv": OperationType(
-        ("name", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias"),
-        shape=_conv_shape,
-        layer=nn.Conv2d,
+        ("name", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias"), layer=nn.Conv2d
     ),
-    "linear": OperationType(
-        ("name", "out_features", "bias"),
-        shape=lambda operation, sources: (operation["out_features"],),
-        layer=nn.Linear,
-    ),
+    "linear": OperationType(("name", "out_features", "bias"), layer=nn.Linear),
     "batchnorm": OperationType(("name", "eps", "momentum", "affine"), layer=nn.BatchNorm2d),
     "shift": OperationType(("name",), layer=Shift),
     "relu": OperationType(run=lambda operation, x: F.relu(x)),
-    "flatten": OperationType(
-        shape=lambda operation, sources: (math.prod(sources[0]),),
-        run=lambda operation, x: x.flatten(1),
-    ),
+    "flatten": OperationType(run=lambda operation, x: x.flatten(1)),
     "add": OperationType(run=lambda operation, x, y: x + y),
-    "join": OperationType(
-        shape=lambda operation, sources: (sources[0][0] + sources[1][0], *sources[0][1:]),
-        run=lambda operation, x, y: torch.cat([x, y], dim=1),
-    ),
-    "pool": OperationType(("average", "kernel_size", "stride"), shape=_pool_shape, run=_pool),
-    "stride": OperationType(
-        ("step",),
-        shape=lambda operation, sources: (sources[0][0], *(-(-side // operation["step"]) for side in sources[0][1:])),
-        run=lambda operation, x: x[:, :, :: operation["step"], :: operation["step"]],
-    ),
-    "select": OperationType(
-        ("channels",),
-        shape=lambda operation, sources: (len(operation["channels"]), *sources[0][1:]),
-        layer=Select,
-    ),
+    "join": OperationType(run=lambda operation, x, y: torch.cat([x, y], dim=1)),
+    "pool": OperationType(("average", "kernel_size", "stride"), run=_pool),
+    "stride": OperationType(("step",), run=lambda operation, x: x[:, :, :: operation["step"], :: operation["step"]]),
+    "select": OperationType(("channels",), layer=Select),
     "fill": OperationType(
         ("value", "size"),
-        shape=lambda operation, sources: tuple(operation["size"]),
         run=lambda operation, image: image.new_full((image.shape[0], *operation["size"]), operation["value"]),
     ),
 }
