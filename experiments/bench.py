@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser(name).parse_args(given)
         check_range("--rounds", options.rounds, 1)
         if options.json:
-            check_output(options.json, force=True)
+            check_output(options.json)
         if options.threads:
             torch.set_num_threads(options.threads)
         if name == "training":

@@ -7,7 +7,8 @@ the packed file is read again and compared with the compacted network, bit for b
 be had without a download, the unpacked network must be right on the same images as the network that was evaluated, and
 ONNX Runtime must predict the same as PyTorch with logits within 1e-3; otherwise on images of noise. --int8 writes a
 third file, which computes in 8-bit integers, and may cost at most half a point of accuracy on the test set. The ONNX
-files keep a multiple of N channels (8) in every layer that loses some, with the same outputs: that runs faster.
+files keep a multiple of N channels (8) in every layer that loses some, with the same outputs: that runs faster. A file
+that would be the same as the one that is there is left; one that would differ is written over with --force only.
 Exit status: 0 written and equal, 1 a check failed, 2 bad input.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,11 +64,16 @@ def export(
 ) -> int:
     """Write the files, print what is in them and how each check came out, and return the exit status.
 
-    multiple_of, data_root, force: the command's options. Raises ValueError for a network that cannot be exported,
-    StorageError where a file exists, or int8 is asked for and the run's images are not here; nothing is written then.
+    multiple_of, data_root, force: the command's options. Raises ValueError for a network that cannot be exported, and
+    StorageError where int8 is asked for and the run's images are not here, before anything is written; StorageError,
+    too, at a file that holds something else and is not forced.
     """
     model = saved.network()
-    _check_outputs({"--packed": packed, "--onnx": onnx} | ({"--int8": int8} if int8 else {}), force)
+    outputs = [packed, onnx, *([int8] if int8 else [])]
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise StorageError(f"one file is named twice among {', '.join(map(str, outputs))}; name different files")
+    for path in outputs:
+        check_output(path)
     data = _data(saved, data_root, needed=int8 is not None)
     compacted, rounded = compact_with_indices(model), compact_with_indices(model, multiple_of=multiple_of)
     quantized = None
@@ -75,8 +81,8 @@ def export(
         training = data.train_images[:: -(-len(data.train_images) // CALIBRATION_IMAGES)]  # of every class
         calibration, images = (normalize(each, data.mean, data.std) for each in (training, data.test_images))
         quantized = export_int8(rounded, int8, calibration, images, data.test_labels, force=force)
-    print(pack(compacted, packed, force=force).text(), end="\n\n")
-    print(export_onnx(rounded, onnx, force=force).text())
+    in_file, in_onnx = pack(compacted, packed, force=force), export_onnx(rounded, onnx, force=force)
+    print(f"{in_file.text()}\n\n{in_onnx.text()}")
     print(f"Its layers keep multiples of {multiple_of} channels where any were removed (--multiple-of).\n")
     network = unpack(packed)
     same = _same_state(network, compacted.network)
@@ -101,6 +107,9 @@ def export(
         print(quantized.text())
         print(f"BOPs, weights at their learned bits: {bops[0]:.2f} G, with 8-bit activations {bops[1]:.2f} G\n")
         checks["int8 costs at most half a point of accuracy"] = quantized.passed
+    for report in (in_file, in_onnx, quantized):
+        if report and not report.written:
+            print(f"{report.path} was there already, the same, and is left as it is")
     for words, passed in checks.items():
         print(f"[{'ok' if passed else 'FAILED'}] {words}")
     return EQUAL if all(checks.values()) else DIFFERENT
@@ -125,17 +134,6 @@ def _data(saved: SavedRun, data_root: str | None, needed: bool) -> ImageData | N
         return None
 
 
-def _check_outputs(outputs: Mapping[str, Path], force: bool) -> None:
-    names = {path.absolute(): option for option, path in outputs.items()}
-    for option, path in outputs.items():
-        if (other := names[path.absolute()]) != option:
-            raise StorageError(f"{option} and {other} are both {str(path)!r}; name two files")
-        try:
-            check_output(path, force)
-        except StorageError as error:
-            raise StorageError(f"{error} ({option}; --force overwrites)") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.export",
@@ -154,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"channels that the ONNX files keep in a layer are a multiple of N (default: {FAST_MULTIPLE})",
     )
     parser.add_argument("--data-root", help="where the run's data is (default: where it was when the run was trained)")
-    parser.add_argument("--force", action="store_true", help="write over existing files")
+    parser.add_argument("--force", action="store_true", help="write over a file that holds something else")
     return parser
 
 

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise NotebookInputError(
                     f"{path} is the notebook itself, which stays without outputs: name another file"
                 )
-            check_output(path, force=True)
+            check_output(path)
         limits = {"cell_timeout": options.cell_timeout or None, "startup_timeout": options.startup_timeout}
         execution = execute(options.notebook, values, notify=log_info, **limits)
     except (NotebookInputError, StorageError) as error:

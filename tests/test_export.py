@@ -11,12 +11,13 @@ import torch
 
 from experiments import debug_run, export
 from experiments.export import main
-from experiments.pipeline import SavedRun
+from experiments.pipeline import SavedRun, compress, evaluate_run, load_run
 from src.data import load_data, normalize
 from src.export import open_session, run_onnx, unpack
 from src.runs import load_checkpoint
 from src.runs.checkpoint import state_bytes
 from src.training import evaluate
+from utils_quantization import toggle_quantization
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,29 @@ def test_named_files_and_force(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(arguments) == 0
     assert not (run / "model.cdq").exists()
     written = packed.read_bytes(), onnx.read_bytes()
+    onnx.write_bytes(b"precious")
+    packed.chmod(0o400)  # and so it stays, where the file is left as it is
+    capsys.readouterr()
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert main([str(run), "--packed", str(run / "x"), "--onnx", str(run / "x")]) == 2
-    assert "name two files" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count(str(onnx)) == error.count("--force") == 1
+    assert onnx.read_bytes() == b"precious"
     assert main([*arguments, "--force"]) == 0
+    assert f"{packed} was there already, the same, and is left as it is\n" in capsys.readouterr().out
     assert (packed.read_bytes(), onnx.read_bytes()) == written  # the same run gives the same files
+    assert packed.stat().st_mode & 0o777 == 0o400
+    assert main([str(run), "--packed", str(run / "x"), "--onnx", str(run / "x")]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_the_file_that_the_notebook_wrote_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = load_run(run, device="cpu")
+    dense = SavedRun.open(run).network()
+    toggle_quantization(dense, False)
+    compress(saved, dense, evaluate_run(saved)[0], run / "model.cdq")
+    assert main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("is left as it is") == printed.count("model.cdq was there already") == 1
 
 
 def test_int8_says_what_it_costs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,14 +109,6 @@ def test_int8_of_a_trained_network_loses_at_most_half_a_point(
     assert debug_run.main(["--data", "digits", "--epochs", "6", "--device", "cpu", "--output", str(run)]) in (0, 1)
     assert main([str(run), "--int8", str(tmp_path / "int8.onnx")]) == 0
     assert "[ok] int8 costs at most half a point" in capsys.readouterr().out
-
-
-def test_second_file_is_looked_at_before_the_first_is_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "model.onnx").write_bytes(b"precious")
-    assert main([str(run)]) == 2
-    assert "--onnx; --force" in capsys.readouterr().err
-    assert (run / "model.onnx").read_bytes() == b"precious"
-    assert not (run / "model.cdq").exists()
 
 
 def test_interrupted_run_has_no_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

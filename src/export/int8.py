@@ -42,11 +42,13 @@ INSTRUCTIONS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 class Int8Report:
     """What was written, and how it compares with the float32 network on the test images.
 
+    written: False where the file held the same already, and was left as it is.
     right: right answers in "float32", with the "weights" alone rounded to 8 bits, and in "int8".
     largest_change, rms_change: of a convolution's weight by the rounding, over its layer's largest |weight|.
     """
 
     path: str
+    written: bool
     file_bytes: int
     images: int
     right: Mapping[str, int]
@@ -86,10 +88,10 @@ def export_int8(
     """Quantize the compacted network, compare it with itself in float32 on the test images, and write it to `path`.
 
     calibration: training images; images, labels: the test set; all images (N, C, H, W), as the
-    network reads them. force: write over an existing file.
+    network reads them. force: write over a file with other content.
     Raises StorageError for the path, OnnxError where ONNX Runtime cannot quantize the network; nothing is written then.
     """
-    check_output(path, force)
+    check_output(path)
     data = quantized_onnx(compacted, calibration)
     rounded, largest_change, rms_change = round_weights(compacted.network)
     logits = {
@@ -97,7 +99,7 @@ def export_int8(
         "weights": logits_of(rounded, images),
         "int8": run_onnx(open_session(data), images),
     }
-    report = Int8Report(
+    return Int8Report(
         path=str(path),
         file_bytes=len(data),
         images=len(images),
@@ -106,9 +108,8 @@ def export_int8(
         largest_difference=(logits["int8"] - logits["float32"]).abs().max().item(),
         largest_change=largest_change,
         rms_change=rms_change,
+        written=write_output(path, data, force),  # last: what cannot be measured is not written
     )
-    write_output(path, data, force)
-    return report
 
 
 def quantized_onnx(compacted: IndexedNetwork, calibration: Tensor) -> bytes:

@@ -48,10 +48,12 @@ class OnnxError(ValueError):
 class OnnxReport:
     """What was written. weight_types: int4, int8, int16 or float32 for every convolution and linear layer, by name.
 
-    weight_bytes: what these weights take in the file. file_bytes: the file.
+    weight_bytes: what these weights take in the file. file_bytes: the file. written: False where it held the same
+    already, and was left as it is.
     """
 
     path: str
+    written: bool
     file_bytes: int
     weight_bytes: int
     weight_types: dict[str, str]
@@ -98,15 +100,15 @@ def export_onnx(
     """Compact `model` and write it to `path` as ONNX: input "images" (N, *input_size), output "logits", any N.
 
     model: as for `pack`, or a CompactNetwork, whose weights are all float32. integer_weights: store the quantized
-    layers as whole numbers; False stores every weight in float32. force: write over an existing file.
+    layers as whole numbers; False stores every weight in float32. force: write over a file with other content.
     Raises StorageError for the path, CompactionError or IndexingError for the model; nothing is written then.
     """
-    check_output(path, force)
+    check_output(path)
     compacted = compact_with_indices(model, input_size)
     graph = _Graph(compacted, integer_weights)
     data = graph.model().SerializeToString()
-    write_output(path, data, force)
-    return OnnxReport(str(path), len(data), graph.weight_bytes, graph.weight_types)
+    written = write_output(path, data, force)
+    return OnnxReport(str(path), written, len(data), graph.weight_bytes, graph.weight_types)
 
 
 def open_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:

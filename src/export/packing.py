@@ -53,6 +53,7 @@ LZMA: list[dict[str, Any]] = [
 class PackReport:
     """What a network takes, in bytes, from FP32 to the file.
 
+    written: False where the file held the same already, and was left as it is.
     fp32_state_bytes: all parameters and buffers of the dense network without its quantizers: weights, biases,
         BatchNorm's scales, shifts and statistics in float32, BatchNorm's counters in int64.
     compact_state_bytes: the same for the compacted network.
@@ -63,6 +64,7 @@ class PackReport:
     """
 
     path: str
+    written: bool
     fp32_state_bytes: int
     compact_state_bytes: int
     weights: int
@@ -108,11 +110,11 @@ def pack(
     """Compact `model`, write it to `path`, and say what it takes. The model is left as it is, on its device.
 
     model: in eval mode, float32, its quantizers attached and switched on. Without quantizers all is stored in float32,
-    and the report says so. input_size: (C, H, W) of one image. force: write over an existing file.
+    and the report says so. input_size: (C, H, W) of one image. force: write over a file with other content.
     Raises StorageError for the path, CompactionError or IndexingError for the model (see `compact_with_indices`);
     nothing is written then.
     """
-    check_output(path, force)
+    check_output(path)
     compacted = compact_with_indices(model, input_size)
     state = compacted.network.state_dict()
     layers = [
@@ -130,9 +132,10 @@ def pack(
     }
     description = {"version": VERSION, "network": compacted.network.description, "quantized": layers}
     data = container_bytes(KIND, description, save_arrays(tensors))
-    write_output(path, data, force)
+    written = write_output(path, data, force)
     return PackReport(
         path=str(path),
+        written=written,
         fp32_state_bytes=compacted.dense_bytes,
         compact_state_bytes=fp32_state_bytes(compacted.network),
         weights=sum(part.indices.numel() for part in parts),

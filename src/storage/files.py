@@ -65,26 +65,33 @@ def check_writable(path: str | Path) -> None:
     raise StorageError(f"output folder {str(path)!r} cannot be written ({reason}); name another folder")
 
 
-def check_output(path: str | Path, force: bool) -> Path:
-    """The path of a file that a command will write. Creates nothing, so call it before long work.
-
-    Raises StorageError where the file exists and `force` is not set, is a folder, or cannot be written.
-    """
+def check_output(path: str | Path) -> None:
+    """Raise StorageError where a command could not write the file `path`. Creates nothing: call it before long work."""
     target = Path(path)
     if os.path.isdir(target):
         raise StorageError(f"output {str(path)!r} is a folder; name a file in it, such as {str(target / 'model')!r}")
-    if os.path.exists(target) and not force:
-        raise StorageError(f"output {str(path)!r} exists already; name another file, or overwrite it with force")
     check_writable(target.parent)
-    return target
 
 
-def write_output(path: str | Path, data: bytes, force: bool) -> None:
-    """Write `data` to `path` completely or not at all. Raises StorageError (see `check_output`)."""
-    target = check_output(path, force)
+def write_output(path: str | Path, data: bytes, force: bool) -> bool:
+    """Write `data` to `path` completely or not at all. False: the file holds `data` already, and is left as it is.
+
+    Raises StorageError where it holds something else and `force` is not set, and as `check_output` does.
+    """
+    check_output(path)
+    target = Path(path)
     try:
+        if target.exists():
+            if target.read_bytes() == data:
+                return False
+            if not force:
+                raise StorageError(
+                    f"output {str(path)!r} exists already and holds something else; overwrite it with --force "
+                    "(in Python force=True), or name another file"
+                )
         write_atomic(target, data)
     except OSError as error:
         raise StorageError(
             f"output {str(path)!r} cannot be written ({error.strerror or error}); name another place"
         ) from error
+    return True
