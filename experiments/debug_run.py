@@ -117,15 +117,17 @@ def _conclude(
     pipeline.save_figures(run, folder, baseline)
     folder.try_write("history.csv", run.history.csv_text())
     print_result(f"\n{pipeline.compression_table(result, accuracy)}")
-    if result.structured_stats.total_macs:  # of a dead network there is nothing to pack
-        print_result(pipeline.price(result, accuracy, baseline, pipeline.packed_ratio(run.model)))
+    diagnosis = report.to_json() if report else None
+    # Of a dead network there is nothing to pack.
+    packed_ratio = pipeline.packed_ratio(run.model) if result.structured_stats.total_macs else None
+    summary = pipeline.summary(run, result, accuracy, verdict, diagnosis, baseline, packed_ratio)
+    print_result(" ".join(summary["in_words"]))
     print_result(f"\n{verdict.text()}")
     if report:
         print_result(f"\n{report.text()}")
     if run.data.notice:
         print_result(f"\nNOTICE: {run.data.notice}")
-    diagnosis = report.to_json() if report else None
-    folder.write_json(SUMMARY, pipeline.summary(run, result, accuracy, verdict, diagnosis, baseline))
+    folder.write_json(SUMMARY, summary)
     print_result(f"\nFigures, history.csv, run.json and checkpoint.pt are in {folder.path}")
     return FAULTY if verdict.faulty or (report and report.faulty) else HEALTHY
 

@@ -137,7 +137,7 @@ def test_a_network_of_which_nothing_is_left_is_judged_too(finished: Path, monkey
 def test_what_compression_costs_is_said_where_it_was_measured(finished: Path, capsys: Capture) -> None:
     assert run_command(finished, "--resume", "--baseline=auto") == 0
     accuracy = json.loads((finished / "run.json").read_text())["results"]["baseline_accuracy"]
-    assert f"against {accuracy:.2%} without compression, for " in capsys.readouterr().out
+    assert f"than the uncompressed one ({accuracy:.1%}). Its file is " in capsys.readouterr().out
     assert (finished / "baseline" / "checkpoint.pt").exists()
 
 

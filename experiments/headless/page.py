@@ -47,12 +47,12 @@ STATES = {"healthy": "Healthy", "faulty": "Fault found", "inconclusive": "Inconc
 RESULTS = {  # name in run.json: label, factor, format
     "accuracy_float32": ("test accuracy", 100, "{:.1f} %"),
     "baseline_accuracy": ("without compression", 100, "{:.1f} %"),
-    "unstructured_sparsity": ("weights that are zero", 100, "{:.1f} %"),
-    "structured_sparsity": ("dead channels", 100, "{:.1f} %"),
+    "packed_ratio": ("smaller file", 1, "{:.1f}×"),
+    "structured_mac_ratio": ("fewer multiply-adds", 1, "{:.1f}×"),
+    "time_ratio": ("of the time, here", 100, "{:.0f} %"),
+    "unstructured_sparsity": ("zero weights", 100, "{:.1f} %"),
     "mean_bits": ("bits on average", 1, "{:.1f}"),
-    "structured_mac_ratio": ("fewer MACs", 1, "{:.2f}×"),
 }
-SETTINGS = ("preset", "epochs", "batch_size", "limit", "seed")
 _log = logging.getLogger(__name__)
 
 
@@ -167,10 +167,11 @@ def header(notebook: NotebookNode) -> dict[str, Any]:
     """The head of the page of an executed notebook, from its facts and the runner's `notebook.metadata["run"]`.
 
     state: healthy, faulty, inconclusive, stopped or no-verdict. verdict: that in words; detail: one sentence on it.
-    results, rows, settings: label and text.
+    words: what the compression cost and gained. results, rows, settings: label and text; the settings are folded.
     """
     facts, run = _published(notebook), notebook.metadata.get("run", {})
-    rows = dict.fromkeys(("Date", "Network", "Settings", "Device", "Versions"), "not recorded")
+    rows = dict.fromkeys(("Date", "Network", "Device"), "not recorded")
+    settings = {"command": run["command"]} if "command" in run else {}
     started, config = run.get("started") or facts.get("recorded"), facts.get("config", {})
     if started:
         rows["Date"] = _date(started, run.get("seconds"))
@@ -180,20 +181,21 @@ def header(notebook: NotebookNode) -> dict[str, Any]:
         named = f"{machine['device']} ({machine['device_name']})" if machine["device_name"] else machine["device"]
         rows |= {
             "Network": f"{config['model']} on {data['title']} ({images})",
-            "Settings": ", ".join(f"{n.replace('_', ' ')} {config[n]}" for n in SETTINGS if config[n] is not None),
-            "Device": f"{named}, {machine['precision']}, threads: {machine['threads']}, {machine['system']}",
-            "Versions": ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items())),
+            "Device": f"{named}, {machine['precision']}, threads: {machine['threads']}",
         }
-    command = {"command": run["command"]} if "command" in run else {}
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
+        settings |= {name: str(value) for name, value in config.items() if name != "given"}
+        settings |= {"system": machine["system"], "versions": versions}
     return {
         **_verdict(facts.get("verdict"), run),
+        "words": " ".join(facts.get("in_words", [])),
         "results": {
             label: form.format(factor * facts["results"][name])
             for name, (label, factor, form) in RESULTS.items()
             if facts.get("results", {}).get(name) is not None
         },
         "rows": rows,
-        "settings": {name: str(value) for name, value in {**command, **config}.items() if name != "given"},
+        "settings": settings,
     }
 
 

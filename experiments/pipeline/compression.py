@@ -54,6 +54,11 @@ class Compression:
     largest_difference: Mapping[str, float]
     same_predictions: bool
 
+    @property
+    def time_ratio(self) -> float:
+        """Time of the compacted network over the dense one's, the median."""
+        return float(self.stages["time / FP32's"]["compacted"]["median"])
+
     def table(self) -> Styler:
         """The stages as a table; a dash where a figure does not apply."""
         styled = self.stages.rename_axis("stage").reset_index().style.hide(axis="index")

@@ -161,8 +161,13 @@ def summary(
     judged: Verdict,
     diagnosis: Mapping[str, Any] | None = None,
     baseline: Baseline | None = None,
+    packed_ratio: float | None = None,
+    time_ratio: float | None = None,
 ) -> dict[str, Any]:
-    """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one."""
+    """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one.
+
+    packed_ratio: FP32 state over packed file, in bytes. time_ratio: of the compacted network over the dense one's.
+    """
     last, structured = run.history.last, result.structured_stats
     baseline_bops = structured.total_bops * result.structured_bops_ratio
     results = {
@@ -171,6 +176,8 @@ def summary(
         "accuracy_float32": accuracy,
         **({"baseline_accuracy": baseline.accuracy} if baseline else {}),
         **({"budget_cost": last.cost} if last.cost is not None else {}),
+        **({"packed_ratio": packed_ratio} if packed_ratio else {}),
+        **({"time_ratio": time_ratio} if time_ratio else {}),
         "unstructured_sparsity": last.unstructured_sparsity,
         "structured_sparsity": last.structured_sparsity,
         "mean_bits": last.mean_bits,
@@ -188,6 +195,7 @@ def summary(
         "quantized_layers": run.attached,
         # A network of which nothing is left has ratios that JSON cannot hold.
         "results": {name: value if math.isfinite(value) else None for name, value in results.items()},
+        "in_words": in_words(results),
         "verdict": judged.to_json(),
         **({"doctor": dict(diagnosis)} if diagnosis is not None else {}),
     }
@@ -215,10 +223,19 @@ def compression_table(result: EvalResult, accuracy: float) -> str:
     return "\n".join([*lines, f"Accuracy of the quantized network in float32: {100 * accuracy:.2f}%"])
 
 
-def price(result: EvalResult, accuracy: float, baseline: Baseline | None, bytes_ratio: float) -> str:
-    """What the compression cost and gained, in one sentence. bytes_ratio: FP32 state over packed file."""
-    against = "(without compression: not measured)"
-    if baseline:
-        against = f"against {baseline.accuracy:.2%} without compression"
-    macs = f"{1 / result.structured_mac_ratio:.0%} of the MACs"
-    return f"{accuracy:.2%} {against}, for {macs} and 1/{bytes_ratio:.0f} of the bytes"
+def in_words(results: Mapping[str, float]) -> list[str]:
+    """What the compression cost and gained, in sentences. results: those of `summary`."""
+    accuracy, uncompressed = results["accuracy_float32"], results.get("baseline_accuracy")
+    right = f"The compressed network classifies {accuracy:.1%} of the test images correctly"
+    if uncompressed is None:
+        sentences = [f"{right}; what the uncompressed one reaches was not measured."]
+    else:
+        points = 100 * (uncompressed - accuracy)
+        change = f"{points:.1f} points less" if points > 0 else f"{-points:.1f} points more"
+        sentences = [f"{right}, {change} than the uncompressed one ({uncompressed:.1%})."]
+    work = f"needs {1 / results['structured_mac_ratio']:.0%} of the multiply-adds"
+    packed, time = results.get("packed_ratio"), results.get("time_ratio")
+    sentences.append(f"Its file is {packed:.0f} times smaller, and it {work}." if packed else f"It {work}.")
+    if time:
+        sentences.append(f"On this machine it takes {time:.0%} of the uncompressed network's time.")
+    return sentences

@@ -147,6 +147,7 @@ FACTS_OF_A_RUN: dict[str, Any] = {
     "machine": {"device": "cpu", "device_name": "a processor", "precision": "float32", "threads": 2, "system": "Linux"},
     "versions": {"torch": "2.6.0", "<python>": "3.11.7"},
     "results": {"accuracy_float32": 0.994, "mean_bits": 6.12, "structured_mac_ratio": None},
+    "in_words": ["It is smaller.", "It is faster."],
     "verdict": {"state": "faulty", "headline": "FAULT: 1 of 9 expectations not met (bits fall)"},
 }
 
@@ -163,15 +164,16 @@ def test_head_shows_the_facts_that_the_notebook_has_published_last() -> None:
         "state": "faulty",
         "verdict": "Fault found",
         "detail": "1 of 9 expectations not met (bits fall)",
+        "words": "It is smaller. It is faster.",
         "results": {"test accuracy": "99.4 %", "bits on average": "6.1"},
         "rows": {
             "Date": "1 March 2026, 08:00 UTC, took 1 min 00 s",
             "Network": "resnet20 on digits (1,437 training and 360 test images)",
-            "Settings": "preset smoke, epochs 24, batch size 48, seed 0",
-            "Device": "cpu (a processor), float32, threads: 2, Linux",
-            "Versions": "<python> 3.11.7, torch 2.6.0",
+            "Device": "cpu (a processor), float32, threads: 2",
         },
-        "settings": {"command": "run it"} | {name: str(value) for name, value in FACTS_OF_A_RUN["config"].items()},
+        "settings": {"command": "run it"}
+        | {name: str(value) for name, value in FACTS_OF_A_RUN["config"].items()}
+        | {"system": "Linux", "versions": "<python> 3.11.7, torch 2.6.0"},
     }
     book.cells.insert(0, new_markdown_cell("# The title\n\nThe text."))
     page = to_html(book)

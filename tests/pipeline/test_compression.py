@@ -73,6 +73,7 @@ def test_the_stages_against_other_counts(run: pipeline.Run, compressed: compress
     assert rows["parameters"]["compacted"] == sum(p.numel() for p in compressed.network.parameters())
     times = rows["time / FP32's"]
     assert times.iloc[0]["median"] == 1
+    assert compressed.time_ratio == times.iloc[2]["median"]
     assert all(time["low"] > 0 for time in times)
 
 
@@ -170,3 +171,35 @@ def test_the_benchmark_of_a_run(run: pipeline.Run, tmp_path: Path, capsys: pytes
     assert set(written["batch_sizes"]["1"]) == set(inference.FORMS)
     assert all(form["seconds"]["median"] > 0 for form in written["batch_sizes"]["2"].values())
     assert "ONNX Runtime, compacted, integers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("results", "sentences"),
+    [
+        (
+            {"accuracy_float32": 0.9917, "structured_mac_ratio": 2.5},
+            [
+                "The compressed network classifies 99.2% of the test images correctly; "
+                "what the uncompressed one reaches was not measured.",
+                "It needs 40% of the multiply-adds.",
+            ],
+        ),
+        (
+            {
+                "accuracy_float32": 0.75,
+                "baseline_accuracy": 0.8,
+                "structured_mac_ratio": 4,
+                "packed_ratio": 31.6,
+                "time_ratio": 0.625,
+            },
+            [
+                "The compressed network classifies 75.0% of the test images correctly, 5.0 points less than the "
+                "uncompressed one (80.0%).",
+                "Its file is 32 times smaller, and it needs 25% of the multiply-adds.",
+                "On this machine it takes 62% of the uncompressed network's time.",
+            ],
+        ),
+    ],
+)
+def test_what_compression_cost_and_gained_in_words(results: dict[str, float], sentences: list[str]) -> None:
+    assert pipeline.in_words(results) == sentences
