@@ -90,7 +90,7 @@ def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], pl
     style.epoch_line(axes, 100 * history.column("unstructured_sparsity"), color=style.ZEROS, label=labels[0])
     style.epoch_line(axes, 100 * history.column("structured_sparsity"), color=style.CHANNELS, label=labels[1])
     peak = max(coefficient.max(initial=0.0), planned.max(initial=0.0))
-    right.set_ylim(0, 1.15 * peak or 1.0)
+    right.set_ylim(1.15 * coefficient.min(initial=0.0), 1.15 * peak or 1.0)
     right.yaxis.set_major_formatter("{x:g}")
     axes.set(ylim=(0, style.FULL), ylabel="share")
     axes.yaxis.set_major_formatter(style.PERCENT)

@@ -8,14 +8,17 @@
     error   x(e) = log c(e) - log r(e)
     dual    nu(e) = peak f exp(6 x(e) + g sum of x up to e), the coefficient of epoch e + 1
 
-e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch.
+e counts finished epochs, E those of the run; control begins after e0 = `delay`, with the cost c0 of that epoch, and the
+path ends three quarters of the way from e0 to E, at e1: channels die only while the weights' learning rate is high.
 For bops and bytes, nu weights the group lasso and the squared logits together, in the ratio that the configuration
-gives them. The path ends with the run, e1 = E; g = 0.3; f = 4 t (1 - t) in the middle of the epoch, so that nu follows
-the slope of the path; nu is 0 while the cost is below a: nothing grows back once the weights' learning rate falls.
+gives them; g = 0.3, and f = 4 t (1 - t) in the middle of the epoch, so that nu follows the slope of the path; f = 1
+after e1. Bits fall by whole numbers in many layers at once, so the bit widths are pressed only while one bit less in
+every layer still costs more than a. What remains is trimmed by dead zones: where s = log c - log a is at most 0.05, or
+0.25 after e1, nu is peak max(s / 0.25, -1) and acts, as +-peak, on the dead zones' logits of that share of the layers
+alone. Below 0, zeros come back.
 For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
 mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
-fall far below the budget. Channels die only while the learning rate is high, so e1 is three quarters of the way from e0
-to E; f = 1, g = 1, and nu is at least the peak.
+fall far below the budget. f = 1, g = 1, and nu is at least the peak.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -37,12 +40,14 @@ from experiments.sparsity import group_norms
 from metrics import QuantizationComparison
 from src.export import pack
 from src.pruning import channel_groups
-from src.training import History, Objective, squared_logits
-from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
+from src.training import History, Objective
+from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
 GAIN, INTEGRAL_GAIN = 6.0, {"bops": 0.3, "macs": 1.0, "bytes": 0.3}
 STRONGEST = 30.0  # times the peak
+NEAR, CLOSE = 0.25, 0.05  # log c - log a: about what the dead zones of all layers change in an epoch, and a fifth of it
+SPREAD = 0.618  # multiples of it, modulo 1, are spread evenly
 
 
 def packed_ratio(model: nn.Module) -> float:
@@ -61,7 +66,7 @@ class BudgetControl:
     def __init__(self, config: RunConfig, model: nn.Module, dense: nn.Module) -> None:
         self.budget = Budget.parse(config.target)
         self.peak, self.begin = config.peak, max(config.delay, 1)
-        self.length = max(config.epochs - self.begin, 1) * (0.75 if self.budget.kind == "macs" else 1.0)
+        self.length = 0.75 * max(config.epochs - self.begin, 1)
         self._comparison = QuantizationComparison()
         self._dense = self._comparison.set_baseline(dense)
         if self.budget.kind == "bops":
@@ -69,14 +74,18 @@ class BudgetControl:
         self._groups = channel_groups(model)
         self._norms = group_norms(self._groups)
         self._chosen = torch.ones(len(self._groups), device=next(model.parameters()).device)
-        self._squares = config.logit_decay_dz / config.peak, config.logit_decay_bit / config.peak
+        self._ratios = config.logit_decay_dz / config.peak, config.logit_decay_bit / config.peak
+        device = self._chosen.device
+        self._lasso, self._bits = torch.ones((), device=device), torch.ones((), device=device)
+        self._spread = SPREAD * torch.arange(len(quantized_layers(model)), device=device) % 1
+        self._dead_zones = torch.ones_like(self._spread)
         if self.budget.kind == "macs":
             self.objective = config.objective(self._chosen_lasso)
         else:
             self.objective = Objective(self._lasso_and_squares)
 
     def coefficient(self, history: History) -> float:
-        """The coefficient of the epoch that follows `history`; 0 up to epoch `begin`."""
+        """The coefficient of the epoch that follows `history`; 0 up to epoch `begin`, below 0 where zeros come back."""
         done, aim = len(history), AIM * self.budget.share
         if done < self.begin:
             return 0.0
@@ -89,15 +98,34 @@ class BudgetControl:
         strength = math.exp(min(exponent, math.log(STRONGEST)))
         if self.budget.kind == "macs":
             return self.peak * max(strength, 1.0)
+        if self._trims(history):
+            return self.peak * max(self._surplus(history) / NEAR, -1.0)
         middle = (done + 0.5 - self.begin) / self.length
-        return self.peak * 4 * middle * (1 - middle) * strength if costs[-1] > aim else 0.0
+        return self.peak * strength * (4 * middle * (1 - middle) if middle < 1 else 1.0)
+
+    def _surplus(self, history: History) -> float:
+        """log c - log a after the last epoch."""
+        return math.log(float(history.last.cost or 1.0) / (AIM * self.budget.share))
+
+    def _trims(self, history: History) -> bool:
+        """Whether dead zones alone bring the cost to the aim."""
+        return self._surplus(history) <= (NEAR if len(history) - self.begin >= self.length else CLOSE)
 
     def apply(self, history: History) -> None:
         """Let the objective be that of the epoch that follows `history`."""
+        if not history.records:
+            return
+        last = history.last
         if self.budget.kind == "macs":
             self._chosen.zero_()
-            if history.records:
-                self._chosen[list(history.last.penalised)] = 1
+            self._chosen[list(last.penalised)] = 1
+            return
+        surplus, trims = self._surplus(history), self._trims(history)
+        share = min(abs(surplus) / NEAR, 1.0)
+        fits = math.log(last.mean_bits / (last.mean_bits - 1)) < surplus  # one bit less in every layer
+        self._lasso.fill_(not trims)
+        self._bits.fill_(fits and not trims)
+        self._dead_zones.copy_((self._spread < share) / max(share, 1e-9) if trims else torch.ones_like(self._spread))
 
     @torch.no_grad()
     def cost(self, model: nn.Module) -> float:
@@ -147,7 +175,11 @@ class BudgetControl:
             )
 
     def _lasso_and_squares(self, model: nn.Module) -> Tensor:
-        return self._norms(model).sum() + squared_logits(model, *self._squares)
+        quantizers = [quantizer_of(layer) for layer in quantized_layers(model).values()]
+        dead_zones = (self._dead_zones * torch.stack([each.logit_dz for each in quantizers]).square()).sum()
+        bits = self._bits * torch.stack([each.logit_bit for each in quantizers]).square().sum()
+        of_dead_zones, of_bits = self._ratios
+        return self._lasso * self._norms(model).sum() + of_dead_zones * dead_zones + of_bits * bits
 
     def _chosen_lasso(self, model: nn.Module) -> Tensor:
         return (self._norms(model) * self._chosen).sum()

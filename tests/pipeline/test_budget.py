@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments import pipeline
 from experiments.pipeline import BudgetControl, ConfigError, RunConfig, configure
 from experiments.pipeline.config import Budget
+from experiments.sparsity import group_norms
 from resnet import BasicBlock, ResNet, resnet20
 from src.pruning import channel_groups, compact
 from src.training import EpochRecord, History
@@ -66,21 +67,50 @@ def control(target: str) -> BudgetControl:
 
 
 def test_the_coefficient_follows_the_cost() -> None:
-    # Control begins after epoch 5 with a cost of 0.25; the aim is 0.96 * 0.1 = 0.096. The middle of epoch 6 is 0.5
-    # of 15 epochs into it, f = 4 (1 / 30) (29 / 30) = 116 / 900; that of epoch 7 is 1.5, f = 4 (0.1) (0.9) = 0.36.
-    # After epoch 6 t = 1 / 15, so the path has fallen by log(0.25 / 0.096) (3 / 225 - 2 / 3375).
+    # Control begins after epoch 5 with a cost of 0.25; the aim is 0.96 * 0.1 = 0.096. The path takes three quarters of
+    # 15 epochs, 45 / 4. The middle of epoch 6 is t = 0.5 * 4 / 45 = 2 / 45, f = 4 (2 / 45) (43 / 45); that of epoch 7
+    # is t = 2 / 15, f = 4 (2 / 15) (13 / 15). After epoch 6 t = 4 / 45: log(0.25 / 0.096) (3 t^2 - 2 t^3) were to go.
     bops = control("bops 10%")
     assert bops.coefficient(history_of([0.25] * 4)) == 0
-    assert bops.coefficient(history_of([0.25] * 5)) == pytest.approx(0.01 * 116 / 900)
-    error = math.log(0.25 / 0.096) * (3 / 225 - 2 / 3375)
-    assert bops.coefficient(history_of([0.25] * 6)) == pytest.approx(0.01 * 0.36 * math.exp(6.3 * error))
-    # The middle of the last epoch is 14.5 into it, f = 116 / 900 again: at most 30 times that
-    assert bops.coefficient(history_of([0.25] * 19)) == pytest.approx(0.3 * 116 / 900)
-    assert bops.coefficient(history_of([0.25] * 5 + [0.095])) == 0, "small enough"
+    assert bops.coefficient(history_of([0.25] * 5)) == pytest.approx(0.01 * 344 / 2025)
+    error = math.log(0.25 / 0.096) * (48 / 2025 - 128 / 91125)
+    assert bops.coefficient(history_of([0.25] * 6)) == pytest.approx(0.01 * 104 / 225 * math.exp(6.3 * error))
+    assert bops.coefficient(history_of([0.25] * 19)) == pytest.approx(0.3), "at most 30 times the peak"
+    # Trimming: log(0.08 / 0.096) / 0.25 = -0.729; log(0.1 / 0.096) / 0.25 = 0.1633
+    assert bops.coefficient(history_of([0.25] * 5 + [0.08])) == pytest.approx(-0.00729, abs=5e-6)
+    assert bops.coefficient(history_of([0.25] * 5 + [0.05])) == -0.01, "no more than the peak"
+    assert bops.coefficient(history_of([0.25] * 5 + [0.1])) == pytest.approx(0.001633, abs=5e-7)
+    # log(0.12 / 0.096) / 0.25 = 0.8926, after the path; before its end that is too much for dead zones alone
+    assert bops.coefficient(history_of([0.25] * 16 + [0.12])) == pytest.approx(0.008926, abs=5e-7)
+    assert bops.coefficient(history_of([0.25] * 15 + [0.12])) > 0.01
     macs = control("macs 10%")
     assert macs.coefficient(history_of([1.0] * 5 + [0.095])) == 0.01, "what is chosen stays penalised"
     # Its path ends after three quarters of 15 epochs: after 12 the error is all of log(1 / 0.096), its sum far more
     assert macs.coefficient(history_of([1.0] * 17)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("cost", "epochs", "lasso", "dead_zones", "bits"),
+    [
+        (0.25, 6, 1, 6, 6),
+        (0.105, 6, 1, 6, 0),  # 0.105 * 7 / 8 < 0.096: one bit less in every layer is too small
+        (0.1, 17, 0, 2, 0),  # log(0.1 / 0.096) / 0.25 = 16 % of six layers, the first and the last
+        (0.08, 6, 0, 5, 0),  # log(0.08 / 0.096) / 0.25 = 73 %: all but the fourth, 3 * 0.618 % 1 = 0.854
+    ],
+)
+def test_what_the_penalty_acts_on(cost: float, epochs: int, lasso: int, dead_zones: int, bits: int) -> None:
+    bops = control("bops 10%")
+    model = ResNet(BasicBlock, [1, 1, 1])
+    pipeline.attach(configure("debug"), model)
+    history = history_of([0.25] * 5 + [cost] * (epochs - 5))
+    history.records[-1] = replace(history.last, mean_bits=8.0)
+    bops.apply(history)
+    assert bops.objective.penalty is not None
+    # Every logit starts at 3, so its square, weighted by 0.01 / 0.01, is 9
+    norms = group_norms(channel_groups(model))(model).sum().item()
+    share = 1.0 if lasso else abs(math.log(cost / 0.096)) / 0.25
+    expected = lasso * norms + 9 * dead_zones / share + 9 * bits
+    assert bops.objective.penalty(model).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_smallest_groups_that_do_not_fit_are_chosen() -> None:
