@@ -28,6 +28,7 @@ from experiments.figures.images import (
 )
 from experiments.figures.layers import (
     before_after,
+    bit_widths,
     channel_group_diagram,
     channel_liveness,
     class_balance,
@@ -50,6 +51,7 @@ __all__ = [
     "accuracy_curve",
     "augmentation_grid",
     "before_after",
+    "bit_widths",
     "channel_group_diagram",
     "channel_liveness",
     "class_balance",

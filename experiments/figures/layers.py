@@ -6,7 +6,7 @@ Shares are drawn in per cent.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,24 @@ def class_balance(labels: Sequence[int], class_names: Sequence[str], *, subtitle
 
 
 @style.styled
+def bit_widths(names: Sequence[str], forms: Mapping[str, Sequence[float]], *, subtitle: str = "") -> Figure:
+    """The bit width of each layer, one line for each form of the squared logits (at most three)."""
+    spans = {form: f"{min(bits):g} to {max(bits):g} bits" for form, bits in forms.items()}
+    spans |= {form: f"all {bits[0]:g} bits" for form, bits in forms.items() if len(set(bits)) == 1}
+    title = "The squares' weight decides whether layers differ"
+    alt = f"Steps, one a layer. {'; '.join(f'{form}: {span}' for form, span in spans.items())}."
+    widths = np.array(list(forms.values()))
+    figure, axes = _upright(title, subtitle, alt, names, "bits of a weight", widths, height=3.4)
+    looks = zip((style.GREY, style.BLUE, style.VERMILLION), ("s", "o", "^"), (-0.06, 0.06, 0.0), strict=True)
+    for (form, span), bits, (color, marker, shift) in zip(spans.items(), widths, looks, strict=False):
+        places = np.arange(len(names))
+        axes.step(places, bits + shift, where="mid", color=color, lw=2, marker=marker, ms=6, label=f"{form}: {span}")
+    axes.set(ylim=(0, widths.max() + 1), yticks=range(0, int(widths.max()) + 2, 2))
+    style.legend_above(axes, columns=1)
+    return figure
+
+
+@style.styled
 def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
     """Rows are layers, columns output channels: black dead, white alive, hatched where a layer has no such channel."""
     dead, total = sum(layer.dead_channels for layer in layers), sum(layer.channels for layer in layers)
@@ -188,10 +206,10 @@ def draw_cells(
 
 
 def _upright(
-    title: str, subtitle: str, alt: str, names: Sequence[str], ylabel: str, values: NDArray[Any]
+    title: str, subtitle: str, alt: str, names: Sequence[str], ylabel: str, values: NDArray[Any], height: float = 4.0
 ) -> tuple[Figure, Axes]:
     """Axes for bars with one layer each: slanted names that end under their bar, room for a number above the bars."""
-    figure = style.canvas(title, subtitle, alt, height=4.0)
+    figure = style.canvas(title, subtitle, alt, height=height)
     axes = figure.subplots()
     _name(axes.xaxis, names, NUMBERED, rotation=45, ha="right", rotation_mode="anchor")
     axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(0, 1.12 * values.max()), ylabel=ylabel)

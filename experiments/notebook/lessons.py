@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from src.quantizer import DeadZoneLDZCompander
 from src.training import Objective, make_optimizer
 from utils_quantization import eval_mode
 
+MEASURED_BITS = Path(__file__).parents[2] / "docs" / "measured" / "bit_widths.csv"
 Values = NDArray[np.float64]
 RANGE = 2.5758293035489004  # R of normally distributed weights, the 0.99-quantile of |w|
 
@@ -48,6 +50,11 @@ def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> C
     quantizer = fixed_quantizer(share, bits).double()
     range_ = quantizer.grid(w).range  # the 0.99-quantile of these weights: 1 but for the spacing of the grid
     return name, w.numpy() / range_.item(), quantizer(w).numpy() / range_.item()
+
+
+def measured_bit_widths() -> pd.DataFrame:
+    """Bits of ResNet-20's layers (rows) after 20 epochs on CIFAR-10, for forms of the squared logits (columns)."""
+    return pd.read_csv(MEASURED_BITS, index_col="layer")
 
 
 def logit_trajectories(

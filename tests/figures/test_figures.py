@@ -106,6 +106,13 @@ def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: Hist
     assert "519 of 672 channels are alive, with 6.7 bits on average" in figure.get_label()
 
 
+def test_bit_widths_are_drawn_for_each_form_and_named_in_the_legend() -> None:
+    figure = figures.bit_widths(["a", "b", "c"], {"heavy": [7, 7, 7], "light": [5, 4, 3]})
+    lines = lines_of(figure.axes[0])
+    np.testing.assert_allclose(lines["heavy: all 7 bits"], 7, atol=0.1)  # lines of the same width lie side by side
+    np.testing.assert_allclose(lines["light: 3 to 5 bits"], [5, 4, 3], atol=0.1)
+
+
 @pytest.mark.parametrize("done", [0, 1, 9, 20])
 def test_dashboard_at_every_moment_of_a_run(done: int) -> None:
     history = make_history(done)
