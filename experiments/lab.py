@@ -5,13 +5,15 @@
 The run is the one in debug_output (where `make walkthrough` and `make debug` write), or the one that --output names.
 Where there is none, a short one on the embedded digits is trained first, about two minutes, into runs/lab/run.
 JupyterLab opens runs/lab/codeq_walkthrough.ipynb, a copy of the notebook that resumes that run: its training cell reads
-the run instead of training again. A copy that was edited is kept as it is.
+the run instead of training again. The copy is executed first, about a minute, unless it was before with this run; one
+that was edited is kept as it is.
 Exit status: that of JupyterLab; 2 bad input; 130 interrupted (the same command resumes the training).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,17 +22,19 @@ from typing import TYPE_CHECKING
 
 import nbformat
 
-from experiments.headless import inject, read_notebook
+from experiments.headless import execute, fill_in, parameter_defaults, read_notebook
 from src.storage import BAD_INPUT, fail, log_info, write_atomic
 
 if TYPE_CHECKING:
     from experiments.pipeline import SavedRun
 
+INTERRUPTED = 130
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 USUAL = Path("debug_output")  # the notebook's own OUTPUT_DIR
 OWN = Path("runs/lab/run")
 COPY = Path("runs/lab") / NOTEBOOK.name
+SETTINGS = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,16 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status
     try:
         run = finished_run(folder)
-        written = write_copy(COPY, {"DATA_ROOT": run.config.data_root, "OUTPUT_DIR": folder.as_posix(), "RESUME": True})
+        log_info(
+            f"exploring the run in {folder}: preset {run.config.preset}, {run.config.epochs} epochs on {run.data_name}"
+        )
+        parameters = {"DATA_ROOT": run.config.data_root, "OUTPUT_DIR": folder.as_posix(), "RESUME": True}
+        if interrupted := execute_copy(COPY, parameters, folder / "run.json"):
+            return interrupted
     except (ValueError, OSError) as error:
         return fail(str(error))
-    log_info(
-        f"exploring the run in {folder}: preset {run.config.preset}, {run.config.epochs} epochs on {run.data_name}"
-    )
-    if written:
-        log_info(f"opening {COPY}, a copy of {NOTEBOOK.name} that resumes this run")
-    else:
-        log_info(f"opening your edited copy {COPY} as it is; move it away for a fresh one")
+    log_info(f"opening {COPY}: Run, Run All Cells starts its controls")
     return serve(COPY, options.port, show=not options.no_browser)
 
 
@@ -97,22 +100,37 @@ def train(folder: Path) -> int:
     return debug_run.main(command)
 
 
-def write_copy(copy: Path, parameters: Mapping[str, object]) -> bool:
-    """Write the notebook with `parameters` to `copy`. False: the copy that is there has other cells, and stays."""
-    notebook = read_notebook(NOTEBOOK)
+def execute_copy(copy: Path, parameters: Mapping[str, object], summary: Path) -> int:
+    """Write the notebook with `parameters`, executed, to `copy`. Returns 130 where that was interrupted, else 0.
+
+    A copy whose cells were edited stays, and so does one that was executed after `summary` was written.
+    """
+    notebook = fill_in(read_notebook(NOTEBOOK), parameters)
     if copy.exists():
-        present = inject(read_notebook(copy), {})
-        if [cell.source for cell in present.cells] != [cell.source for cell in notebook.cells]:
-            return False
-    write_atomic(copy, nbformat.writes(inject(notebook, parameters)).encode())
-    return True
+        present = read_notebook(copy)
+        same_parameters = parameter_defaults(present) == parameter_defaults(notebook)
+        if [cell.source for cell in fill_in(present, parameters).cells] != [cell.source for cell in notebook.cells]:
+            log_info(f"{copy} was edited and stays as it is; move it away for a fresh one")
+            return 0
+        if same_parameters and copy.stat().st_mtime > summary.stat().st_mtime:
+            return 0
+    write_atomic(copy, nbformat.writes(notebook).encode())
+    log_info("executing the notebook with this run, about a minute ...")
+    execution = execute(copy)
+    if execution.failure:
+        log_info(execution.failure)
+    write_atomic(copy, nbformat.writes(execution.notebook).encode())
+    return execution.exit_status if execution.exit_status == INTERRUPTED else 0
 
 
 def serve(notebook: Path, port: int | None = None, *, show: bool = True) -> int:
     """JupyterLab on `notebook` (below ROOT) until it ends, in a browser if it is to be shown."""
     from jupyterlab.labapp import main as jupyterlab
 
+    settings = ROOT / notebook.parent / "settings"  # no question about news
+    write_atomic(settings / "overrides.json", json.dumps(SETTINGS).encode())
     command = [f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url=/lab/tree/{notebook.as_posix()}", "--allow-root"]
+    command.append(f"--LabApp.app_settings_dir={settings}")
     if port is not None:
         command.append(f"--ServerApp.port={port}")
     if not show:

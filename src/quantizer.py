@@ -118,14 +118,14 @@ class DeadZoneLDZCompander(nn.Module):
     @torch.no_grad()
     def grid(self, w: Tensor) -> Grid:
         """The grid for the weights `w`: range, dead zone, step and shift in weight units, levels on each side of 0."""
-        grid = _grids([w], self.logit_dz[None], self.get_bitwidth()[None])
+        grid = lay_grids([w], self.logit_dz[None], self.get_bitwidth()[None])
         return Grid(*(field[0] for field in grid))
 
     @torch.no_grad()
     def indices(self, w: Tensor) -> Tensor:
         """The index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
         grid = self.grid(w)
-        return _indices(w, grid.levels, grid.step, grid.shift).to(torch.int32)
+        return grid_indices(w, grid.levels, grid.step, grid.shift).to(torch.int32)
 
     @staticmethod
     def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +153,7 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
     All weights are laid end to end, (T,), so that the number of operations does not grow with L: a small network on
     a GPU is bound by launches, not by arithmetic. Raises QuantizerError on an empty or non-floating tensor.
     """
-    grid = _grids(weights, logit_dz, bits)
+    grid = lay_grids(weights, logit_dz, bits)
     sizes = [w.numel() for w in weights]
 
     def spread(field: Tensor) -> Tensor:
@@ -163,8 +163,25 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
         return torch.cat([number.expand(size) for number, size in zip(field.unbind(), sizes, strict=True)])
 
     levels, step, shift = spread(grid.levels), spread(grid.step), spread(grid.shift)
-    values = dequantize(_indices(torch.cat([w.flatten() for w in weights]), levels, step, shift), step, shift)
+    values = dequantize(grid_indices(torch.cat([w.flatten() for w in weights]), levels, step, shift), step, shift)
     return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
+
+
+def lay_grids(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> Grid:
+    """The grids of L layers, every field (L,). Raises QuantizerError on an empty or non-floating tensor."""
+    _check_quantizable(weights)
+    range_ = weight_ranges(weights)
+    dead_zone = 2 * range_ * (1 - logit_dz.tanh().abs())
+    levels = torch.exp2(bits - 1) - 1
+    step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
+    return Grid(range_, dead_zone, levels, step, dead_zone / 2 - step / 2)
+
+
+def grid_indices(w: Tensor, levels: Tensor, step: Tensor, shift: Tensor) -> Tensor:
+    """The index q of every weight, a whole number."""
+    outside = w.sign() * relu_ste(w.abs() - shift)
+    # + 0.0 makes -0.0 (a small negative weight) an ordinary zero, so that equal weights have equal bits
+    return clip_ste(round_ste(outside / step), levels) + 0.0
 
 
 def dequantize(q: Tensor, step: Tensor, shift: Tensor) -> Tensor:
@@ -237,25 +254,13 @@ def _quantile_ranks(
     return int(low.max()) + 1, low.to(device), (low - 1).clamp(min=0).to(device), fraction.to(device)
 
 
-def _grids(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> Grid:
-    """The grids of L layers, every field (L,)."""
+def _check_quantizable(weights: Sequence[Tensor]) -> None:
     for w in weights:
         if w.numel() == 0 or not w.is_floating_point():
             raise QuantizerError(
                 f"cannot quantize a tensor of shape {tuple(w.shape)} and dtype {w.dtype}: need at least one "
                 "floating-point weight; leave this layer out with `exclude_layers`"
             )
-    range_ = weight_ranges(weights)
-    dead_zone = 2 * range_ * (1 - logit_dz.tanh().abs())
-    levels = torch.exp2(bits - 1) - 1
-    step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
-    return Grid(range_, dead_zone, levels, step, dead_zone / 2 - step / 2)
-
-
-def _indices(w: Tensor, levels: Tensor, step: Tensor, shift: Tensor) -> Tensor:
-    outside = w.sign() * relu_ste(w.abs() - shift)
-    # + 0.0 makes -0.0 (a small negative weight) an ordinary zero, so that equal weights have equal bits
-    return clip_ste(round_ste(outside / step), levels) + 0.0
 
 
 class _StraightThrough(torch.autograd.Function):

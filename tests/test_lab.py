@@ -6,6 +6,8 @@ tests/browser.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from experiments import debug_run, lab
-from experiments.headless import parameter_defaults
+from experiments.headless import parameter_defaults, read_notebook
+from experiments.headless.execution import Execution
 
 PARAMETERS = 'DATA = "auto"\nDATA_ROOT = "data"\nEPOCHS = None\nOUTPUT_DIR = "debug_output"\nRESUME = False'
 FEW = ["--data", "digits", "--epochs", "2", "--limit", "40", "--batch-size", "20", "--output"]
@@ -36,6 +39,8 @@ class Project:
         self.finished, self.status = finished, 0
         self.trained: list[list[str]] = []
         self.served: list[list[str]] = []
+        self.execution = 0
+        self.executed: list[dict[str, object]] = []
 
     def train(self, command: list[str]) -> int:
         self.trained.append(command)
@@ -43,14 +48,9 @@ class Project:
             shutil.copytree(self.finished, command[command.index("--output") + 1])
         return self.status
 
-    @property
-    def injected(self) -> dict[str, object]:
-        """The parameters in the copy that was opened."""
-        copy = nbformat.read(lab.COPY, as_version=4)
-        (cell,) = [cell for cell in copy.cells if "injected-parameters" in cell.metadata.get("tags", [])]
-        scope: dict[str, object] = {}
-        exec(cell.source, scope)
-        return {name: value for name, value in scope.items() if name.isupper()}
+    def execute(self, path: Path) -> Execution:
+        self.executed.append(parameter_defaults(read_notebook(path)))
+        return Execution(read_notebook(path), "cell 2 failed" * bool(self.execution), self.execution)
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def project(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lab, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(debug_run, "main", project.train)
+    monkeypatch.setattr(lab, "execute", project.execute)
     monkeypatch.setattr(jupyterlab.labapp, "main", project.served.append)
     return project
 
@@ -74,12 +75,13 @@ def test_without_a_run_a_short_one_is_trained_once_and_then_opened(
     told = capsys.readouterr().err
     assert "training a short one on the embedded digits into runs/lab/run, about two minutes" in told
     assert "exploring the run in runs/lab/run: preset smoke, 2 epochs on digits" in told
-    assert project.injected == {"DATA_ROOT": "data", "OUTPUT_DIR": "runs/lab/run", "RESUME": True}
+    given = {"DATA_ROOT": "data", "OUTPUT_DIR": "runs/lab/run", "RESUME": True}
+    assert project.executed == [{"DATA": "auto", "EPOCHS": None, **given}], "in the one cell of parameters"
     assert lab.main(["--no-browser"]) == 0
-    assert (len(project.trained), len(project.served)) == (1, 2)
+    assert (len(project.trained), len(project.executed), len(project.served)) == (1, 1, 2)
     shutil.copytree(project.finished, "debug_output")
     assert lab.main(["--no-browser"]) == 0
-    assert project.injected["OUTPUT_DIR"] == "debug_output", "a run in the usual folder is taken first"
+    assert project.executed[1]["OUTPUT_DIR"] == "debug_output", "a run in the usual folder is taken first"
 
 
 @pytest.mark.parametrize(("status", "opened"), [(1, True), (2, False), (130, False)])
@@ -127,24 +129,37 @@ def test_a_run_that_was_stopped_is_to_be_finished_first(tmp_path: Path) -> None:
         lab.finished_run(tmp_path)
 
 
-def test_copy_is_written_anew_unless_its_cells_were_edited(
-    project: Project, capsys: pytest.CaptureFixture[str]
+def test_copy_is_executed_anew_for_a_newer_run_unless_its_cells_were_edited(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = Path("copy.ipynb")
-    assert lab.write_copy(copy, {"EPOCHS": 3})
-    executed = nbformat.read(copy, as_version=4)
-    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text="2")]
-    nbformat.write(executed, copy)
-    assert lab.write_copy(copy, {"EPOCHS": 4})
+    copy, summary = Path("copy.ipynb"), tmp_path / "run.json"
+    summary.touch()
+    os.utime(summary, (0, 0))
+    for given, executed in ((3, 1), (3, 1), (4, 2)):
+        assert lab.execute_copy(copy, {"EPOCHS": given}, summary) == 0
+        assert len(project.executed) == executed
+    os.utime(copy, (0, 0))
+    lab.execute_copy(copy, {"EPOCHS": 4}, summary)
+    assert len(project.executed) == 3
     edited = nbformat.read(copy, as_version=4)
     edited.cells.append(new_code_cell("mine"))
     nbformat.write(edited, copy)
-    assert not lab.write_copy(copy, {"EPOCHS": 5})
+    lab.execute_copy(copy, {"EPOCHS": 5}, summary)
+    assert "copy.ipynb was edited and stays as it is" in capsys.readouterr().err
     assert "EPOCHS = 4" in copy.read_text()
     lab.COPY.parent.mkdir(parents=True)
     lab.COPY.write_text("not a notebook any more")
     assert lab.main([]) == 2
     assert "is not a Jupyter notebook" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "exit_status", "opened"), [(1, 0, 1), (130, 130, 0)])
+def test_a_notebook_with_a_failed_cell_is_opened_and_an_interrupted_one_is_not(
+    project: Project, status: int, exit_status: int, opened: int
+) -> None:
+    project.execution = status
+    assert lab.main([]) == exit_status
+    assert len(project.served) == opened
 
 
 def test_notebook_of_this_project_has_every_parameter_that_is_given() -> None:
@@ -154,11 +169,14 @@ def test_notebook_of_this_project_has_every_parameter_that_is_given() -> None:
 
 def test_server_opens_the_copy(project: Project) -> None:
     assert lab.serve(lab.COPY, port=9000, show=False) == 0
+    settings = lab.ROOT / "runs/lab/settings"
+    assert json.loads((settings / "overrides.json").read_text()) == lab.SETTINGS
     assert project.served == [
         [
             f"--ServerApp.root_dir={lab.ROOT}",
             "--LabApp.default_url=/lab/tree/runs/lab/codeq_walkthrough.ipynb",
             "--allow-root",
+            f"--LabApp.app_settings_dir={settings}",
             "--ServerApp.port=9000",
             "--no-browser",
         ]

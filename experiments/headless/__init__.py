@@ -9,6 +9,7 @@ from experiments.headless.execution import CELL_TIMEOUT, STARTUP_TIMEOUT, execut
 from experiments.headless.page import to_html
 from experiments.headless.parameters import (
     NotebookInputError,
+    fill_in,
     inject,
     parameter_defaults,
     parse_settings,
@@ -20,6 +21,7 @@ __all__ = [
     "STARTUP_TIMEOUT",
     "NotebookInputError",
     "execute",
+    "fill_in",
     "inject",
     "parameter_defaults",
     "parse_settings",

@@ -125,6 +125,10 @@ class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
     def table(self, text: str) -> str:
         return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>{text}</table></div>\n'
 
+    def block_html(self, html: str) -> str:
+        # What looks for images closes every open tag, too, and a folded part begins in one block and ends in another.
+        return str(super().block_html(html)) if "<img" in html else html
+
     def image(self, text: str, url: str, title: str | None = None) -> str:
         if "//" in url[:10]:  # a browser would fetch it
             return f'<span class="remote-image">{html.escape(text) or "image on the web"}</span>'

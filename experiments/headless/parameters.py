@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -79,9 +80,9 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
             value = ast.literal_eval(text.strip())
         if isinstance(default, str) and not isinstance(value, str):
             value = text  # a folder may be called 2024
-        types = (int, type(None)) if default is None else (type(default),)
+        types = (int, float, type(None)) if default is None else (type(default),)
         if type(value) not in types:
-            wanted = "a whole number or None" if default is None else f"a value of the kind of the default, {default!r}"
+            wanted = "a number or None" if default is None else f"a value of the kind of the default, {default!r}"
             raise NotebookInputError(f"{name}={value!r}: need {wanted}")
         values[name] = value
     return values
@@ -95,4 +96,14 @@ def inject(notebook: NotebookNode, parameters: Mapping[str, object]) -> Notebook
         lines = ["# Given for this run", *(f"{name} = {value!r}" for name, value in parameters.items())]
         cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
         notebook.cells.insert(tagged(notebook, "parameters")[0] + 1, cell)
+    return notebook
+
+
+def fill_in(notebook: NotebookNode, parameters: Mapping[str, object]) -> NotebookNode:
+    """Write the parameters into the cell that declares them, which stays the only one. Changes `notebook`."""
+    cell = notebook.cells[tagged(notebook, "parameters")[0]]
+    for name, value in parameters.items():
+        literal = json.dumps(value) if isinstance(value, str) else repr(value)
+        lines = [f"{name} = {literal}" if line.startswith(f"{name} = ") else line for line in cell.source.split("\n")]
+        cell.source = "\n".join(lines)
     return notebook

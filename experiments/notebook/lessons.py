@@ -6,24 +6,30 @@ Each returns plain arrays or a table; experiments/figures draws them.
 from __future__ import annotations
 
 import copy
+import html
+import inspect
 import math
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import HTML, Markdown
 from numpy.typing import NDArray
 from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
 from experiments.evaluator import EvalResult
 from experiments.figures import Curve, names_left, plain_table, result_css, style
-from experiments.pipeline import FAILED, Verdict
+from experiments.pipeline import FAILED, PASSED, RunConfig, Verdict
 from metrics import QuantizationComparison
+from src.data import ImageData, augment
 from src.pruning import ChannelGroups, analyze_liveness
-from src.quantizer import DeadZoneLDZCompander
-from src.training import Objective, make_optimizer
+from src.quantizer import DeadZoneLDZCompander, dequantize, grid_indices, lay_grids
+from src.training import Objective, make_optimizer, step_gradients, train_step
 from utils_quantization import eval_mode
 
 MEASURED_BITS = Path(__file__).parents[2] / "docs" / "measured" / "bit_widths.csv"
@@ -55,6 +61,63 @@ def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> C
 def measured_bit_widths() -> pd.DataFrame:
     """Bits of ResNet-20's layers (rows) after 20 epochs on CIFAR-10, for forms of the squared logits (columns)."""
     return pd.read_csv(MEASURED_BITS, index_col="layer")
+
+
+def quantizer_source() -> Markdown:
+    """The quantizer's forward pass, from logits to quantized weights."""
+    return source_beside(
+        {
+            DeadZoneLDZCompander.get_bitwidth: r"b = \mathrm{round}\big(|\tanh\theta_{bit}|\,(b_{max}-2)+2\big)",
+            lay_grids: r"\begin{aligned} d &= 2R\,(1-|\tanh\theta_{dz}|) \\ Q &= 2^{b-1}-1 \\ "
+            r"s &= \frac{R-d/2}{Q-1/2} \\ \delta &= \frac{d-s}{2} \end{aligned}",
+            grid_indices: r"\begin{aligned} u &= \mathrm{sign}(w)\,\mathrm{relu}(|w|-\delta) \\ "
+            r"q &= \mathrm{clip}\big(\mathrm{round}\,\frac{u}{s},\,-Q,\,Q\big) \end{aligned}",
+            dequantize: r"\hat w = s\,q+\delta\,\mathrm{sign}(q)",
+        }
+    )
+
+
+def step_source() -> Markdown:
+    """One training step: update, loss and gradients."""
+    return source_beside(
+        {
+            train_step: r"\theta \leftarrow \mathrm{AdamW}(\theta,\ \nabla\mathcal{L})",
+            step_gradients: r"\begin{aligned} \mathcal{L} &= \mathcal{L}_{task} + \lambda(t)\,P \\ "
+            r"&\quad + \lambda_{dz} \textstyle\sum\theta_{dz}^2 \\ &\quad + \lambda_{bit} \sum\theta_{bit}^2 \\ "
+            r"P &= \textstyle\sum_g \lVert w_g\rVert_2 \end{aligned}",
+        }
+    )
+
+
+def source_beside(equations: Mapping[Callable[..., Any], str]) -> Markdown:
+    """The source of every function as it runs, highlighted; beside it, where there is room, what it computes (TeX)."""
+    parts = []
+    for function, tex in equations.items():
+        code = textwrap.dedent(inspect.getsource(function)).rstrip()
+        parts.append(
+            '<div style="display:flex;flex-wrap:wrap;align-items:center;gap:0 1.2em;font-size:.85em">\n'
+            f'<div style="flex:0 1 18em">\n\n$${tex}$$\n\n</div>\n'
+            f'<div style="flex:1 1 36em;min-width:0">\n\n```python\n{code}\n```\n\n</div>\n</div>'
+        )
+    return Markdown("\n\n".join(parts))
+
+
+def folded(summary: str, table: Styler) -> HTML:
+    """A table that is shown on a click."""
+    head = f"<summary>{html.escape(summary)}</summary>"
+    return HTML(f'<details class="stage">{head}{table.to_html()}</details>')
+
+
+def augmentation_draws(data: ImageData, config: RunConfig, draws: int, images: int = 3) -> list[NDArray[np.uint8]]:
+    """What `draws` epochs would see of the first training images: an array (images, 3, H, W) for each."""
+    generator = torch.Generator().manual_seed(config.seed)
+    originals, padding = data.train_images[:images], config.crop_padding
+    seen = []
+    for _ in range(draws):
+        offsets = torch.randint(2 * padding + 1, (images, 2), generator=generator).to(originals.device)
+        flips = (torch.rand(images, generator=generator) < (0.5 if config.flip else 0.0)).to(originals.device)
+        seen.append(augment(originals, offsets, flips, padding).cpu().numpy())
+    return seen
 
 
 def logit_trajectories(
@@ -177,6 +240,7 @@ def verdict_table(verdict: Verdict) -> Styler:
     """The expectations, those that failed first."""
     failed_first = sorted(verdict.expectations, key=lambda one: one.status != FAILED)
     table = pd.DataFrame(failed_first)[["status", "name", "expected", "measured", "look_at"]]
+    table.loc[table["status"] == PASSED, "look_at"] = ""
     table.columns = ["result", "what", "expected", "measured", "if it fails, look at"]
     styled = plain_table(table.to_dict("records")).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"})

@@ -233,7 +233,7 @@ class TrainingLoop:
         if not resume and run.optimizer.state and not run.history.records:
             raise RunError(
                 "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
-                "run the cells from chapter 5 on), or resume"
+                "run the cells from chapter 4 on), or resume"
             )
         loop = cls(run, RunFolder.open(output, keep=resume), **settings)
         if resume:

@@ -39,6 +39,7 @@ from src.training.step import (
     make_optimizer,
     parameter_groups,
     squared_logits,
+    step_gradients,
     train_step,
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "raise_pending",
     "repeatable",
     "squared_logits",
+    "step_gradients",
     "summarize_layers",
     "terminations",
     "train_epoch",

@@ -139,6 +139,24 @@ def test_lines_that_stand_in_columns_are_not_wrapped_and_sentences_are() -> None
     assert classes == [["output", "text", "columns"], ["output", "text"]]
 
 
+def test_lines_of_a_cell_that_is_to_be_folded_are_shown_on_a_click() -> None:
+    cell = new_code_cell(
+        "train()", outputs=[new_output("stream", text="Epoch 1\nEpoch 2\n")], metadata={"tags": ["folded"]}
+    )
+    page = to_html(new_notebook(cells=[cell]))
+    assert re.search(
+        r"<details[^>]*><summary>2 lines of output</summary>\s*<pre[^>]*>Epoch 1\nEpoch 2\n</pre></details>", page
+    )
+
+
+def test_a_folded_part_of_the_prose_holds_what_is_written_in_it() -> None:
+    page = to_html(
+        new_notebook(cells=[new_markdown_cell("<details><summary>More</summary>\n\nThe *text*.\n\n</details>\n\nRest")])
+    )
+    folded = page[page.index("<details><summary>More") :].partition("</details>")[0]
+    assert "The <em>text</em>." in folded
+
+
 # What the head of the page says about the run.
 
 FACTS_OF_A_RUN: dict[str, Any] = {

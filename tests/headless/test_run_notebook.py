@@ -81,9 +81,8 @@ def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object
     ("settings", "message"),
     [
         (["EPOCH=3"], r"unknown parameter 'EPOCH': did you mean EPOCHS\? allowed are DATA, EPOCHS, SEED, FAST"),
-        (["EPOCHS=abc"], "EPOCHS='abc': need a whole number or None"),
-        (["EPOCHS=2.5"], "EPOCHS=2.5: need a whole number or None"),
-        (["EPOCHS=True"], "EPOCHS=True: need a whole number or None"),
+        (["EPOCHS=abc"], "EPOCHS='abc': need a number or None"),
+        (["EPOCHS=True"], "EPOCHS=True: need a number or None"),
         (["SEED=None"], "SEED=None: need a value of the kind of the default, 0"),
         (["FAST=1"], "FAST=1: need a value of the kind of the default, False"),
         (["SEED"], "--set SEED: need NAME=VALUE"),

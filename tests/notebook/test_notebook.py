@@ -11,9 +11,9 @@ import pytest
 from nbformat import NotebookNode
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks/codeq_walkthrough.ipynb"
-MOST_LINES = 20
+MOST_LINES, MOST_CELLS, MOST_WORDS, EXERCISES = 20, 60, 4000, 6
 LOOK_FOR = "*Look for*"
-ANSWERED = {"parameters", "setup"}  # cells that show nothing: the next question may follow at once
+ANSWERED = {"parameters", "setup", "imports"}  # cells that show nothing: the next question may follow at once
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,20 @@ def test_cells_are_short_and_define_nothing(cells: list[NotebookNode]) -> None:
         if cell.cell_type == "code":
             assert len(cell.source.splitlines()) <= MOST_LINES
             assert not re.search(r"^\s*(def|class) ", cell.source, flags=re.MULTILINE)
+
+
+def test_it_can_be_read_in_one_sitting(cells: list[NotebookNode]) -> None:
+    assert len(cells) <= MOST_CELLS
+    assert sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown") <= MOST_WORDS
+
+
+def test_every_exercise_has_a_folded_answer(cells: list[NotebookNode]) -> None:
+    exercises = [part for cell in cells for part in cell.source.split("**Try it.**")[1:]]
+    assert len(exercises) >= EXERCISES
+    for exercise in exercises:
+        assert re.match(
+            r"[^<]+\?\n\n<details[^>]*><summary>What to expect</summary>\n\n.+?</details>", exercise, re.DOTALL
+        )
 
 
 def test_nothing_that_was_run_is_committed(cells: list[NotebookNode]) -> None:
