@@ -5,8 +5,11 @@ Only the standard library is used here, since this runs where nothing else may b
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 ROOT = Path(__file__).resolve().parent.parent
 # What only the commands, the page and the server need.
 ELSEWHERE = frozenset({"jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})
-ELSEWHERE |= {"latex2mathml", "pygments", "onnx", "onnxruntime"}
+ELSEWHERE |= {"latex2mathml", "pygments"}
 
 
 def required() -> list[str]:
@@ -28,15 +31,24 @@ def required() -> list[str]:
     return [line for line in declared if name_of(line) not in ELSEWHERE]
 
 
-def check_packages() -> None:
-    """Raises ModuleNotFoundError with the line that installs what is missing; any version of a package will do."""
-    absent = []
+def check_packages(install: bool = False) -> None:
+    """Raises ModuleNotFoundError with the line that installs what is missing; any version of a package will do.
+
+    install: install it, with this Python's pip, instead of raising; what is there stays as it is.
+    """
+    present, absent = [], []
     for requirement in required():
+        name = name_of(requirement)
         try:
-            version(name_of(requirement))
+            present.append(f"{name}=={version(name)}")
         except PackageNotFoundError:
             absent.append(requirement)
-    if absent:
+    if absent and install:
+        print(f"installing {', '.join(absent)}")
+        # what is present is named with its version, so that pip does not replace it
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *absent, *present], check=True)
+        importlib.invalidate_caches()
+    elif absent:
         names = ", ".join(map(name_of, absent))
         line = " ".join(f'"{requirement}"' for requirement in absent)
         raise ModuleNotFoundError(f"this kernel has no {names}; run this in a cell, then restart: %pip install {line}")

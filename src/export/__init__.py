@@ -1,7 +1,7 @@
 """A trained network for use elsewhere: integer weights, the packed file, ONNX, int8.
 
 Everything written is read back and compared with the network it came from. onnx and onnxruntime are loaded only where
-a function of onnx_file.py or int8.py is asked for: the notebook does without these packages.
+a function of onnx_file.py or int8.py is asked for.
 """
 
 from __future__ import annotations
