@@ -4,8 +4,9 @@
 
 `--set NAME=VALUE` puts a cell tagged `injected-parameters` after the one tagged `parameters`; a name that is not in
 that cell, or a value of another type than its default, is an error before anything starts. The kernel is this Python,
-its working directory the notebook's folder. Written: the executed notebook and one HTML file. A run that did not end
-well is written beside them, as NAME.failed.ipynb and NAME.failed.html, so that the last good ones stay.
+its working directory the notebook's folder. While it runs, stderr gets a line per chapter, and stdout what the cells
+tagged `summary` print: notices, epochs, verdict. Written: the executed notebook and one HTML file. A run that did not
+end well is written beside them, as NAME.failed.ipynb and NAME.failed.html, so that the last good ones stay.
 
 Exit status: 0 finished; 1 a cell failed, ran out of time or its kernel died; 2 bad input, or a full disk;
 130 interrupted.
@@ -32,7 +33,7 @@ from experiments.headless import (
     read_notebook,
     to_html,
 )
-from src.storage import BAD_INPUT, StorageError, check_output, log_info, write_atomic
+from src.storage import BAD_INPUT, StorageError, check_output, log_info, print_result, write_atomic
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             check_output(path)
         limits = {"cell_timeout": options.cell_timeout or None, "startup_timeout": options.startup_timeout}
-        execution = execute(options.notebook, values, notify=log_info, **limits)
+        execution = execute(options.notebook, values, notify=log_info, narrate=print_result, **limits)
     except (NotebookInputError, StorageError) as error:
         log_info(f"run_notebook: {error}")
         return BAD_INPUT
@@ -68,10 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         executed = _failed(executed)
     try:
         write_atomic(executed, nbformat.writes(execution.notebook).encode())
-        for cell in execution.notebook.cells:  # what a reader should know without opening the page
-            if "summary" in cell.metadata.get("tags", []):
-                print("".join(output.text for output in cell.outputs if output.get("name") == "stdout"), end="")
-        print(f"notebook  {executed}")
+        print_result(f"notebook  {executed}")
         _write_page(execution.notebook, page, options.notebook)
     except OSError as error:  # a full disk; what the notebook's run wrote into its own folder is kept
         log_info(f"run_notebook: not written into {executed.parent}: {error.strerror or error} ({error.filename})")
@@ -89,7 +87,7 @@ def _write_page(executed: NotebookNode, page: Path, notebook: Path) -> None:
     failed = executed.metadata.get("run", {}).get("status") == "failed"
     page = _failed(page) if failed else page
     write_atomic(page, to_html(executed, notebook.parent).encode())
-    print(f"page      {page}")
+    print_result(f"page      {page}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,18 +58,21 @@ def execute(
     cell_timeout: float | None = CELL_TIMEOUT,
     startup_timeout: float = STARTUP_TIMEOUT,
     notify: Notify | None = None,
+    narrate: Notify | None = None,
 ) -> Execution:
     """Run all cells of the notebook at `path` in a kernel of this Python.
 
     parameters: values of the notebook's parameters cell to replace. cell_timeout: seconds that one cell may take,
-    None for no limit. startup_timeout: seconds for the kernel to answer. notify: called with one line per code cell.
+    None for no limit. startup_timeout: seconds for the kernel to answer. notify: called with one line per heading, when
+    the first cell below it starts. narrate: called with each line that a cell tagged `summary` prints, as soon as it
+    does.
     `notebook.metadata["run"]` says when, how long and how it ended. Raises NotebookInputError before anything starts.
     """
     notebook = inject(read_notebook(path), parameters or {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    runner = _Runner(notebook, Path(path).resolve().parent, cell_timeout, startup_timeout, notify)
+    runner = _Runner(notebook, Path(path).resolve().parent, cell_timeout, startup_timeout, notify, narrate)
     started, start = datetime.datetime.now(datetime.UTC), time.monotonic()
     failure = asyncio.run(runner.run())
     notebook.metadata["run"] = {
@@ -95,13 +98,15 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         cell_timeout: float | None,
         startup_timeout: float,
         notify: Notify | None,
+        narrate: Notify | None,
     ) -> None:
         # Without folders to look into it knows one kernel, this Python, whatever is registered on the machine.
         specs = KernelSpecManager(kernel_dirs=[])
         manager = AsyncKernelManager(kernel_spec_manager=specs, transport_encryption="auto")
         super().__init__(nb, km=manager, startup_timeout=math.ceil(startup_timeout), shutdown_kernel="graceful")
         self.log.setLevel("CRITICAL")  # what nbclient would log is in the failure
-        self.folder, self.cell_timeout, self.notify = folder, cell_timeout, notify
+        self.folder, self.cell_timeout, self.notify, self.narrate = folder, cell_timeout, notify, narrate
+        self.heading = self.unfinished_line = ""
         self.code_cells = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and cell.source.strip()]
         self.current: int | None = None
         self.stopped_by: str | None = None  # "timeout" or "interrupted"
@@ -133,12 +138,21 @@ class _Runner(NotebookClient):  # type: ignore[misc, unused-ignore]
         self.current = cell_index
         if self.cell_timeout is not None:
             self.timers.append(self.loop.call_later(self.cell_timeout, self._stop, "timeout"))
-        if self.notify:
-            before = [cell.source for cell in self.nb.cells[:cell_index] if cell.cell_type == "markdown"]
-            heading = ([""] + [text for source in before for text in headings(source)])[-1]
+        before = [cell.source for cell in self.nb.cells[:cell_index] if cell.cell_type == "markdown"]
+        heading = ([""] + [text for source in before for text in headings(source)])[-1]
+        if self.notify and heading != self.heading:
             elapsed = round(time.monotonic() - self.started)
-            number, total = self.code_cells.index(cell_index) + 1, len(self.code_cells)
-            self.notify(f"[{number:{len(str(total))}}/{total}] {elapsed // 60}:{elapsed % 60:02} {heading}".rstrip())
+            self.notify(f"{elapsed // 60}:{elapsed % 60:02}  {heading}")
+        self.heading = heading
+
+    def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
+        """Collect what a cell gives; what one tagged `summary` prints is passed on at once, line by line."""
+        tags = self.nb.cells[cell_index].metadata.get("tags", [])
+        if self.narrate and "summary" in tags and msg["content"].get("name") == "stdout":
+            *lines, self.unfinished_line = (self.unfinished_line + msg["content"]["text"]).split("\n")
+            for line in lines:
+                self.narrate(line)
+        return super().output(outs, msg, display_id, cell_index)
 
     def _ended(self, cell: NotebookNode, cell_index: int, execute_reply: Any) -> None:
         self._clear_timers()

@@ -37,13 +37,15 @@ PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nFAS
 DEFAULTS = {"DATA": "auto", "EPOCHS": None, "SEED": 0, "FAST": False}
 
 
-def notebook(*cells: str, parameters: str | None = PARAMETERS) -> NotebookNode:
-    """A lesson: a title, the parameters cell, a section, then the code cells given."""
+def notebook(*cells: str, parameters: str | None = PARAMETERS, summary: int | None = None) -> NotebookNode:
+    """A lesson: a title, the parameters cell, a section, then the code cells given, number `summary` tagged so."""
     result = new_notebook(cells=[new_markdown_cell("# A *small* lesson")])
     if parameters is not None:
         result.cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     result.cells.append(new_markdown_cell("## A section\n\n```\n# no heading\n```"))
     result.cells.extend(new_code_cell(cell) for cell in cells)
+    if summary is not None:
+        result.cells[summary].metadata["tags"] = ["summary"]
     return result
 
 
@@ -157,22 +159,30 @@ def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: 
             "print(json.dumps([EPOCHS, DATA, SEED, sys.executable, os.getcwd(), os.environ.get('MPLBACKEND', '')]))\n"
             "print('be warned', file=sys.stderr)",
             "import ipywidgets\nipywidgets.IntSlider()",
+            "import pathlib, time\n"
+            "print('Epoch 1')\n"
+            "for _ in range(200):\n"
+            "    pathlib.Path('heard').exists() or time.sleep(0.1)\n"
+            "print('told while it runs:', pathlib.Path('heard').exists())",
+            summary=-1,
         ),
     )
     lines: list[str] = []
-    result = execute(lesson, {"EPOCHS": 2, "DATA": "it's"}, notify=lines.append, cell_timeout=None)
+    narrated: list[str] = []
+
+    def narrate(line: str) -> None:
+        narrated.append(line)
+        (tmp_path / "heard").touch()  # what the cell waits for
+
+    result = execute(lesson, {"EPOCHS": 2, "DATA": "it's"}, notify=lines.append, narrate=narrate, cell_timeout=None)
     assert (result.failure, result.exit_status) == ("", 0)
     printed = {output.get("name"): output.get("text") for cell in result.notebook.cells[4:5] for output in cell.outputs}
     values = json.loads(printed["stdout"])
     assert values[:3] == [2, "it's", 0]
     assert [os.path.realpath(path) for path in values[3:5]] == [os.path.realpath(sys.executable), str(tmp_path)]
     assert values[5] != "Agg"
-    assert [re.sub(r"\d+:\d\d", "0:00", line) for line in lines] == [
-        "[1/4] 0:00 A small lesson",
-        "[2/4] 0:00 A small lesson",
-        "[3/4] 0:00 A section",
-        "[4/4] 0:00 A section",
-    ]
+    assert [re.sub(r"\d+:\d\d", "0:00", line) for line in lines] == ["0:00  A small lesson", "0:00  A section"]
+    assert narrated == ["Epoch 1", "told while it runs: True"]
     assert all("outputs" not in cell or not cell.outputs for cell in nbformat.read(lesson, as_version=4).cells)
     page = to_html(result.notebook)
     assert re.search(r'<pre class="output stderr *" tabindex="0">be warned', page)
