@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.pipeline.config import RunConfig
-from experiments.pipeline.run import Baseline, Run, TrainingLoop
+from experiments.pipeline.run import Baseline, Run, TrainingLoop, about
 from experiments.pipeline.saved_run import SavedRun
 from experiments.pipeline.stages import build_run
 from src import training
@@ -93,11 +93,11 @@ def obtain_baseline(
     seconds = sum(record.seconds for record in run.history) / max(len(run.history), 1) * run.config.epochs
     if wish == "auto" and seconds > AUTO_SECONDS:
         notify(
-            f"what compression costs in accuracy is not measured: a baseline takes about {seconds / 60:.0f} min here; "
+            f"what compression costs in accuracy is not measured: a baseline takes {about(seconds)} here; "
             "the same command with --resume --baseline true (in the notebook RESUME = True, BASELINE = True) trains it"
         )
         return None
-    notify(f"training the baseline, without quantizers and penalty: about {seconds:.0f} s")
+    notify("training the baseline, without quantizers and penalty")
     baseline, folder = baseline_run(run), Path(output) / FOLDER
     try:
         loop = TrainingLoop.open(baseline, folder, resume=True, notify=notify)

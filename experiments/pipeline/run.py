@@ -20,7 +20,7 @@ from torch import nn
 from experiments.pipeline.budget import BudgetControl
 from experiments.pipeline.config import RunConfig
 from src import training
-from src.data import ImageData
+from src.data import ImageData, steps_per_epoch
 from src.runs import (
     CHECKPOINT,
     SNAPSHOTS,
@@ -51,6 +51,16 @@ from src.training import (
 from utils_quantization import quantized_layers
 
 KERNEL_GRACE_SECONDS = 3.0  # of a kernel that is asked to end, for the last figure
+ESTIMATE_SECONDS = 2.0  # of steps, before it is said how long the rest will take
+TEST_SHARE = 1 / 3  # of a training step's time, for testing as many images: a forward pass alone
+
+
+def about(seconds: float) -> str:
+    """A time that is only estimated: "about 40 s", "about 12 min" or "about 2.5 h"."""
+    if seconds < 100:
+        return f"about {seconds:.0f} s"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min" if minutes < 100 else f"about {minutes / 60:.1f} h"
 
 
 def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
@@ -115,6 +125,17 @@ class Run:
         """Continue from there. The history stays the same object, which figures may show."""
         self.history.records[:] = progress.history.records
         self.means, self.seconds, self.is_consistent = progress.means, progress.seconds, True
+
+    def estimate(self, seconds_per_step: float) -> str:
+        """How long the rest of the training takes, its tests included, and why where the processor is a slow one."""
+        epochs, size = self.config.epochs - len(self.history), self.config.batch_size
+        steps = steps_per_epoch(self.data, size)
+        tests = TEST_SHARE * len(self.data.test_labels) / size
+        seconds = (epochs * (steps + tests) - self.means.steps) * seconds_per_step
+        emulated = self.device.type == "cpu" and self.config.precision == "auto" and self.precision == torch.float32
+        why = ", which does not multiply bfloat16" if emulated else ""
+        processor = "CPU" if self.device.type == "cpu" else "GPU"
+        return f"training takes {about(seconds)} on this {processor}{why}: {epochs} epochs of {steps} steps"
 
     @property
     def coefficient(self) -> float:
@@ -220,6 +241,8 @@ class TrainingLoop:
     notify: Notify = print
     resume_hint: str = "run this cell again to continue, or the notebook with RESUME = True"
     saved: str = field(default="", init=False)
+    _timed_seconds: float = field(default=0.0, init=False)
+    _timed_steps: int = field(default=0, init=False)
 
     @classmethod
     def open(cls, run: Run, output: str | Path, *, resume: bool = False, **settings: Any) -> TrainingLoop:
@@ -248,8 +271,16 @@ class TrainingLoop:
         return range(len(self.run.history), self.run.config.epochs)
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left of the unfinished epoch, with a checkpoint every `checkpoint_every`."""
+        """The steps that are left of the unfinished epoch, with a checkpoint every `checkpoint_every`.
+
+        `notify` is told once how long all that is left will take, after two seconds of steps.
+        """
+        last = 0.0
         for step in self.run.steps():
+            now = time.perf_counter()
+            if last:  # an epoch's first step takes longer: the test before it, or a choice of algorithms
+                self._time(now - last)
+            last = now
             done = len(self.run.history) * step.steps + step.index + 1
             if self.checkpoint_every and done % self.checkpoint_every == 0 and step.index + 1 < step.steps:
                 self.save()
@@ -311,6 +342,14 @@ class TrainingLoop:
         begun = self.run.history.records or self.run.means.steps
         if begun and self.saved != self.run.progress.text:
             self.save()
+
+    def _time(self, seconds: float) -> None:
+        """Count a step and give the estimate once it can be made."""
+        before = self._timed_seconds
+        self._timed_seconds += seconds
+        self._timed_steps += 1
+        if before < ESTIMATE_SECONDS <= self._timed_seconds:
+            self.notify(self.run.estimate(self._timed_seconds / self._timed_steps))
 
     def _keep(self, error: BaseException) -> None:
         """Write what is not written yet, and say how to continue."""

@@ -23,9 +23,10 @@ def prepare_streams() -> None:
 
 
 def log_info(line: str) -> None:
-    """Print one line on stderr, at once."""
+    """Print one line on stderr, at once; on a terminal in the place of a progress line."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        print(f"{clear}{line}", file=sys.stderr, flush=True)
 
 
 def print_result(text: str) -> None:
