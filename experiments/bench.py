@@ -1,8 +1,7 @@
 """What the pipeline costs, and what a compressed network gains, timed on this machine.
 
-    python -m experiments.bench [training] [--rounds 15] [--threads N] [--device auto] [--json F]
-    python -m experiments.bench inference RUN [--rounds 30] [--batch-sizes 1 256] [--multiple-of 4 8] [--threads N]
-        [--json F]
+    python -m experiments.bench training --rounds 15 --device cpu --json training.json
+    python -m experiments.bench inference debug_output --batch-sizes 1 256 --multiple-of 4 8
 
 training: one step of ResNet-20 in three variants (experiments/benchmarks/training.py). inference: one forward pass of a
 run's network in seven forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
@@ -21,7 +20,7 @@ import torch
 from experiments.benchmarks import bench_inference, bench_training, inference_table, training_table
 from experiments.pipeline import DEBUG
 from src.quantizer import check_range
-from src.storage import check_output, fail, write_output
+from src.storage import CommandParser, check_output, fail, write_output
 from src.training import DEVICES
 
 BENCHMARKS = {
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.bench {name}", description=BENCHMARKS[name])
+    parser = CommandParser(f"experiments.bench {name}", __doc__)
     add = parser.add_argument
     if name == "training":
         add("--rounds", type=int, default=15, help="turns of every variant (default: 15)")

@@ -10,7 +10,6 @@ Exit status: 0, or 2 for bad input.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,12 @@ from pathlib import Path
 from experiments.figures import png_bytes, run_curves, run_plane
 from experiments.pipeline import SavedRun, comparison
 from src.runs import PREVIOUS, RunError
-from src.storage import fail, write_atomic
+from src.storage import CommandParser, fail, write_atomic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.compare", description="Compare runs: settings, results, curves, accuracy and cost."
-    )
+    parser = CommandParser("experiments.compare", __doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder; previous/N of one is a run, too")
     parser.add_argument("--output", default="comparison.png", help="a PNG file or a folder (default: comparison.png)")
     options = parser.parse_args(arguments)

@@ -1,6 +1,8 @@
 """Validate the whole pipeline as a script: train, record, evaluate, judge.
 
-    python -m experiments.debug_run [--data cifar10] [--epochs 20] [--output debug_output] [--resume] [--doctor]
+    python -m experiments.debug_run --data cifar10 --epochs 20 --output debug_output
+    python -m experiments.debug_run --preset smoke --limit 500
+    python -m experiments.debug_run --resume
 
 One line per epoch on stdout, then the compression table and the verdict; progress and notices on stderr. The output
 folder gets four figures, history.csv, run.json and checkpoint.pt (and checkpoint.previous.pt, the one before it).
@@ -21,10 +23,10 @@ from collections.abc import Sequence
 from experiments import pipeline
 from experiments.doctor import Examination
 from experiments.notebook import ProgressBar
-from experiments.pipeline import BUDGETS, PRESETS, configure
+from experiments.pipeline import BUDGETS, PRESETS_HELP, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
-from src.storage import check_writable, fail, folder_lock, log_info, prepare_streams, print_result
+from src.storage import CommandParser, check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
@@ -143,12 +145,8 @@ def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.debug_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--preset", default="debug", help=f"one of {', '.join(PRESETS)} (default: debug)")
+    parser = CommandParser("experiments.debug_run", __doc__)
+    parser.add_argument("--preset", default="debug", help=f"{PRESETS_HELP} (default: debug)")
     parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
     parser.add_argument("--data-root", default="data", help="where CIFAR-10 is or will be (default: data)")
     parser.add_argument("--epochs", type=int, help="epochs to train (default: the preset's)")

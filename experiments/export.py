@@ -1,6 +1,7 @@
 """Turn a finished run into a packed file and an ONNX file, and check that both compute what was evaluated.
 
-    python -m experiments.export RUN [--packed F] [--onnx F] [--int8 F] [--multiple-of N] [--data-root DIR] [--force]
+    python -m experiments.export debug_output
+    python -m experiments.export debug_output --onnx small.onnx --int8 int8.onnx --multiple-of 8
 
 RUN is the output folder of experiments.debug_run. Both files go into it (model.cdq, model.onnx) unless named. Checks:
 the packed file is read again and compared with the compacted network, bit for bit; on the run's test set, where it can
@@ -26,7 +27,7 @@ from metrics import QuantizationComparison
 from src.data import ImageData, normalize
 from src.export import check_onnx, compact_with_indices, export_int8, export_onnx, pack, unpack
 from src.pruning import CompactNetwork
-from src.storage import StorageError, check_output, fail, log_info
+from src.storage import CommandParser, StorageError, check_output, fail, log_info
 from src.training import predict
 
 EQUAL, DIFFERENT = 0, 1
@@ -135,11 +136,7 @@ def _data(saved: SavedRun, data_root: str | None, needed: bool) -> ImageData | N
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.export",
-        description="Write a finished run as a packed file and as ONNX, and check both against the trained network.",
-        epilog="exit status: 0 written and equal, 1 a check failed, 2 bad input",
-    )
+    parser = CommandParser("experiments.export", __doc__)
     parser.add_argument("run", metavar="RUN", help="output folder of experiments.debug_run")
     parser.add_argument("--packed", metavar="F", help=f"the packed file (default: {PACKED} in RUN)")
     parser.add_argument("--onnx", metavar="F", help=f"the ONNX file (default: {ONNX} in RUN)")

@@ -1,6 +1,6 @@
 """Open the walkthrough in JupyterLab with a trained run, so that everything can be explored at once.
 
-    python -m experiments.lab [--output debug_output] [--port 8888] [--no-browser]
+    python -m experiments.lab --output debug_output --port 8888
 
 The run is the one in debug_output (where `make walkthrough` and `make debug` write), or the one that --output names.
 Where there is none, a short one on the embedded digits is trained first, about two minutes, into runs/lab/run.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import nbformat
 
 from experiments.headless import execute, fill_in, parameter_defaults, read_notebook
-from src.storage import BAD_INPUT, fail, log_info, write_atomic
+from src.storage import BAD_INPUT, CommandParser, fail, log_info, write_atomic
 
 if TYPE_CHECKING:
     from experiments.pipeline import SavedRun
@@ -139,11 +139,7 @@ def serve(notebook: Path, port: int | None = None, *, show: bool = True) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m experiments.lab",
-        description="Open the walkthrough in JupyterLab with a trained run.",
-        epilog=f"Exit status: JupyterLab's; {BAD_INPUT} bad input; 130 interrupted.",
-    )
+    parser = CommandParser("experiments.lab", __doc__)
     parser.add_argument(
         "--output", help=f"folder of the run to explore (default: {USUAL}, else a short one is trained)"
     )

@@ -33,7 +33,7 @@ from experiments.headless import (
     read_notebook,
     to_html,
 )
-from src.storage import BAD_INPUT, StorageError, check_output, log_info, print_result, write_atomic
+from src.storage import BAD_INPUT, CommandParser, StorageError, check_output, log_info, print_result, write_atomic
 
 NOTEBOOK = Path("notebooks/codeq_walkthrough.ipynb")
 EXECUTED = Path("build/codeq_walkthrough.ipynb")
@@ -91,7 +91,7 @@ def _write_page(executed: NotebookNode, page: Path, notebook: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m experiments.run_notebook", description=__doc__.split("\n")[0])
+    parser = CommandParser("experiments.run_notebook", __doc__)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="replace a parameter")
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="what to execute (%(default)s)")
     parser.add_argument("--output-notebook", type=Path, default=EXECUTED, help="the executed notebook (%(default)s)")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from src.data import load_data
+from tests.browser.lab_server import serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,6 +60,67 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert [data.class_names[best] for best in logits.argmax(1)] == ["blue", "red"]
 
 
+# What makes a command short enough for a test. Without a network, digits stand in for CIFAR-10.
+SHORTER = {
+    "make walkthrough": "EPOCHS=1 LIMIT=60",
+    "make debug": "EPOCHS=1 LIMIT=60",
+    "python -m experiments.debug_run": "--epochs 1 --limit 60",
+    "python -m experiments.bench": "--rounds 1 --batch-sizes 1",
+}
+NOT_HERE = ("make test", "make test-all", "make walkthrough DATA=cifar10")  # this test again, and a download
+
+
+def commands() -> list[str]:
+    """The commands in the README's blocks, in its order, made short; an export follows the first."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [re.sub(r"\s*#.*", "", line) for block in blocks for line in block.splitlines()]
+    found = []
+    for line in (line for line in lines if line not in NOT_HERE):
+        more = next((words for begin, words in SHORTER.items() if line.startswith(begin)), "")
+        found.append(f"{line.replace('DATA=cifar10', 'DATA=digits')} {more}".strip())
+    found.insert(1, "python -m experiments.export debug_output")  # of a reader who came for the small network
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project's files alone, with this Python as its virtual environment, and a reader's own images."""
+    folder = tmp_path / "project"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.rstrip("\0").split("\0"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(folder / "requirements.lock", folder / ".venv/installed.lock")
+    monkeypatch.setenv("PATH", str(python.parent), prepend=os.pathsep)
+    monkeypatch.setenv("BROWSER", "true")
+    for number in range(48):
+        image = folder / "my_images" / ("train", "test")[number // 32] / "ab"[number % 2] / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 5 * number, 200 * (number % 2))).save(image)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_every_command_runs_in_the_order_in_which_a_reader_runs_them(checkout: Path, tmp_path: Path) -> None:
+    """Takes about five minutes: two notebooks, the doctor, and ten trainings of one epoch, in one folder."""
+    printed: dict[str, str] = {}
+    for command in commands():
+        if command == "make lab":
+            with serving(command.split(), checkout, tmp_path / "home"):
+                continue
+        done = subprocess.run(command.split(), cwd=checkout, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        printed.setdefault(command, done.stdout)
+    exported = printed["python -m experiments.export debug_output"]
+    assert "model.cdq was there already, the same, and is left as it is" in exported
+    assert "Epoch 1/1 | " in printed["make walkthrough EPOCHS=1 LIMIT=60"]
+
+
 def test_every_file_in_the_layout_exists() -> None:
     layout = README.split("## Layout")[1].split("## ")[0]
     named = [
@@ -87,6 +151,19 @@ def test_every_make_target_and_command_exists(page: Path) -> None:
     }
     for name, flag in flags:
         assert f'"{flag}"' in _sources(name), f"{page.name}: {name} has no {flag}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_the_help_of_every_command_shows_an_example_and_its_exit_status(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "__main__" not in path.read_text(encoding="utf-8"):
+        return
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"experiments.{path.stem}").main(["--help"])
+    shown = capsys.readouterr().out
+    assert re.search(rf"^    python -m experiments\.{path.stem}\b[^\[]*$", shown, re.MULTILINE)
+    assert "exit status" in shown.lower()
 
 
 def _sources(name: str) -> str:

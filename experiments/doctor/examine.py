@@ -1,10 +1,11 @@
 """The doctor: examine a training pipeline in four stages and name what is broken, not only that something is.
 
-    python -m experiments.doctor [--preset smoke] [--data digits] [--seed N] [--epochs N] [--output FOLDER]
+    python -m experiments.doctor --data digits --epochs 14 --output doctor
     python -m experiments.doctor --run debug_output
 
 The first trains a short run of its own and examines it before, at its first steps, while it trains, and afterwards.
-`--run FOLDER` examines a finished run. The report is on stdout; notices are on stderr.
+`--run FOLDER` examines a finished run. stdout gets the checks that failed, and last the headline; --all prints every
+check, and doctor.json in the --output folder holds them. Notices are on stderr.
 Exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted.
 
 Each stage is a function from a Pipeline to a Report, so that it can be used alone:
@@ -41,9 +42,9 @@ from experiments.doctor.step.step_checks import step_checks
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks
-from experiments.pipeline import PRESETS, build_run, configure, load_run, prepare_data
+from experiments.pipeline import PRESETS_HELP, build_run, configure, load_run, prepare_data
 from src.runs import CHECKPOINT, RunFolder
-from src.storage import check_writable, fail, log_info
+from src.storage import CommandParser, check_writable, fail, log_info
 from src.training import EpochRecord, History, TrainingError
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         report = examine_folder(Path(options.run), options.data_root) if options.run else _own_run(options)
-        print(report.text())
+        print(report.text(passed=options.all))
         log_info(f"{time.perf_counter() - started:.0f} s")
         if options.output:
             RunFolder.open(options.output, keep=True).write_json("doctor.json", report.to_json())
@@ -208,19 +209,16 @@ def _own_run(options: argparse.Namespace) -> Report:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.doctor",
-        description="Examine the training pipeline in four stages and name what is broken.",
-        epilog="exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted",
-    )
-    parser.add_argument("--preset", default="smoke", help=f"one of {', '.join(PRESETS)} (default: smoke)")
+    parser = CommandParser("experiments.doctor", (__doc__ or "").partition("\n\nEach stage")[0])
+    parser.add_argument("--preset", default="smoke", help=f"{PRESETS_HELP} (default: smoke)")
     parser.add_argument("--data", help="auto, cifar10, digits or folder:PATH (default: the preset's)")
     parser.add_argument("--data-root", help="where CIFAR-10 is (default: data)")
     parser.add_argument("--epochs", type=int, help=f"epochs to train (default: {QUICK['epochs']})")
-    parser.add_argument("--limit", type=int, help="at most so many training and test images (default: all)")
+    parser.add_argument("--limit", type=int, help="at most this many training and test images (default: all)")
     parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--output", help="folder for doctor.json (default: none is written)")
+    parser.add_argument("--all", action="store_true", help="print every check, not only those that failed")
     parser.add_argument("--run", help="examine the finished run in this folder instead of a new one")
     return parser
 

@@ -9,7 +9,7 @@ from experiments.pipeline import comparison
 from experiments.pipeline.baseline import WISHES, obtain_baseline
 from experiments.pipeline.budget import BudgetControl, packed_ratio
 from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
-from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, ConfigError, RunConfig, configure
+from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, PRESETS_HELP, ConfigError, RunConfig, configure
 from experiments.pipeline.run import Baseline, Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
 from experiments.pipeline.stages import (
@@ -36,6 +36,7 @@ __all__ = [
     "NOT_JUDGED",
     "PASSED",
     "PRESETS",
+    "PRESETS_HELP",
     "WISHES",
     "Baseline",
     "BudgetControl",

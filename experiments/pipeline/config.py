@@ -19,6 +19,7 @@ from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, che
 from src.training import DEVICES, PRECISIONS, LrLambda, Objective, Penalty, cosine_to_zero, hold_then_linear
 
 BUDGETS = {"bops": "BOPs", "macs": "MACs", "bytes": "bytes"}
+ALSO_CALLED = {"gpu": "cuda"}  # by letters alone "gpu" is nearest to "cpu"
 LEARNING_RATE_SHAPES: dict[str, Callable[[float], LrLambda]] = {
     "constant": lambda hold: lambda done: 1.0,
     "hold_then_linear": hold_then_linear,
@@ -34,7 +35,7 @@ def _check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest known name, unless `value` is one of `allowed`."""
     known = list(allowed)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
+        near = difflib.get_close_matches(ALSO_CALLED.get(str(value), str(value)), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}{hint}")
 
@@ -227,6 +228,10 @@ PAPER = RunConfig(
 )
 PAPER_4BIT = replace(PAPER, preset="paper-4bit", learnable_bit=False, fixed_bits=4)
 PRESETS = {config.preset: config for config in (DEBUG, SMOKE, MIXED_BITS, PAPER, PAPER_4BIT)}
+PRESETS_HELP = "named settings, which the other flags change: " + ", ".join(
+    f"{name} ({config.epochs} epochs of batches of {config.batch_size}, data {config.data})"
+    for name, config in PRESETS.items()
+)
 
 
 def configure(preset: str = "debug", **changes: Any) -> RunConfig:

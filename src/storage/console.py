@@ -1,15 +1,35 @@
-"""What the commands print. A closed terminal, a broken pipe or a full log ends no training."""
+"""What the commands read and print. A closed terminal, a broken pipe or a full log ends no training."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 BAD_INPUT = 2
 Notify = Callable[[str], None]
 """What receives a line of text for the user, such as `log_info` or `print`."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of `python -m MODULE`: --help shows the module's docstring, and a mistyped flag gets a suggestion."""
+
+    def __init__(self, module: str, docstring: str | None) -> None:
+        super().__init__(
+            prog=f"python -m {module}", description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message on stderr and exit with status 2."""
+        known = re.findall(r"--[\w-]+", self.format_usage())
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
 
 
 def prepare_streams() -> None:
@@ -24,7 +44,7 @@ def prepare_streams() -> None:
 
 def log_info(line: str) -> None:
     """Print one line on stderr, at once; on a terminal in the place of a progress line."""
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):  # closed, or not there at all
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""
         print(f"{clear}{line}", file=sys.stderr, flush=True)
 

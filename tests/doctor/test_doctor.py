@@ -160,6 +160,10 @@ def test_a_report_puts_failures_of_early_stages_first_and_counts_their_causes() 
     assert [cause.key for cause in report.diagnosis] == ["learning-rate-zero", "no-update"]
     assert report.to_json()["state"] == "faulty"
     assert "[learning-rate-zero]" in report.text()
+    *shown, last = report.text().splitlines()
+    assert last == report.headline
+    assert [line.split()[-1] for line in shown if line.startswith("  f")] == ["a", "b"]
+    assert sum(line.startswith("  passed") for line in report.text(passed=True).splitlines()) == 1
 
 
 def test_every_cause_says_what_it_is_and_what_to_do() -> None:
@@ -196,6 +200,12 @@ def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pyte
     folder.save_progress(run.model, run.optimizer, run.progress, asdict(config), data.digest)
     folder_lock.release(folder.path)
     assert main(["--run", str(folder.path)]) == 0, capsys.readouterr().out
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told.startswith("DOCTOR: no fault found; ")
+    assert main(["--run", str(folder.path), "--all"]) == 0
+    *every, last = capsys.readouterr().out.splitlines()
+    assert last == told
+    assert len(every) > 10
     state = load_checkpoint(folder.path / CHECKPOINT)
     state["history"]["records"][-1]["unstructured_sparsity"] += 0.1
     (folder.path / CHECKPOINT).write_bytes(state_bytes(state))

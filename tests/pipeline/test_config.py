@@ -37,6 +37,7 @@ def test_the_two_ways_for_the_decay_to_act() -> None:
 
 BAD: list[tuple[str, Any, str]] = [
     ("model", "resnet-20", "model='resnet-20' is unknown: choose one of resnet20, .*; did you mean 'resnet20'"),
+    ("device", "gpu", "device='gpu' is unknown: .*; did you mean 'cuda'"),
     ("epochs", True, "epochs=True: need .*, a whole number"),
     ("fixed_bits", 1, "fixed_bits=1: need 2..16, a whole number; 2 means ternary"),
     ("init_bit_logit", NAN, "init_bit_logit=nan: need any finite number; 3.0 starts"),

@@ -138,10 +138,10 @@ class Report:
         likely = f"; most likely: {self.diagnosis[0].text}" if self.diagnosis else ""
         return f"{count} checks, {len(self.failed)} failed{likely}"
 
-    def text(self, passed: bool = True) -> str:
-        """The findings as a table for a terminal, worst first; `passed=False` shows only what failed."""
+    def text(self, passed: bool = False) -> str:
+        """What failed as a table for a terminal, with `passed` all other findings after it; the headline is last."""
         shown = [finding for finding in self.worst_first if passed or finding.failed]
-        lines = [self.headline]
+        lines = []
         width = max((len(finding.name) for finding in shown), default=0)
         for finding in shown:
             head = f"  {finding.status:<14}  {finding.stage:<15}  {finding.name:<{width}}  "
@@ -154,7 +154,7 @@ class Report:
             for number, cause in enumerate(finding.causes, 1):
                 lines += _block(f"cause {number}", f"{cause.text} [{cause.key}]")
             lines += _block("do", finding.remedy)
-        return "\n".join(lines)
+        return "\n".join([*lines, self.headline])
 
     def to_json(self) -> dict[str, Any]:
         """For run.json: state, headline, likely causes and every finding."""
