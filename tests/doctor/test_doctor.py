@@ -162,7 +162,7 @@ def test_a_report_puts_failures_of_early_stages_first_and_counts_their_causes() 
     assert "[learning-rate-zero]" in report.text()
     *shown, last = report.text().splitlines()
     assert last == report.headline
-    assert [line.split()[-1] for line in shown if line.startswith("  f")] == ["a", "b"]
+    assert [line.split()[-1] for line in shown if line.startswith("  FAILED")] == ["a", "b"]
     assert sum(line.startswith("  passed") for line in report.text(passed=True).splitlines()) == 1
 
 
