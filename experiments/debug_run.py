@@ -27,7 +27,7 @@ from experiments.pipeline import BUDGETS, PRESETS_HELP, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import CommandParser, check_writable, fail, folder_lock, log_info, prepare_streams, print_result
-from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, terminations
+from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, pick_device, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 RESUME_HINT = "the same command with --resume continues"
@@ -52,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:  # outside of the training loop, which keeps what it has
         log_info("interrupted")
         return _status(stopped)
-    finally:
-        folder_lock.release(options.output)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -62,13 +60,23 @@ def _run(options: argparse.Namespace) -> int:
     for kind in BUDGETS:
         if amount := getattr(options, f"target_{kind}"):
             settings["target"] = f"{kind} {amount}"
-    config = configure(options.preset, **settings)
+    config = configure(options.preset or "debug", **settings)  # what is typed wrong is said wherever it is to be run
+    pick_device(config.device)
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
+    if options.resume:
+        saved = pipeline.SavedRun.open(options.output, notify=lambda line: None)  # the loop reads it again, and says it
+        config = saved.resumed(options.preset, **settings)
     config, data = pipeline.prepare_data(config, log_info)
     run = pipeline.build_run(config, data)
     saving = {"checkpoint_every": options.checkpoint_every, "notify": log_info, "resume_hint": RESUME_HINT}
     loop = pipeline.TrainingLoop.open(run, options.output, resume=options.resume, **saving)
+    with loop.folder.lock():  # until all is written
+        return _train_and_judge(loop, options)
+
+
+def _train_and_judge(loop: pipeline.TrainingLoop, options: argparse.Namespace) -> int:
+    run = loop.run
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
     examination = Examination(run, log_info) if options.doctor else None
@@ -84,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         return fail(f"{error}; {loop.kept}")
     try:
         baseline = pipeline.obtain_baseline(
-            run, options.output, pipeline.WISHES[options.baseline], progress=ProgressBar, notify=log_info
+            run, options.output, options.baseline, progress=ProgressBar, notify=log_info
         )
         return _conclude(run, loop.folder, examination, baseline)
     except BaseException:
@@ -146,9 +154,9 @@ def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("experiments.debug_run", __doc__)
-    parser.add_argument("--preset", default="debug", help=f"{PRESETS_HELP} (default: debug)")
-    parser.add_argument("--data", default="auto", help="auto, cifar10, digits or folder:PATH (default: auto)")
-    parser.add_argument("--data-root", default="data", help="where CIFAR-10 is or will be (default: data)")
+    parser.add_argument("--preset", help=f"{PRESETS_HELP} (default: debug)")
+    parser.add_argument("--data", help="auto, cifar10, digits or folder:PATH (default: auto)")
+    parser.add_argument("--data-root", help="where CIFAR-10 is or will be (default: data)")
     parser.add_argument("--epochs", type=int, help="epochs to train (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: the preset's)")
     parser.add_argument("--limit", type=int, help="use at most this many training and test images (default: all)")
@@ -157,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--target-bops", metavar="SHARE", help="a budget: at most 3%% of the dense network's BOPs")
     targets.add_argument("--target-macs", metavar="SHARE", help="at most 50%% of the dense network's MACs, say")
     targets.add_argument("--target-bytes", metavar="FACTOR", help="a packed file 20x smaller than the FP32 state, say")
-    parser.add_argument("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
+    parser.add_argument("--device", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument(
         "--baseline",
@@ -165,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="train without compression, too, to say what it costs; auto: where that takes less than two minutes",
     )
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder, with its settings")
     parser.add_argument("--doctor", action="store_true", help="examine the run check by check, and name what is broken")
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="also after STEPS steps, not only epochs")
     return parser

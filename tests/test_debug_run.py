@@ -17,15 +17,17 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
 
-from experiments import pipeline
+from experiments import debug_run, pipeline
 from experiments.pipeline import FAILED, Verdict, configure, prepare_data
 from experiments.pipeline.verdict import Expectation
 from src.data import load_data
 from src.runs import load_checkpoint
+from src.storage import StorageError
 from src.training import train_step
 from tests.reliability.failures import FAILURES, in_step
 from tests.reliability.small_run import (
@@ -136,6 +138,9 @@ def test_a_network_of_which_nothing_is_left_is_judged_too(finished: Path, monkey
 
 def test_what_compression_costs_is_said_where_it_was_measured(finished: Path, capsys: Capture) -> None:
     assert run_command(finished, "--resume", "--baseline=auto") == 0
+    assert not (finished / "baseline").exists(), "nothing is added to a finished run that nobody asked for"
+    assert "--resume --baseline true" in capsys.readouterr().err
+    assert run_command(finished, "--resume", "--baseline=true") == 0
     accuracy = json.loads((finished / "run.json").read_text())["results"]["baseline_accuracy"]
     assert f"than the uncompressed one ({accuracy:.1%}). Its file is " in capsys.readouterr().out
     assert (finished / "baseline" / "checkpoint.pt").exists()
@@ -251,18 +256,118 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning_and_a_missing_summary_an_err
     assert "Is a directory" in captured.err.splitlines()[-1]
 
 
+# --- a run that is resumed or continued
+
+
+@pytest.fixture
+def resumed(finished: Path, capsys: Capture) -> Callable[..., tuple[int, str]]:
+    """The command with `--resume` and what is given, nothing repeated: its status, and what it says on stderr."""
+
+    def run(*more: str) -> tuple[int, str]:
+        return debug_run.main(["--resume", f"--output={finished}", "--baseline=false", *more]), capsys.readouterr().err
+
+    return run
+
+
+def test_resuming_takes_the_settings_of_the_run(resumed: Callable[..., tuple[int, str]], finished: Path) -> None:
+    before = load_checkpoint(finished / "checkpoint.pt")["config"]
+    assert resumed() == (0, ANY)
+    assert json.loads((finished / "run.json").read_text())["config"] == before
+    elsewhere = ("--data=auto", "--data-root=elsewhere", "--preset=tiny", "--batch-size=15", "--doctor")
+    assert resumed(*elsewhere) == (0, ANY), "what shapes no result is not compared, by the doctor neither"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--epochs=2", r"\(epochs: 3 then, 2 now\); leave these settings out"),
+        ("--seed=5", r"\(seed: 0 then, 5 now\)"),
+        ("--batch-size=10", r"\(batch_size: 15 then, 10 now\)"),
+        ("--batch-size=20", r"\(batch_size: 15 then, 20 now\)"),
+        ("--preset=paper", r"\(preset: 'tiny' then, 'paper' now\)"),
+        ("--target-bops=9%", r"\(target: '' then, 'bops 9%' now\)"),
+        ("--data=cifar10", r"is on digits, not on cifar10"),
+    ],
+)
+def test_a_setting_that_contradicts_the_runs_is_an_error_with_both_values(
+    setting: str, message: str, resumed: Callable[..., tuple[int, str]], finished: Path
+) -> None:
+    before = contents(finished)
+    status, told = resumed(setting)
+    assert status == 2
+    assert re.search(message, told)
+    assert contents(finished) == before
+
+
+def test_more_epochs_continue_a_finished_run(
+    resumed: Callable[..., tuple[int, str]], finished: Path, tiny_run: Unbroken
+) -> None:
+    before = contents(finished)
+    in_step_of_epoch_5 = 6
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch, in_step_of_epoch_5, send(signal.SIGINT))
+        status, told = resumed("--epochs=5")
+    assert status == 130
+    # "hold_then_linear" for 70 % of the epochs: 3 of 5 are before that, so the rate is the preset's 3e-3 once more.
+    rates = re.search(r"the learning rate goes from (\S+) to (\S+) and ends at (\S+), the penalty's", told)
+    assert rates is not None, told
+    assert float(rates[1]) < 3e-3
+    assert rates.groups()[1:] == ("0.003", "0")
+    assert "resumed after epoch 3 of 5, which was its end; now the schedules are those of 5 epochs" in told
+    assert "an unbroken run of 5 epochs gives other numbers" in told
+    kept = {f"previous/1/{name}": data for name, data in before.items()}
+    assert kept.items() <= contents(finished).items()
+    assert "run.json" not in contents(finished)
+    status, told = resumed()  # nothing has to be said twice
+    assert status == 0
+    assert "resumed after epoch 4 of 5" in told
+    assert "schedules" not in told
+    summary = json.loads((finished / "run.json").read_text())
+    assert (summary["results"]["epochs"], summary["config"]["continued_from"]) == (5, 3)
+    rows = (finished / "history.csv").read_text().splitlines()
+    assert len(rows) == 1 + 5
+    assert rows[:4] == (tiny_run.folder / "history.csv").read_text().splitlines()
+    assert "previous/2" not in contents(finished)
+
+
+def test_a_run_that_is_not_finished_keeps_its_number_of_epochs(
+    resumed: Callable[..., tuple[int, str]], finished: Path, capsys: Capture
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch, 6, send(signal.SIGINT))
+        assert run_command(finished) == 130
+    capsys.readouterr()
+    assert "(epochs: 3 then, 5 now)" in resumed("--epochs=5")[1]
+
+
 # --- bad input
 
 BAD: list[tuple[list[str], str]] = [
     (["--preset", "debgu"], "preset='debgu' is unknown: choose one of debug, smoke, mixed-bits, paper"),
-    (["--data", "cifar11"], "unknown data 'cifar11': choose auto, cifar10, digits or folder:PATH"),
+    (["--data", "cifar11"], "choose auto, cifar10, digits or folder:PATH; did you mean 'cifar10'?"),
     (["--data", "folder:/no/such"], "No such file or directory: '/no/such/train'; need train/"),
     (["--device", "cuda"], "device 'cuda' is not present here: use one of cpu, or auto"),
     (["--epochs", "0"], "epochs=0: need 1..100000, a whole number"),
     (["--limit", "9"], "limit=9: need a whole number from 10 (one image a class)"),
     (["--epoch-count", "3"], "unrecognized arguments: --epoch-count 3"),
-    (["--resume"], "there is no checkpoint at"),
+    (["--resume"], "holds no run: there is no such folder"),
 ]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD[:5], ids=[" ".join(more) for more, _ in BAD[:5]])
+def test_what_is_typed_wrong_is_said_although_the_folder_is_in_use(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def in_use(_: object) -> None:
+        raise StorageError("in use")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("src.storage.folder_lock.check_free", in_use)
+    for resumed in ([], ["--resume"]):
+        assert run_command(tmp_path, *more, *resumed) == 2
+        assert message in capsys.readouterr().err
+    assert run_command(tmp_path) == 2
+    assert "in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "message"), BAD, ids=[" ".join(more) for more, _ in BAD])

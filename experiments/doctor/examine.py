@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report.text(passed=options.all))
         log_info(f"{time.perf_counter() - started:.0f} s")
         if options.output:
-            RunFolder.open(options.output, keep=True).write_json("doctor.json", report.to_json())
+            RunFolder(Path(options.output)).write_json("doctor.json", report.to_json())
     except ValueError as error:  # every error of the library that bad input can cause is one
         return fail(str(error))
     except OSError as error:

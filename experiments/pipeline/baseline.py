@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.pipeline.config import RunConfig
+from experiments.pipeline.config import RunConfig, check_choice
 from experiments.pipeline.run import Baseline, Run, TrainingLoop, about
 from experiments.pipeline.saved_run import SavedRun
 from experiments.pipeline.stages import build_run
 from src import training
 from src.data import steps_per_epoch
-from src.runs import RunError
+from src.runs import SUMMARY, RunError
 from src.storage import Notify
 from utils_quantization import toggle_quantization
 
 FOLDER = "baseline"
 AUTO_SECONDS = 120
-WISHES: dict[str, str | bool] = {"auto": "auto", "true": True, "false": False}
+WISHES = ("auto", "true", "false")
 SHAPING = (
     "model",
     "shortcut",
@@ -50,7 +50,8 @@ def baseline_key(config: RunConfig, data_digest: str) -> str:
 
 def baseline_run(run: Run) -> Run:
     """The untrained baseline of `run`: its quantizers switched off, nothing but the task in the loss."""
-    plain = replace(run.config, target="", peak=0.0, logit_decay_dz=0.0, logit_decay_bit=0.0, given=())
+    plain = replace(run.config, target="", peak=0.0, logit_decay_dz=0.0, logit_decay_bit=0.0)
+    plain = replace(plain, continued_from=None, given=())
     baseline = build_run(plain, run.data)
     toggle_quantization(baseline.model, False)
     return baseline
@@ -81,17 +82,18 @@ def obtain_baseline(
 ) -> Baseline | None:
     """The baseline of the trained `run`: a stored one, or one that is trained now; None where neither is wanted.
 
-    wish: "auto" trains where that takes less than two minutes by the run's own epochs, True always, False neither
-    looks nor trains. progress: experiments.notebook.ProgressBar, or another with its methods. What is interrupted is
-    resumed the next time.
+    wish: "auto" trains where that takes less than two minutes by the run's own epochs, but adds nothing to a run that
+    has its results; "true" always trains, "false" neither looks nor trains; a bool will do. progress:
+    experiments.notebook.ProgressBar, or another with its methods. What is interrupted is resumed the next time.
     """
-    if wish is False:
+    check_choice("baseline", wish := str(wish).lower(), WISHES)  # text, from a command line
+    if wish == "false":
         return None
     if found := find_baseline(run, output):
         notify(f"accuracy without compression: from {found.folder}")
         return found
     seconds = sum(record.seconds for record in run.history) / max(len(run.history), 1) * run.config.epochs
-    if wish == "auto" and seconds > AUTO_SECONDS:
+    if wish == "auto" and (seconds > AUTO_SECONDS or (Path(output) / SUMMARY).exists()):
         notify(
             f"what compression costs in accuracy is not measured: a baseline takes {about(seconds)} here; "
             "the same command with --resume --baseline true (in the notebook RESUME = True, BASELINE = True) trains it"
@@ -103,13 +105,10 @@ def obtain_baseline(
         loop = TrainingLoop.open(baseline, folder, resume=True, notify=notify)
     except RunError:  # the folder holds none, or one of another configuration
         loop = TrainingLoop.open(baseline, folder, notify=notify)
-    try:
-        steps = steps_per_epoch(run.data, run.config.batch_size)
-        with progress(run.config.epochs, steps, len(baseline.history), baseline.means.steps) as bar, loop:
-            for epoch in loop.epochs():
-                for step in loop.steps():
-                    bar.step(epoch + 1, step.index + 1, step.loss)
-                bar.epoch_done(loop.finish_epoch())
-    finally:
-        loop.folder.close()
+    steps = steps_per_epoch(run.data, run.config.batch_size)
+    with progress(run.config.epochs, steps, len(baseline.history), baseline.means.steps) as bar, loop:
+        for epoch in loop.epochs():
+            for step in loop.steps():
+                bar.step(epoch + 1, step.index + 1, step.loss)
+            bar.epoch_done(loop.finish_epoch())
     return Baseline(training.evaluate(baseline.model, run.data)[1], baseline.history, folder)

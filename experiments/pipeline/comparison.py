@@ -20,10 +20,8 @@ from experiments.pipeline.config import RunConfig
 from experiments.pipeline.saved_run import SavedRun
 from metrics import FULL_PRECISION_BITS, QuantizationComparison
 from resnet import NETWORKS
-from src.runs import PREVIOUS, RunError, RunFolder
+from src.runs import NOT_SHAPING, PREVIOUS, RunError, RunFolder
 from src.training import History
-
-NOT_COMPARED = frozenset({"given", "data_root"})  # where things are and what was typed, not what is computed
 
 
 def read_run(folder: str | Path, label: str = "") -> SavedRun:
@@ -55,7 +53,7 @@ def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
     """Rows of a table: each setting that is not the same in all runs, and its value in each."""
     settings = {run.label: {**vars(run.config), "data": run.data_name} for run in runs}
     same_data = len({run.data_digest or run.label for run in runs}) == 1  # whatever it was called
-    left_out = NOT_COMPARED | ({"data"} if same_data else set())
+    left_out = NOT_SHAPING if same_data else NOT_SHAPING - {"data"}
     rows = []
     for name in settings[runs[0].label]:
         values = {label: str(setting[name]) for label, setting in settings.items()}

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from metrics import QuantizationComparison
 from src.data import test_batches
 from src.export import PackReport, pack, unpack
 from src.pruning import CompactNetwork, analyze_liveness, compact
+from src.runs import RunFolder
 from src.training import predict
 
 Take = Callable[[], object]
@@ -77,17 +79,19 @@ class Compression:
 
 
 def compress(
-    run: Run, dense: nn.Module, result: EvalResult, path: str | Path, baseline: Baseline | None = None
+    run: Run, dense: nn.Module, result: EvalResult, path: str | Path | None = None, baseline: Baseline | None = None
 ) -> Compression:
-    """Compact and pack the trained network of `run` to `path`, and measure every stage.
+    """Compact and pack the trained network of `run`, and measure every stage.
 
-    dense: the network the run started from; result: from `evaluate_run`; baseline: gives the first row its accuracy.
-    Raises what `compact` and `pack` raise.
+    dense: the network the run started from; result: from `evaluate_run`; path: of the packed file, in the run's folder,
+    None to keep none; baseline: gives the first row its accuracy. Raises what `compact` and `pack` raise.
     """
     model = run.model.eval()
     network = compact(model)
-    report = pack(model, path, force=True)
-    trained = {"quantized": model, "compacted": network, "packed": unpack(path).to(run.device)}
+    with RunFolder(Path(path).parent).lock() if path else tempfile.TemporaryDirectory() as temporary:
+        file = Path(path or f"{temporary}/model.cdq")
+        report, unpacked = pack(model, file, force=True), unpack(file).to(run.device)
+    trained = {"quantized": model, "compacted": network, "packed": unpacked}
     images = next(test_batches(run.data, 64))[0]
     takes = {name: partial(each, images) for name, each in {"FP32": dense.eval(), **trained}.items()}
     with torch.inference_mode():
@@ -114,6 +118,7 @@ def compress(
     }
     same = all(torch.equal(found, predictions[0]) for found in predictions)
     stages = pd.DataFrame(columns, index=list(seconds))
+    report = report if path else replace(report, path="the file is not kept")
     return Compression(stages, network, report, differences(model, network, next(test_batches(run.data, 256))[0]), same)
 
 

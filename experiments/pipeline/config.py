@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 from experiments.schedules import Schedule, linear_warmup
 from resnet import NETWORKS
+from src.data import check_source
 from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, check_range
 from src.training import DEVICES, PRECISIONS, LrLambda, Objective, Penalty, cosine_to_zero, hold_then_linear
 
@@ -31,7 +32,7 @@ class ConfigError(ValueError):
     """A setting is out of range or unknown."""
 
 
-def _check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
     """Raise ConfigError, with the nearest known name, unless `value` is one of `allowed`."""
     known = list(allowed)
     if value not in known:
@@ -42,7 +43,7 @@ def _check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 def _one_of(default: str, allowed: Iterable[str]) -> Any:
     """A field whose value is one of `allowed`."""
-    return field(default=default, metadata={"check": partial(_check_choice, allowed=allowed)})
+    return field(default=default, metadata={"check": partial(check_choice, allowed=allowed)})
 
 
 def _within(default: float | None, lowest: float, highest: float = math.inf, remedy: str = "") -> Any:
@@ -92,6 +93,7 @@ class RunConfig:
     limit: use at most this many training images and this many test images; None for all.
     expected_accuracy: what the verdict asks of a full run, as a share. allowed_cost: how far below the accuracy without
         compression it may stay, as a share.
+    continued_from: how many epochs the run had when it was continued to `epochs`; None for an unbroken run.
     given: names of the settings that were asked for by name; they stay when the data calls for another preset.
     """
 
@@ -129,12 +131,13 @@ class RunConfig:
     target: str = field(default="", metadata={"check": lambda name, value: value and Budget.parse(value)})
     expected_accuracy: float = _within(0.6, 0, 1)
     allowed_cost: float = _within(0.05, 0, 1)
+    continued_from: int | None = _within(None, 1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if "check" in setting.metadata and not (setting.name == "limit" and value is None):
+            if "check" in setting.metadata and not (setting.default is None and value is None):
                 setting.metadata["check"](setting.name, value)
         if isinstance(self.exclude_layers, str):
             raise ConfigError(
@@ -237,16 +240,27 @@ PRESETS_HELP = "named settings, which the other flags change: " + ", ".join(
 def configure(preset: str = "debug", **changes: Any) -> RunConfig:
     """The preset called `preset` with `changes`; None, and "auto" for the data, leave the preset's value.
 
-    Raises ConfigError for an unknown preset or setting, with the nearest known name.
+    Raises ConfigError for an unknown preset or setting, with the nearest known name, and what `asked` raises.
     """
-    _check_choice("preset", preset, PRESETS)
-    known = [f.name for f in fields(RunConfig) if f.name != "given"]
+    check_choice("preset", preset, PRESETS)
+    given = asked(changes)
+    return replace(PRESETS[preset], **given, given=tuple(sorted(given)))
+
+
+def asked(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among `changes` that are asked for by name: None, and "auto" for the data, ask for nothing.
+
+    Raises ConfigError for an unknown setting, with the nearest known name, and DataError for an unknown source.
+    """
+    known = [f.name for f in fields(RunConfig) if f.name not in ("given", "continued_from")]
     for name in changes:
-        _check_choice("setting", name, known)
+        check_choice("setting", name, known)
     given = {name: value for name, value in changes.items() if value is not None}
     if given.get("data") == "auto":  # some presets are made for one dataset
         del given["data"]
-    return replace(PRESETS[preset], **given, given=tuple(sorted(given)))
+    if "data" in given:
+        check_source(given["data"])
+    return given
 
 
 def suited_to(config: RunConfig, data_name: str) -> RunConfig:

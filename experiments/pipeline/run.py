@@ -9,7 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from src.data import ImageData, steps_per_epoch
 from src.runs import (
     CHECKPOINT,
     SNAPSHOTS,
+    SUMMARY,
     RunError,
     RunFolder,
     RunProgress,
@@ -144,6 +145,20 @@ class Run:
             return self.control.coefficient(self.history)
         return self.config.schedule()(len(self.history), self.config.epochs)
 
+    @property
+    def continuation(self) -> str:
+        """What the schedules make of more epochs, where a run that was finished is about to be continued; else ""."""
+        config, done = self.config, len(self.history)
+        if config.continued_from != done or self.means.steps:
+            return ""
+        rate, last = config.lr_lambda(), self.history.last
+        return (
+            f", which was its end; now the schedules are those of {config.epochs} epochs: the learning rate goes from "
+            f"{last.learning_rate:.2g} to {config.learning_rate * rate(done / config.epochs):.2g} and ends at "
+            f"{config.learning_rate * rate(1.0):.2g}, the penalty's coefficient goes from {last.coefficient:.2g} to "
+            f"{self.coefficient:.2g}; an unbroken run of {config.epochs} epochs gives other numbers"
+        )
+
     def steps(self) -> Iterator[Step]:
         """Train the unfinished epoch from where it stands, yielding after each step, which is counted by then.
 
@@ -227,12 +242,13 @@ class TrainingLoop:
                     ...                       # a Step: progress, observers
                 record = loop.finish_epoch()  # measured, in run.history, and written
 
-    Inside, an interruption waits for the end of the step; then checkpoint and history are written and it is raised:
-    KeyboardInterrupt, or Terminated where the process was asked to end (a notebook's kernel does end then). Entered
-    again, it continues where it stopped; after a step that failed, from the last checkpoint.
+    Inside, the folder is locked, and an interruption waits for the end of the step; then checkpoint and history are
+    written and it is raised: KeyboardInterrupt, or Terminated where the process was asked to end (a notebook's kernel
+    does end then). Entered again, it continues where it stopped; after a step that failed, from the last checkpoint.
 
     checkpoint_every: steps between two checkpoints within an epoch; None for one after each epoch only. resume_hint:
     how the user continues after an interruption. saved: the state that is in the folder, in words; "" for none.
+    explores: whether it resumed a run that has its results already, and to which a notebook therefore writes nothing.
     """
 
     run: Run
@@ -241,15 +257,16 @@ class TrainingLoop:
     notify: Notify = print
     resume_hint: str = "run this cell again to continue, or the notebook with RESUME = True"
     saved: str = field(default="", init=False)
+    explores: bool = field(default=False, init=False)
     _timed_seconds: float = field(default=0.0, init=False)
     _timed_steps: int = field(default=0, init=False)
 
     @classmethod
     def open(cls, run: Run, output: str | Path, *, resume: bool = False, **settings: Any) -> TrainingLoop:
-        """Take the folder `output` for `run`: from its checkpoint where `resume` is set, else from the beginning.
+        """Begin `run` in the folder `output`, or where `resume` is set continue it from the checkpoint there.
 
         An earlier run there moves to previous/ unless it is resumed. Raises RunError where the folder cannot be used,
-        is in use, or holds no checkpoint that fits; nothing is changed then.
+        is in use, or holds no checkpoint that fits; nothing is changed then, nor by resuming a finished run.
         """
         if resume and not RunFolder(Path(output)).has_checkpoint():
             raise RunError(f"there is no checkpoint at {str(output)!r} to resume from; run without --resume first")
@@ -258,10 +275,14 @@ class TrainingLoop:
                 "this network has been trained before: for a new run build it and its optimizer again (in the notebook "
                 "run the cells from chapter 4 on), or resume"
             )
-        loop = cls(run, RunFolder.open(output, keep=resume), **settings)
+        loop = cls(run, RunFolder(Path(output)) if resume else RunFolder.open(output), **settings)
         if resume:
             loop._restore()
-            loop.notify(f"resumed {run.progress.text}")
+            loop.notify(f"resumed {run.progress.text}{run.continuation}")
+            if loop.epochs():
+                loop.folder.resume()
+            else:
+                loop.explores = (loop.folder.path / SUMMARY).exists()
         elif not run.history.records:
             loop._begin_snapshots()
         return loop
@@ -323,7 +344,7 @@ class TrainingLoop:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Bring run and folder to the same state; afterwards, and after any error, write what is not written yet."""
-        with between_steps():
+        with self.folder.lock() if self.epochs() else nullcontext(), between_steps():
             if self.run.is_consistent:
                 self._save_unsaved()  # what could not be written when it was due
             elif self.saved:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ import torch
 from torch import Tensor
 
 from experiments.pipeline import stages
-from experiments.pipeline.config import RunConfig
+from experiments.pipeline.config import RunConfig, asked, configure, suited_to
 from experiments.pipeline.run import Run
 from resnet import NETWORKS, ResNet
 from src.data import ImageData, load_data
-from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint, load_model_state
+from src.runs import (
+    CHECKPOINT,
+    SNAPSHOTS,
+    SUMMARY,
+    RunError,
+    RunFolder,
+    Snapshots,
+    check_settings,
+    load_checkpoint,
+    load_model_state,
+)
+from src.storage import Notify
 from src.training import History, pick_device
 
 
@@ -37,9 +49,10 @@ class SavedRun:
     summary: Mapping[str, Any]
 
     @classmethod
-    def open(cls, folder: str | Path, label: str = "") -> SavedRun:
+    def open(cls, folder: str | Path, label: str = "", notify: Notify = warnings.warn) -> SavedRun:
         """Read checkpoint and run.json. label: a short name for tables, by default the folder's.
 
+        notify: receives what `load_checkpoint` says.
         Raises RunError where the folder holds no run of this version, with what it does hold.
         """
         path = Path(folder)
@@ -48,7 +61,7 @@ class SavedRun:
                 f"{str(folder)!r} holds no run: {contents(path)}; name the output folder of a run, with {CHECKPOINT}"
             )
         try:
-            state = load_checkpoint(path / CHECKPOINT)
+            state = load_checkpoint(path / CHECKPOINT, notify=notify)
             settings: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value for name, value in state["config"].items()
             }
@@ -57,6 +70,28 @@ class SavedRun:
             reason = str(error).removesuffix("; start without --resume")
             raise RunError(f"the run in {str(folder)!r} cannot be used: {reason}; name another run") from error
         return cls(label or path.name, path, config, history, state["model"], state["data_digest"], _summary(path))
+
+    def resumed(self, preset: str | None = None, **changes: Any) -> RunConfig:
+        """The configuration that continues this run: its own, of which `changes` may say where things are.
+
+        Of a finished run they may ask for more epochs. What is None asks for nothing. Raises RunError, with both
+        values, for a setting that contradicts the run's.
+        """
+        own, given = self.config, asked(changes)
+        if preset is not None:
+            given["preset"] = suited_to(configure(preset), self.data_name).preset
+        config = replace(own, **given)
+        if config.epochs > own.epochs == len(self.history):
+            config = replace(config, continued_from=own.epochs)
+        # A larger batch is lowered to the number of images, once these are known; then it is compared, too.
+        compared = replace(config, batch_size=min(config.batch_size, own.batch_size))
+        check_settings(asdict(own), asdict(compared))
+        if {self.data_name, config.data} == {"digits", "cifar10"}:  # others are told apart by their digest
+            raise RunError(
+                f"the run in {str(self.folder)!r} is on {self.data_name}, not on {config.data}; leave the data out, or "
+                "start without --resume"
+            )
+        return config
 
     @property
     def data_name(self) -> str:

@@ -4,7 +4,16 @@ Downloads are checked against the official md5. A source gives arrays; `ImageDat
 """
 
 from src.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD
-from src.data.dataset import ImageData, augment, epoch_batches, load_data, normalize, steps_per_epoch, test_batches
+from src.data.dataset import (
+    ImageData,
+    augment,
+    check_source,
+    epoch_batches,
+    load_data,
+    normalize,
+    steps_per_epoch,
+    test_batches,
+)
 from src.data.image_sources import DataError, read_digits
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "DataError",
     "ImageData",
     "augment",
+    "check_source",
     "epoch_batches",
     "load_data",
     "normalize",

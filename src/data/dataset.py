@@ -9,6 +9,7 @@ N images, 3 colour channels (RGB), H = W = 32 pixels, C classes, B batch, p crop
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD, obtain, read_images
-from src.data.image_sources import SIZE, DataError, Statistics, read_digits, read_folder, statistics
+from src.data.image_sources import NEEDED_PARTS, SIZE, DataError, Statistics, read_digits, read_folder, statistics
 from src.storage import Notify
+
+SOURCES = ("auto", "cifar10", "digits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,18 @@ class ImageData:
         )
 
 
+def check_source(data: str) -> None:
+    """Raise DataError unless `load_data` knows `data`, with the nearest name, or where its folder is not there."""
+    if data.startswith("folder:"):
+        train = Path(data.removeprefix("folder:")).expanduser() / "train"
+        if not train.is_dir():
+            raise DataError(f"{data}: No such file or directory: {str(train)!r}; {NEEDED_PARTS}")
+    elif data not in SOURCES:
+        near = difflib.get_close_matches(data, SOURCES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"unknown data {data!r}: choose {', '.join(SOURCES)} or folder:PATH{hint}")
+
+
 def load_data(
     data: str = "auto", root: str | Path = "data", limit: int | None = None, notify: Notify = lambda line: None
 ) -> ImageData:
@@ -101,6 +116,7 @@ def load_data(
     folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class.
     Raises DataError for an unknown name, damaged or missing files, or a limit out of range.
     """
+    check_source(data)
     root = Path(root).expanduser()
     notice = ""
     if data.startswith("folder:"):
@@ -109,7 +125,7 @@ def load_data(
         title = f"images of {Path(path).expanduser().resolve().name}"
     elif data in ("auto", "cifar10") and obtain(root, notify, download=data == "cifar10"):
         name, title, found = "cifar10", "CIFAR-10", read_images(root)
-    elif data in ("auto", "digits"):
+    else:
         name, title, found = "digits", "handwritten digits (embedded stand-in for CIFAR-10)", read_digits()
         if data == "auto":
             notice = (
@@ -118,8 +134,6 @@ def load_data(
                 "downloads that (170 MB)."
             )
             notify(f"NOTICE: {notice}")
-    else:
-        raise DataError(f"unknown data {data!r}: choose auto, cifar10, digits or folder:PATH")
     train, test, classes = found
     mean, std = (CIFAR10_MEAN, CIFAR10_STD) if name == "cifar10" else statistics(train[0])
     loaded = ImageData(name, title, *_tensors(*train), *_tensors(*test), tuple(classes), mean, std, notice)

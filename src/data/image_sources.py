@@ -27,6 +27,8 @@ Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 ImageSet = tuple[Part, Part, list[str]]
 """The training part, the test part and the names of the classes."""
 
+NEEDED_PARTS = "need train/ and test/ (or val/) in it, with one folder of images a class"
+
 
 class DataError(ValueError):
     """Data that is missing, damaged or not usable. The message says what was found, what is needed, what to do."""
@@ -77,9 +79,7 @@ def read_folder(path: str, notify: Notify) -> ImageSet:
             VisibleFolder(folder / part, _read_image, is_valid_file=is_image) for part in ("train", held_out)
         )
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"folder:{path}: {error}; need train/ and test/ (or val/) in it, with one folder of images a class"
-        ) from error
+        raise DataError(f"folder:{path}: {error}; {NEEDED_PARTS}") from error
     if len(train.classes) < 2:
         raise DataError(f"{train.root} has one class folder ({train.classes[0]}): need at least 2")
     if differing := sorted(set(train.classes) ^ set(test.classes)):

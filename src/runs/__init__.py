@@ -5,7 +5,17 @@ An interrupted run is resumed from here, bit for bit; an earlier one moves to pr
 
 from __future__ import annotations
 
-from src.runs.checkpoint import CHECKPOINT, RunError, RunProgress, load_checkpoint, load_model_state, restore
+from src.runs.checkpoint import (
+    CHECKPOINT,
+    NOT_SHAPING,
+    RunError,
+    RunProgress,
+    check_settings,
+    contradictions,
+    load_checkpoint,
+    load_model_state,
+    restore,
+)
 from src.runs.environment import machine, versions
 from src.runs.folder import PREVIOUS, SUMMARY, RunFolder
 from src.runs.snapshots import EDGES, REACH, SNAPSHOTS, LayerSnapshot, SnapshotError, Snapshots
@@ -13,6 +23,7 @@ from src.runs.snapshots import EDGES, REACH, SNAPSHOTS, LayerSnapshot, SnapshotE
 __all__ = [
     "CHECKPOINT",
     "EDGES",
+    "NOT_SHAPING",
     "PREVIOUS",
     "REACH",
     "SNAPSHOTS",
@@ -23,6 +34,8 @@ __all__ = [
     "RunProgress",
     "SnapshotError",
     "Snapshots",
+    "check_settings",
+    "contradictions",
     "load_checkpoint",
     "load_model_state",
     "machine",

@@ -24,8 +24,9 @@ from src.storage import Notify, StorageError, container_bytes, read_container
 from src.training import EpochMeans, History, TrainingError, not_finite, pick_precision
 
 CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
-# Settings that may differ between the two parts of a resumed run: where things are, not what is computed.
-MAY_DIFFER = frozenset({"data_root", "device", "given"})
+# Settings that shape no result, so that they are never compared: where things are and what was typed. Whether the
+# images are the same is what their digest says.
+NOT_SHAPING = frozenset({"data", "data_root", "device", "given"})
 
 
 class RunError(StorageError):
@@ -119,6 +120,30 @@ def is_readable(path: Path) -> bool:
     return False
 
 
+def contradictions(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The settings that shape a result and differ, with both values: "epochs: 20 then, 10 now".
+
+    More epochs contradict nothing where `wanted` says that it continues the finished run.
+    """
+    then, now = (json.loads(json.dumps(dict(each))) for each in (saved, wanted))  # tuples become lists, as in a file
+    continues = now.get("continued_from") == then.get("epochs")
+    left_out = NOT_SHAPING | ({"epochs", "continued_from"} if continues else set())
+    return [
+        f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted((then.keys() | now.keys()) - left_out)
+        if then.get(name) != now.get(name)
+    ]
+
+
+def check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise RunError where the settings contradict those of the checkpoint."""
+    if differing := contradictions(saved, wanted):
+        raise RunError(
+            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); leave these settings out, they "
+            "are taken from the checkpoint, or start without --resume"
+        )
+
+
 def restore(
     state: Mapping[str, Any],
     model: nn.Module,
@@ -132,7 +157,7 @@ def restore(
     Raises RunError where it belongs to another configuration, architecture or other data; nothing is changed then.
     `notify` receives a line where the last digits may differ.
     """
-    _check_config(state["config"], config)
+    check_settings(state["config"], config)
     trained_on = state["data_digest"]
     if trained_on != data_digest:
         raise RunError(
@@ -188,20 +213,6 @@ def _read(path: Path, device: torch.device | str) -> dict[str, Any]:
     state: dict[str, Any] = _with_tensors(description, {name: tensor.to(device) for name, tensor in tensors.items()})
     state["optimizer"]["state"] = {int(key): moments for key, moments in state["optimizer"]["state"].items()}
     return state
-
-
-def _check_config(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(dict(wanted)))  # tuples become lists, as in a file
-    differing = [
-        f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted((saved.keys() | now.keys()) - MAY_DIFFER)
-        if saved.get(name) != now.get(name)
-    ]
-    if differing:
-        raise RunError(
-            f"the checkpoint belongs to another configuration ({'; '.join(differing)}); repeat the settings of that "
-            "run, or start without --resume"
-        )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -259,7 +259,6 @@ def save_run(path: Path, config: RunConfig, epochs: int) -> None:
     place = RunFolder.open(path)
     progress = RunProgress(make_history(epochs, 20))
     place.save_progress(model, torch.optim.AdamW(model.parameters()), progress, asdict(config))
-    place.close()
 
 
 def test_the_explorer_of_runs_follows_the_choice(tmp_path: Path, screen: Screen, controls: dict[str, Any]) -> None:

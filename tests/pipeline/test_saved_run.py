@@ -31,7 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         snapshots.add(run.model, epoch)
         place.write(SNAPSHOTS, snapshots.to_bytes())
         place.save_progress(run.model, run.optimizer, run.progress, asdict(config), data.digest)
-    place.close()
     return path
 
 

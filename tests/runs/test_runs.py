@@ -99,8 +99,6 @@ def test_every_earlier_run_is_set_aside_and_what_is_not_a_runs_stays(tmp_path: P
     assert contents(tmp_path) == own  # there was no run here
     for name in ("history.csv", "run.json", "checkpoint.pt"):
         first.write(name, f"first {name}")
-    assert RunFolder.open(tmp_path, keep=True).has_checkpoint()
-
     second = RunFolder.open(tmp_path)
     moved = {"accuracy_curve.png", "network.onnx", "history.csv", "run.json", "checkpoint.pt"}  # named as a run's files
     earlier = {f"previous/1/{name}" for name in moved}
@@ -112,6 +110,30 @@ def test_every_earlier_run_is_set_aside_and_what_is_not_a_runs_stays(tmp_path: P
     assert set(contents(tmp_path)) == earlier | {"previous/2/history.csv"} | own.keys() - moved  # none is ever deleted
 
 
+def test_a_finished_run_that_goes_on_is_kept_as_it_was(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path)
+    first = {name: name.encode() for name in ("checkpoint.pt", "history.csv", "snapshots.npz", "run.json", "model.cdq")}
+    for name, data in first.items():
+        folder.write(name, data)
+    folder.resume()
+    earlier = {f"previous/1/{name}": data for name, data in first.items()}
+    going_on = {name: first[name] for name in ("checkpoint.pt", "history.csv", "snapshots.npz")}
+    assert contents(tmp_path) == earlier | going_on
+    folder.resume()  # it has no results now
+    assert contents(tmp_path) == earlier | going_on
+
+
+def test_a_run_that_was_changed_elsewhere_is_not_written_to(tmp_path: Path) -> None:
+    here = RunFolder.open(tmp_path)
+    here.write("checkpoint.pt", "here")
+    here.write("run.json", "here")
+    RunFolder.open(tmp_path).write("checkpoint.pt", "elsewhere")
+    with pytest.raises(RunError, match=r"another process has changed the run in .* since it was opened here; resume"):
+        here.write("run.json", "here, later")
+    assert not (tmp_path / "run.json").exists()
+    RunFolder(tmp_path).write("run.json", "by who has seen it")
+
+
 # --- checkpoints
 
 
@@ -119,7 +141,7 @@ def test_a_checkpoint_gives_model_optimizer_and_history_back(tmp_path: Path) -> 
     folder, model, optimizer = saved(tmp_path, data_digest="a" * 64)
     other, other_optimizer = trained(seed=7)
     assert not torch.equal(state_of(model, optimizer)[0], state_of(other, other_optimizer)[0])
-    elsewhere = {**CONFIG, "device": "cpu", "data_root": "/elsewhere"}  # where things are may differ
+    elsewhere = {**CONFIG, "device": "cpu", "data_root": "/elsewhere", "given": ("seed",)}  # may differ
     said: list[str] = []
     assert resume(folder, other, other_optimizer, said.append, elsewhere, "a" * 64) == make_history(1, 2)
     assert not said
@@ -180,7 +202,7 @@ def test_a_missing_or_damaged_checkpoint_or_one_of_an_earlier_version(tmp_path: 
     said: list[str] = []
     resume(folder, model, optimizer, said.append)
     assert said == ["NOTICE: checkpoint.pt is missing or damaged; reading checkpoint.previous.pt, the one before it"]
-    folder.save_progress(model, optimizer, RunProgress(make_history(1, 2)), CONFIG)
+    RunFolder(folder.path).save_progress(model, optimizer, RunProgress(make_history(1, 2)), CONFIG)
     assert before.read_bytes() == good  # the damaged one does not replace it
 
 
@@ -214,7 +236,8 @@ def test_a_checkpoint_of_another_network(place: tuple[Any, ...], value: object, 
 
 def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     folder, model, _ = saved(tmp_path, data_digest="a" * 64)
-    refused(folder, r"configuration \(epochs: 2 then, 3 now\); repeat the settings", epochs=3)
+    refused(folder, r"configuration \(epochs: 2 then, 3 now\); leave these settings out", epochs=3)
+    refused(folder, r"\(continued_from: None then, 1 now; epochs: 2 then, 3 now\)", epochs=3, continued_from=1)
     refused(folder, r"\(new: None then, 1 now\)", new=1)
     refused(folder, r"exclude_layers: \['conv1', 'bn'\] then, \['bn'\] now", exclude_layers=("bn",))
     refused(folder, "other images or labels", digest="b" * 64)

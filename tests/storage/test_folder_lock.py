@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,15 +18,16 @@ from src.storage import StorageError, folder_lock, remove_leftovers
 HOLD = """
 import sys
 from src.storage import folder_lock
-folder_lock.hold(sys.argv[1])
-print("held", "torch" in sys.modules, flush=True)
-sys.stdin.read()
+with folder_lock.hold(sys.argv[1]):
+    print("held", "torch" in sys.modules, flush=True)
+    sys.stdin.read()
 """
 
 
 @contextmanager
 def another_process(folder: Path) -> Iterator[int]:
     """Another process that has the folder, and has not loaded torch for it; its number."""
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-c", HOLD, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": Path(__file__).parents[2]}
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -38,18 +38,18 @@ def another_process(folder: Path) -> Iterator[int]:
             process.kill()
 
 
+def take(folder: Path) -> None:
+    with folder_lock.hold(folder):
+        pass
+
+
 def test_the_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     with another_process(tmp_path) as first:
-        for take in (folder_lock.check_free, folder_lock.hold, RunFolder.open):
+        for use in (folder_lock.check_free, take, RunFolder.open):
             with pytest.raises(StorageError, match=rf"in use by another run \(process {first} on .*wait for it or"):
-                take(tmp_path)
+                use(tmp_path)
     folder_lock.check_free(tmp_path)
-    folder_lock.hold(tmp_path)
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-    folder_lock.hold(tmp_path)  # again: the lock that was held went with its file
-    assert (tmp_path / ".lock").exists()
-    folder_lock.release(tmp_path)
+    take(tmp_path)
 
 
 def test_one_process_takes_it_any_number_of_times_and_under_any_name(
@@ -60,11 +60,11 @@ def test_one_process_takes_it_any_number_of_times_and_under_any_name(
     folder_lock.check_free(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir()), "checking creates nothing"
     monkeypatch.chdir(tmp_path)
-    for name in ("run", tmp_path / "run", "run/../run"):
-        folder_lock.hold(name)
-        folder_lock.check_free(name)
-    folder_lock.release("run")
-    folder_lock.release("run")  # once more is no error
+    with folder_lock.hold("run") as first, folder_lock.hold(tmp_path / "run") as second:
+        assert (first, second) == (True, False)
+        folder_lock.check_free("run/../run")
+        with folder_lock.hold("run"), pytest.raises(AssertionError), another_process(tmp_path / "run"):
+            pass
     with another_process(tmp_path / "run"):
         pass
 
@@ -74,8 +74,7 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", without)
-    folder_lock.hold(tmp_path)
-    folder_lock.release(tmp_path)
+    take(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor
 from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.training.reported import Reported, equal_tensors
-from src.runs import load_checkpoint
+from src.runs import contradictions, load_checkpoint
 from utils_quantization import eval_mode
 
 
@@ -98,8 +97,7 @@ def _going_on(pipeline: Pipeline, reported: Reported) -> Outcome:
     if own and "optimizer" in state and not _alike(pipeline.optimizer.state_dict(), state["optimizer"]):
         parts.append("the optimizer's state is another one")
     if own and pipeline.expected.config is not None and "config" in state:
-        meant, saved = asdict(pipeline.expected.config), state["config"]
-        odd = [key for key in meant if json.dumps(meant[key]) != json.dumps(saved.get(key, "absent"))]
+        odd = contradictions(state["config"], asdict(pipeline.expected.config))
         parts += [f"the configuration differs in {names(odd)}"] if odd else []
     if reported.history is not None and "records" in state.get("history", {}):
         records, saved = [asdict(record) for record in reported.history.records], state["history"]["records"]
