@@ -16,6 +16,17 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from src.storage import check_writable, folder_lock
+
+# What the pipeline allows, written out because its own modules load torch, which takes seconds: a test compares them.
+CHOICES: Mapping[str, Sequence[str]] = {
+    "PRESET": ("debug", "smoke", "mixed-bits", "paper", "paper-4bit"),
+    "DATA": ("auto", "cifar10", "digits", "folder:PATH"),
+    "DEVICE": ("auto", "cpu", "cuda", "mps"),
+    "BASELINE": ("auto", "true", "false"),
+}
+LOWEST: Mapping[str, int] = {"EPOCHS": 1, "BATCH_SIZE": 2, "LIMIT": 1, "SEED": 0}
+
 
 class NotebookInputError(ValueError):
     """The notebook, a parameter or an output path is not what it has to be. Nothing was executed."""
@@ -63,7 +74,8 @@ def parameter_defaults(notebook: NotebookNode) -> dict[str, object]:
 def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> dict[str, object]:
     """NAME=VALUE to typed values: a Python literal if it reads as one, else text.
 
-    Raises NotebookInputError for a name that is no parameter and for a value that its default's type excludes.
+    Raises NotebookInputError for a name that is no parameter and for a value that cannot be one of it, StorageError
+    where the OUTPUT_DIR cannot be used.
     """
     values: dict[str, object] = {}
     for setting in settings:
@@ -84,8 +96,30 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
         if type(value) not in types:
             wanted = "a number or None" if default is None else f"a value of the kind of the default, {default!r}"
             raise NotebookInputError(f"{name}={value!r}: need {wanted}")
+        _check_value(name, value)
         values[name] = value
+    output = {**defaults, **values}.get("OUTPUT_DIR")
+    if isinstance(output, str):
+        check_writable(output)
+        folder_lock.check_free(output)
     return values
+
+
+def _check_value(name: str, value: object) -> None:
+    """Raise NotebookInputError where the pipeline would refuse the value, with the nearest one that it knows."""
+    if isinstance(value, int) and value < LOWEST.get(name, value):
+        raise NotebookInputError(f"{name}={value}: need {LOWEST[name]} or more")
+    allowed = CHOICES.get(name)
+    if allowed is None or not isinstance(value, str) or value in allowed:
+        return
+    if name == "DATA" and value.startswith("folder:"):
+        train = Path(value.removeprefix("folder:"), "train").expanduser()
+        if not train.is_dir():
+            raise NotebookInputError(f"{name}={value}: there is no folder {str(train)!r}; need train/ and test/ in it")
+        return
+    nearest = ["cuda"] if value.lower() == "gpu" else difflib.get_close_matches(value.lower(), allowed, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise NotebookInputError(f"{name}={value} is unknown: {hint}allowed are {', '.join(allowed)}")
 
 
 def inject(notebook: NotebookNode, parameters: Mapping[str, object]) -> NotebookNode:

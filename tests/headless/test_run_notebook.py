@@ -27,10 +27,14 @@ from experiments.headless import (
     execution,
     inject,
     parameter_defaults,
+    parameters,
     parse_settings,
     to_html,
 )
+from experiments.pipeline import PRESETS, WISHES, configure
 from experiments.run_notebook import main
+from src.training import DEVICES
+from tests.storage.test_folder_lock import another_process
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = 'DATA = "auto"\nEPOCHS = None  # None: the preset\'s\nSEED = 0\nFAST = False'
@@ -68,13 +72,13 @@ def test_defaults_are_read_from_the_parameters_cell() -> None:
         ("EPOCHS=None", None),
         ("FAST=True", True),
         ("DATA=digits", "digits"),
-        ("DATA=2024", "2024"),
-        ("DATA='quoted'", "quoted"),
-        ("DATA=folder:/a b/it's=x", "folder:/a b/it's=x"),
+        ("TITLE=2024", "2024"),
+        ("TITLE='quoted'", "quoted"),
+        ("TITLE=folder:/a b/it's=x", "folder:/a b/it's=x"),
     ],
 )
 def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object) -> None:
-    parsed = parse_settings([setting], DEFAULTS)[setting.partition("=")[0]]
+    parsed = parse_settings([setting], {**DEFAULTS, "TITLE": ""})[setting.partition("=")[0]]
     assert parsed == value
     assert type(parsed) is type(value)
 
@@ -93,6 +97,57 @@ def test_setting_becomes_a_value_of_the_default_type(setting: str, value: object
 def test_wrong_setting_is_one_clear_error(settings: list[str], message: str) -> None:
     with pytest.raises(NotebookInputError, match=message):
         parse_settings(settings, DEFAULTS)
+
+
+ALL = {
+    "PRESET": "debug",
+    "DATA": "auto",
+    "EPOCHS": None,
+    "BATCH_SIZE": None,
+    "LIMIT": None,
+    "SEED": 0,
+    "DEVICE": "auto",
+}
+ALL |= {"BASELINE": "auto", "OUTPUT_DIR": "debug_output"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("DATA=cifar", r"DATA=cifar is unknown: did you mean cifar10\? allowed are auto, cifar10, digits, folder:PATH"),
+        ("DATA=folder:/no/such", "there is no folder '/no/such/train'; need train/"),
+        ("PRESET=papper", r"did you mean paper\?"),
+        ("DEVICE=gpu", r"did you mean cuda\?"),
+        ("BASELINE=yes", "BASELINE=yes is unknown: allowed are auto, true, false"),
+        ("EPOCHS=0", "EPOCHS=0: need 1 or more"),
+        ("BATCH_SIZE=1", "need 2 or more"),
+        ("SEED=-1", "need 0 or more"),
+        ("OUTPUT_DIR=setup.cfg/run", "cannot be written"),
+        ("OUTPUT_DIR=held", "in use by another run"),
+    ],
+)
+def test_a_value_that_the_pipeline_would_refuse_is_refused_before_a_kernel_starts(
+    setting: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.cfg").touch()
+    with another_process(tmp_path / "held"), pytest.raises(ValueError, match=message):
+        parse_settings([setting], ALL)
+
+
+def test_what_is_allowed_is_what_the_pipeline_allows() -> None:
+    assert set(parameters.CHOICES["PRESET"]) == PRESETS.keys()
+    assert parameters.CHOICES["DEVICE"] == DEVICES
+    assert parameters.CHOICES["BASELINE"] == WISHES
+    for name, values in parameters.CHOICES.items():
+        for value in values:
+            assert value == "folder:PATH" or parse_settings([f"{name}={value}"], ALL) == {name: value}
+    for source in parameters.CHOICES["DATA"][:-1]:
+        configure(data=source)
+    for name, lowest in parameters.LOWEST.items():
+        assert getattr(configure(**{name.lower(): lowest}), name.lower()) == lowest
+        with pytest.raises(ValueError, match=name.lower()):
+            configure(**{name.lower(): lowest - 1})
 
 
 def test_a_notebook_without_a_parameters_cell_has_none_to_set() -> None:
