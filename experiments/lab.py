@@ -116,7 +116,7 @@ def execute_copy(copy: Path, parameters: Mapping[str, object], summary: Path) ->
             return 0
     write_atomic(copy, nbformat.writes(notebook).encode())
     log_info("executing the notebook with this run, about a minute ...")
-    execution = execute(copy)
+    execution = execute(copy, notify=log_info)
     if execution.failure:
         log_info(execution.failure)
     write_atomic(copy, nbformat.writes(execution.notebook).encode())

@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from experiments import debug_run, lab
 from experiments.headless import parameter_defaults, read_notebook
 from experiments.headless.execution import Execution
+from src.storage import Notify
 
 PARAMETERS = 'DATA = "auto"\nDATA_ROOT = "data"\nEPOCHS = None\nOUTPUT_DIR = "debug_output"\nRESUME = False'
 FEW = ["--data", "digits", "--epochs", "2", "--limit", "40", "--batch-size", "20", "--output"]
@@ -48,7 +49,8 @@ class Project:
             shutil.copytree(self.finished, command[command.index("--output") + 1])
         return self.status
 
-    def execute(self, path: Path) -> Execution:
+    def execute(self, path: Path, *, notify: Notify) -> Execution:
+        notify("0:00  a chapter")
         self.executed.append(parameter_defaults(read_notebook(path)))
         return Execution(read_notebook(path), "cell 2 failed" * bool(self.execution), self.execution)
 
@@ -138,6 +140,7 @@ def test_copy_is_executed_anew_for_a_newer_run_unless_its_cells_were_edited(
     for given, executed in ((3, 1), (3, 1), (4, 2)):
         assert lab.execute_copy(copy, {"EPOCHS": given}, summary) == 0
         assert len(project.executed) == executed
+    assert capsys.readouterr().err.count("0:00  a chapter") == 2
     os.utime(copy, (0, 0))
     lab.execute_copy(copy, {"EPOCHS": 4}, summary)
     assert len(project.executed) == 3

@@ -105,6 +105,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_every_command_runs_in_the_order_in_which_a_reader_runs_them(checkout: Path, tmp_path: Path) -> None:
     """Takes about five minutes: two notebooks, the doctor, and ten trainings of one epoch, in one folder."""
