@@ -38,6 +38,7 @@ from experiments.figures.layers import (
     removal_map,
 )
 from experiments.figures.style import names_left, plain_table, png_bytes, result_css
+from experiments.figures.svg import hover_values, svg_text
 from experiments.figures.weights import Curve, layer_figure, sparsity_map, staircase_explorer_figure, staircase_family
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "cost_bars",
     "dashboard",
     "decay_forms",
+    "hover_values",
     "image_figure",
     "image_grid",
     "layer_figure",
@@ -76,4 +78,5 @@ __all__ = [
     "staircase_explorer_figure",
     "staircase_family",
     "style",
+    "svg_text",
 ]

@@ -24,7 +24,7 @@ TIGHT = {"h_pad": 0.03, "w_pad": 0.06, "hspace": 0.02, "wspace": 0.02}
 MARKS = {
     FLOAT: {"marker": "D", "color": style.SKY, "ms": 9, "mec": style.INK, "mew": 0.8},
     QUANTIZED: {"marker": "o", "color": style.BLUE, "ms": 9},
-    COMPACTED: {"marker": "x", "color": style.BLACK, "ms": 6, "mew": 1.8},
+    COMPACTED: {"marker": "x", "color": style.INK, "ms": 6, "mew": 1.8},
 }
 
 

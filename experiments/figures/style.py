@@ -57,8 +57,8 @@ BALANCED = LinearSegmentedColormap.from_list("balanced", ["#B34500", WHITE, "#00
 """Activations: negative orange, 0 white, positive blue."""
 SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, "#B34500"), (0.5, "#EDD1BF"), (0.5, "#BFD3E5"), (1.0, "#004D94")]
-).with_extremes(bad=WHITE, over=PALE)
-"""Weights: negative orange, positive blue, and clearly coloured however small; zeros are masked, hence white."""
+).with_extremes(bad="none", over=PALE)
+"""Weights: negative orange, positive blue, and clearly coloured however small; zeros are masked, hence blank."""
 
 TEXT, TITLE = 11.0, 13.5
 PERCENT = "{x:g} %"  # ticks of an axis whose data are per cent (0 to 100)

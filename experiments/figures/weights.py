@@ -129,7 +129,7 @@ def layer_figure(now: LayerSnapshot, course: Sequence[LayerSnapshot], *, subtitl
 
 @style.styled
 def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "") -> Figure:
-    """Every kernel of a convolution: row o, column i is kernel (o, i). Zero white, positive blue, negative orange.
+    """Every kernel of a convolution: row o, column i is kernel (o, i). Zero blank, positive blue, negative orange.
 
     weight: (O, I, k, k). A filter that is all zero is marked at its left.
     """
@@ -150,15 +150,14 @@ def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "")
     box = (-0.5, inputs - 0.5, outputs - 0.5, -0.5)
     image = axes.imshow(flat, cmap=style.SIGNED, vmin=-limit, vmax=limit, extent=box, interpolation="nearest")
     axes.set(xlabel="input channel", ylabel="output channel (filter)", xlim=(-0.5 - 0.035 * inputs, inputs - 0.5))
-    axes.set_facecolor(style.PAPER)
     edge = np.full(len(dead), -0.5 - 0.018 * inputs)
-    axes.plot(edge, dead, ls="", marker=">", ms=5, color=style.BLACK, label="dead filter")
+    axes.plot(edge, dead, ls="", marker=">", ms=5, color=style.INK, label="dead filter")
     if len(dead):
         style.legend_above(axes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="weight (white: exactly 0)", shrink=0.7, pad=0.02, aspect=28)
+    figure.colorbar(image, ax=axes, label="weight (blank: exactly 0)", shrink=0.7, pad=0.02, aspect=28)
     return figure
 
 

@@ -1,10 +1,11 @@
 r"""An executed notebook as one HTML file that needs no network and no server.
 
 What the stock template would fetch or lose is replaced: TeX becomes MathML, a PNG keeps the alt text of its
-metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded, a widget becomes a note. Code is
-folded in <details>; the one script, page.js, folds and unfolds all of it and is not needed for anything else. A
-content security policy in the page keeps every browser from fetching anything, and from running any other script.
-The page's structure and look are in template/.
+metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded. A figure that comes with an SVG is
+shown as that; an explorer that comes with its numbers works in the page, any other widget becomes a note. Code is
+folded in <details>. Without scripts all is there but the explorers, of which the saved figure stays. A content security
+policy in the page keeps every browser from fetching anything, and from running any script but the page's own. The
+page's structure, look and scripts are in template/.
 
 About its run a page says what the notebook has published beside outputs that it shows anyway, under a type that only
 the page reads: it travels with the executed notebook and is never of another run. What was not published is said to
@@ -29,11 +30,17 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict, writes
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+REPOSITORY_URL = ""  # where the project is published, e.g. https://github.com/OWNER/NAME: then files become links
+NOTEBOOK_NAME = "codeq_walkthrough.ipynb"
+SCRIPTS = ("page.js", "explorers.js")
 # The one type of an output that is shown is the first of these that it has.
 SHOWN_TYPES = (
+    "application/vnd.codeq.figure+json",
+    "application/vnd.codeq.explorer+json",
     "text/html",
     "text/markdown",
     "image/svg+xml",
@@ -62,11 +69,12 @@ def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
     The title is the first heading, and the facts of the run (see `header`) stand below it. Where
     `notebook.metadata["run"]` has the status "failed" a banner says so. `notebook` itself stays as it is.
     """
-    script = (HERE / "template/page.js").read_text(encoding="utf-8").strip()
+    script = "\n".join((HERE / "template" / name).read_text(encoding="utf-8").strip() for name in SCRIPTS)
     found = [text for cell in notebook.cells if cell.cell_type == "markdown" for text in headings(cell.source)]
     resources = {
         "metadata": {"name": found[0] if found else "Notebook", "path": str(folder)},
         "header": header(notebook),
+        "download": {"name": NOTEBOOK_NAME, "address": _address(notebook)},
         "stylesheet": (HERE / "template/style.css").read_text(encoding="utf-8").strip(),
         "script": script,
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}",
@@ -77,6 +85,14 @@ def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
     if head and "</h1>" in page:
         page = page.replace(head.group(), "").replace("</h1>", f"</h1>{head.group(1)}", 1)
     return page.replace("<!--contents-->", _contents(page))
+
+
+def _address(notebook: NotebookNode) -> str:
+    """The notebook itself, without its outputs, as the address of a link."""
+    cells = [{**cell, "outputs": [], "execution_count": None} if "outputs" in cell else cell for cell in notebook.cells]
+    plain = from_dict({**notebook, "cells": cells, "metadata": {**notebook.metadata, "run": None}})
+    del plain.metadata["run"]
+    return f"data:application/x-ipynb+json;base64,{base64.b64encode(writes(plain).encode()).decode('ascii')}"
 
 
 def headings(markdown: str) -> list[str]:
@@ -121,6 +137,12 @@ class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
 
     def latex_environment(self, name: str, body: str) -> str:
         return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
+
+    def codespan(self, text: str) -> str:
+        """A file of the project is a link where the project is published."""
+        code = str(super().codespan(text))
+        known = REPOSITORY_URL and re.fullmatch(r"[\w./-]+", text) and (ROOT / text).exists()
+        return f'<a href="{REPOSITORY_URL}/blob/main/{text}">{code}</a>' if known else code
 
     def table(self, text: str) -> str:
         return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>{text}</table></div>\n'

@@ -9,8 +9,10 @@ import functools
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from experiments.notebook import lessons, live
 from experiments.notebook.image_trace import ThreeNetworks
 from experiments.pipeline import SavedRun, comparison, contents
 from src.data import ImageData
-from src.runs import RunError, Snapshots
+from src.runs import REACH, RunError, Snapshots
 from utils_quantization import latent_weight, quantized_layers
 
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
+QUANTILES = 801  # of each sample, for a page
+MOST_SNAPSHOTS = 800  # layers times epochs, for a page: about 400 kB
 WIDE = {"width": "min(34em, 95%)"}  # of a control: room to aim at one of hundreds of epochs or images
 
 
@@ -59,12 +63,25 @@ def quantizer(samples: Mapping[str, Tensor], weights: str = "") -> None:
         note = f"{weights}; error: RMS of q(w) − w, over the RMS of w"  # one line, whatever the weights
         return figures.staircase_explorer_figure(curve, *shown, bits, dead_zone, subtitle=note)
 
+    start = weights or next(iter(samples))
     live.explorer(
         draw,
-        weights=_dropdown("weights", samples, weights or next(iter(samples))),
+        page={"kind": "quantizer", "start": start, "samples": {name: _shape(one) for name, one in samples.items()}},
+        weights=_dropdown("weights", samples, start),
         dead_zone=widgets.FloatSlider(0.25, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE),
         bits=widgets.IntSlider(4, min=2, max=8, description="bits", layout=WIDE),
     )
+
+
+@torch.no_grad()
+def _shape(weights: Tensor) -> list[int]:
+    """Weights in a page: their quantiles in ten thousandths of their range R, from the smallest to the largest.
+
+    The shares of which they are the quantiles are (1 - cos pi t) / 2, t from 0 to 1: the tails need most of them.
+    """
+    range_ = float(lessons.fixed_quantizer(0.25, 4).grid(weights).range) or 1.0
+    found = np.quantile(weights.numpy() / range_, (1 - np.cos(np.linspace(0, np.pi, QUANTILES))) / 2)
+    return [round(10_000 * value) for value in found.tolist()]
 
 
 def layers(snapshots: Snapshots, subtitle: str = "") -> None:
@@ -76,7 +93,35 @@ def layers(snapshots: Snapshots, subtitle: str = "") -> None:
     newest = snapshots.epochs[-1]
     most = max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
     epochs = widgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
-    live.explorer(draw, layer=_dropdown("layer", snapshots.layer_names, most), epoch=epochs)
+    live.explorer(
+        draw, page=_courses(snapshots, most), layer=_dropdown("layer", snapshots.layer_names, most), epoch=epochs
+    )
+
+
+def _courses(snapshots: Snapshots, start: str) -> dict[str, Any]:
+    """The snapshots in a page, of a long run some epochs: the first, the last, and others evenly between them."""
+    most = max(2, MOST_SNAPSHOTS // len(snapshots.layer_names))
+    kept = {snapshots.epochs[i] for i in np.linspace(0, len(snapshots.epochs) - 1, most).round().astype(int)}
+    return {
+        "kind": "layers",
+        "start": start,
+        "reach": REACH,
+        "layers": {
+            layer: [
+                {
+                    "epoch": one.epoch,
+                    "counts": one.counts.tolist(),
+                    "zone": round(one.zone_share, 5),
+                    "bits": one.bits,
+                    "zeros": round(one.sparsity, 5),
+                    "dead": "".join(map(str, one.dead.astype(int))),
+                }
+                for one in snapshots.through(layer)
+                if one.epoch in kept
+            ]
+            for layer in snapshots.layer_names
+        },
+    }
 
 
 @torch.no_grad()

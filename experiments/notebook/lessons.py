@@ -243,4 +243,4 @@ def verdict_table(verdict: Verdict) -> Styler:
     table.loc[table["status"] == PASSED, "look_at"] = ""
     table.columns = ["result", "what", "expected", "measured", "if it fails, look at"]
     styled = plain_table(table.to_dict("records")).map(result_css, subset=["result"])
-    return styled.set_properties(**{"white-space": "normal"})
+    return styled.set_properties(**{"white-space": "normal"}).set_table_attributes('class="cards"')

@@ -1,8 +1,9 @@
 """What a notebook shows: figures that are displayed once or follow a run, progress, explorers, facts for the page.
 
 A figure is a PNG with its alt text under a display id that is then updated, so the saved notebook holds the last state
-and nothing else, also when no browser is open. Nothing here knows a model or a file. Outside a notebook nothing is
-displayed, and progress is a line on stderr. Times are seconds.
+and nothing else, also when no browser is open. Beside what a notebook shows, under types of their own that only the
+page reads, are the figure as an SVG with its values, and what an explorer needs where no kernel answers. Nothing here
+knows a model or a file. Outside a notebook nothing is displayed, and progress is a line on stderr. Times are seconds.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from IPython.display import DisplayHandle, display
 from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
-from experiments.figures import png_bytes, style
+from experiments.figures import hover_values, png_bytes, style, svg_text
 from src.training import EpochRecord, in_notebook
 
 FACTS = "application/vnd.codeq.run+json"
-Bundle = tuple[dict[str, str], dict[str, Any]]
+FIGURE = "application/vnd.codeq.figure+json"
+EXPLORER = "application/vnd.codeq.explorer+json"
+Bundle = tuple[dict[str, Any], dict[str, Any]]
 View = Callable[..., Bundle | Figure]
 Clock = Callable[[], float]
 
 
 def show(figure: Figure) -> None:
     """Display a figure once, crisp and with its alt text."""
-    put(*figure_bundle(figure))
+    put(*page_bundle(figure))
 
 
-def put(data: dict[str, str], metadata: dict[str, Any], *, handle: Any = None) -> Any:
+def put(data: dict[str, Any], metadata: dict[str, Any], *, handle: Any = None) -> Any:
     """Display under a new id, or update the display of `handle`. Returns the handle (None outside a notebook)."""
     if not in_notebook():
         return None
@@ -56,6 +59,12 @@ def figure_bundle(figure: Figure) -> Bundle:
     return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": width, "height": height}}
 
 
+def page_bundle(figure: Figure) -> Bundle:
+    """As `figure_bundle`, and for the page an SVG and the values of its curves (FIGURE); takes twice as long."""
+    data, metadata = figure_bundle(figure)
+    return {**data, FIGURE: {"svg": svg_text(figure), "hover": hover_values(figure)}}, metadata
+
+
 def publish(facts: Mapping[str, Any], line: str) -> None:
     """Show `line` in the notebook and keep `facts` (JSON) with it. A later call replaces the keys that it repeats.
 
@@ -63,7 +72,7 @@ def publish(facts: Mapping[str, Any], line: str) -> None:
     added.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    put({"text/plain": line, FACTS: {**facts, "recorded": now}}, {})  # type: ignore[dict-item]
+    put({"text/plain": line, FACTS: {**facts, "recorded": now}}, {})
 
 
 class LiveFigure:
@@ -84,7 +93,8 @@ class LiveFigure:
         if not in_notebook() or (not force and self._clock() < self._next):
             return
         try:
-            self._handle = put(*figure_bundle(self._draw()), handle=self._handle)
+            bundle = page_bundle if force else figure_bundle  # the last frame is what a page shows
+            self._handle = put(*bundle(self._draw()), handle=self._handle)
         except Exception as error:
             text = f"the live figure could not be drawn and keeps its last frame: {type(error).__name__}: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -193,10 +203,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def explorer(*views: View, busy: str = "", **controls: Any) -> None:
+def explorer(*views: View, busy: str = "", page: Mapping[str, Any] | None = None, **controls: Any) -> None:
     """Controls above the displays that follow them. A view gets the value of each control under its name.
 
-    controls: ipywidgets with a `value`; they act when let go. busy: shown while the views are drawn again. What a view
+    controls: ipywidgets with a `value`; they act when let go. busy: shown while the views are drawn again. page: with
+    `kind`, the numbers with which template/explorers.js of the page answers the same controls. What a view
     returns is an ordinary display that starts with the controls' present values, so a saved notebook or page holds it
     also where no kernel answers the controls. It is below them, so that they do not move when it changes its height.
     """
@@ -205,13 +216,14 @@ def explorer(*views: View, busy: str = "", **controls: Any) -> None:
         if control.has_trait("continuous_update"):
             control.continuous_update = False
     if in_notebook():
-        display(VBox([*controls.values(), note]))
+        shown = VBox([*controls.values(), note])._repr_mimebundle_()
+        display({**shown, **({EXPLORER: page} if page else {})}, raw=True)
 
-    def draw(view: View) -> Bundle:
+    def draw(view: View, bundle: Callable[[Figure], Bundle] = figure_bundle) -> Bundle:
         shown = view(**{name: control.value for name, control in controls.items()})
-        return figure_bundle(shown) if isinstance(shown, Figure) else shown
+        return bundle(shown) if isinstance(shown, Figure) else shown
 
-    handles = [put(*draw(view)) for view in views]
+    handles = [put(*draw(view, page_bundle)) for view in views]
 
     def redraw(_: object) -> None:
         note.value = busy

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
+from matplotlib.figure import Figure
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from experiments import figures
 from experiments.headless import to_html
-from experiments.notebook import FACTS
+from experiments.notebook import FACTS, explorers, lessons, live
+from src.runs import Snapshots
+from src.training import History
 from tests.browser.lab_page import complaints
 from tests.headless.test_page import FACTS_OF_A_RUN
+from tests.histories import make_history
+from tests.quantized_networks import small_resnet
+from utils_quantization import latent_weight, quantized_layers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -204,6 +213,132 @@ def test_only_what_scrolls_is_a_stop_of_the_tab_key(opened: Callable[..., Page])
         stops = page.locator("[tabindex='0']:visible")
         assert all(stops.evaluate_all("(all) => all.map((box) => box.scrollWidth > box.clientWidth)"))
         assert page.locator("pre.columns[tabindex='0']").count() == 1, "wider than any screen"
+
+
+@pytest.fixture
+def explorers_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two explorers and a curve as a notebook saves them, in a page."""
+    outputs: list[NotebookNode] = []
+    monkeypatch.setattr(live, "in_notebook", lambda: True)
+    monkeypatch.setattr(live, "put", lambda data, meta, handle=None: outputs.append(shown(data, meta)))
+    monkeypatch.setattr(live, "display", lambda data, raw: outputs.append(shown(data, {})))
+    explorers.quantizer(explorers.weight_samples(0))
+    explorers.layers(small_snapshots())
+    live.show(figures.accuracy_curve(make_history(12), chance=0.1))
+    cells = [new_code_cell("quantizer()", outputs=outputs[:2]), new_code_cell("layers()", outputs=outputs[2:4])]
+    file = tmp_path / "explorers.html"
+    book = new_notebook(cells=[new_markdown_cell("# Lesson"), *cells, new_code_cell("curve()", outputs=outputs[4:])])
+    file.write_text(to_html(book), encoding="utf-8")
+    return file
+
+
+def shown(data: dict[str, Any], metadata: dict[str, Any]) -> NotebookNode:
+    return new_output("display_data", data=data, metadata=metadata)
+
+
+def small_snapshots() -> Snapshots:
+    model = small_resnet((8, 4, 2))
+    snapshots = Snapshots(list(quantized_layers(model)))
+    for epoch in range(4):
+        snapshots.add(model, epoch)
+        with torch.no_grad():
+            latent_weight(next(iter(quantized_layers(model).values())))[epoch] = 0
+    return snapshots
+
+
+def test_the_quantizer_explorer_of_a_page_agrees_with_the_quantizer(
+    opened: Callable[..., Page], explorers_page: Path
+) -> None:
+    page = opened(address=explorers_page)
+    box = page.locator(".explorer").first
+    samples = explorers.weight_samples(0)
+    for name, share, bits in (
+        ("a fresh layer (Kaiming)", 0.25, 4),
+        ("Laplace (long tails)", 0.4, 2),
+        ("normal", 0.1, 6),
+    ):
+        box.locator("select").select_option(name)
+        for slider, value in zip(box.locator("input").all(), (share, bits), strict=True):
+            slider.fill(str(value))
+        page.wait_for_function(
+            "(want) => document.querySelector('.said').textContent.includes(want)", arg=f"{bits} bits"
+        )
+        zeros, used, error = re.search(  # type: ignore[union-attr]
+            r"([\d.]+) % zeros, (\d+) of \d+ levels used, error ([\d.]+) %", box.locator(".said").inner_text()
+        ).groups()
+        quantized = lessons.fixed_quantizer(share, bits)(samples[name]).detach()
+        assert float(zeros) == pytest.approx(100 * float((quantized == 0).float().mean()), abs=0.15)
+        assert int(used) == len(quantized.unique())
+        true_error = float((quantized - samples[name]).norm() / samples[name].norm())
+        assert float(error) == pytest.approx(100 * true_error, rel=0.03)
+    assert not box.locator("xpath=..").locator("figure.output").is_visible(), "the saved figure made room"
+    assert violations(page) == []
+
+
+def test_the_epoch_slider_of_a_page_shows_every_snapshot_and_plays(
+    opened: Callable[..., Page], explorers_page: Path
+) -> None:
+    page = opened(390, address=explorers_page)
+    box, snapshots = page.locator(".explorer").nth(1), small_snapshots()
+    layer = snapshots.layer_names[0]
+    box.locator("select").select_option(layer)
+    for one in snapshots.through(layer):
+        box.locator("input").fill(str(one.epoch))
+        expected = (
+            f"{one.sparsity:.1%}".replace("%", " %") + f" zeros, {one.dead.sum()} of {len(one.dead)} filters dead"
+        )
+        page.wait_for_function(
+            "(want) => document.querySelectorAll('.said')[1].textContent.includes(want)", arg=expected
+        )
+    press = "(button) => { button.click(); return document.querySelectorAll('.said')[1].textContent; }"
+    assert "before training" in box.get_by_role("button", name="Play").evaluate(press), "from the beginning"
+    page.wait_for_function("() => document.querySelectorAll('.said')[1].textContent.includes('after epoch 3')")
+    assert box.get_by_role("button", name="Play").is_visible()
+    assert violations(page) == []
+    assert page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def test_without_scripts_the_saved_figures_stay(opened: Callable[..., Page], explorers_page: Path) -> None:
+    page = opened(address=explorers_page, java_script_enabled=False)
+    assert page.locator("figure img:visible").count() == 3
+    assert page.locator(".explorer:visible").count() == 0
+
+
+def test_the_values_of_a_curve_show_under_the_pointer(opened: Callable[..., Page], explorers_page: Path) -> None:
+    page = opened(address=explorers_page, color_scheme="dark")
+    image, history = page.locator("figure[data-hover] img").last, make_history(12)
+    image.scroll_into_view_if_needed()
+    area = image.bounding_box()
+    ((box, limits),) = [(one["box"], one["limits"]) for one in figures.hover_values(drawn_curve(history))]
+    x = area["x"] + area["width"] * (box[0] + box[2] * (5 - limits[0]) / (limits[1] - limits[0]))  # type: ignore[index]
+    page.mouse.move(x, area["y"] + area["height"] * (box[1] + box[3] / 2))  # type: ignore[index]
+    tip = page.locator(".tip")
+    assert "epoch 5" in tip.inner_text()
+    assert f"{100 * history.column('accuracy')[4]:.4g} %" in tip.inner_text()
+    page.mouse.move(x, area["y"] + 2)  # type: ignore[index]
+    assert not tip.is_visible()
+
+
+def drawn_curve(history: History) -> Figure:
+    figure = figures.accuracy_curve(history, chance=0.1)
+    figures.png_bytes(figure)
+    return figure
+
+
+def test_code_can_be_copied(opened: Callable[..., Page]) -> None:
+    page = opened(permissions=["clipboard-read", "clipboard-write"])
+    page.locator("details.code summary").first.click()
+    page.get_by_role("button", name="Copy").first.click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("() => navigator.clipboard.readText()") == f"{CODE}\n"
+
+
+def test_the_contents_stay_in_reach_on_a_phone(opened: Callable[..., Page]) -> None:
+    page = opened(390)
+    page.evaluate("() => window.scrollTo({ top: document.body.scrollHeight / 2, behavior: 'instant' })")
+    box = page.get_by_role("navigation", name="Contents").bounding_box()
+    assert box is not None
+    assert 0 <= box["y"] < 20
 
 
 def test_dark_screens_get_dark_paper_but_figures_keep_theirs(opened: Callable[..., Page]) -> None:

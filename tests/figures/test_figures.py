@@ -160,12 +160,13 @@ def test_sparsity_map_puts_every_kernel_in_its_place() -> None:
     ]  # fmt: skip
     drawn = np.ma.asarray(image.get_array())
     np.testing.assert_array_equal(np.ma.filled(drawn, 0), np.array(expected))
-    rgb = image.to_rgba(drawn)[..., :3]
-    assert (rgb[0, 0] == 1).all(), "zero is white"
+    rgb = image.to_rgba(drawn)
+    assert rgb[0, 0, 3] == 0, "zero is blank"
     assert mcolors.same_color(rgb[0, 2], style.PALE)
     assert rgb[0, 3, 2] > rgb[0, 3, 0], "positive is blue"
     assert rgb[0, 4, 0] > rgb[0, 4, 2], "negative is orange"
-    assert rgb[7, 1].min() < 0.9, "the smallest weight is not white"
+    assert rgb[7, 1, 3] == 1
+    assert rgb[7, 1].min() < 0.9, "the smallest weight has a colour"
     assert list(axes.get_lines()[0].get_ydata()) == [1], "filter 1 is marked dead"
     assert "83.3 % zeros, 1 of 3 filters dead; 4 of 6 kernels are all zero" in figure.get_label()
 
@@ -264,7 +265,8 @@ def test_figures_leave_no_state_behind(history: History) -> None:
         before = dict(matplotlib.rcParams)
         figure = figures.accuracy_curve(history, chance=0.1)
         assert dict(matplotlib.rcParams) == before
-    assert mcolors.same_color(figure.axes[0].get_facecolor(), "white")
+    assert figure.axes[0].get_facecolor()[3] == 0, "paper comes from the figure alone, which a page leaves out"
+    assert mcolors.same_color(figure.get_facecolor(), style.PAPER)
     assert mcolors.same_color(figure.get_facecolor(), style.PAPER)
     assert figure.axes[0].xaxis.label.get_fontsize() == style.TEXT
     assert figure.axes[0].spines["left"].get_linewidth() < 2, "also where this style names no value"

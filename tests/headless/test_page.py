@@ -7,18 +7,22 @@ tests/browser/test_page.py.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from experiments.headless import page as page_module
 from experiments.headless import to_html
 from experiments.headless.page import header, tex_to_mathml
 from experiments.notebook import FACTS
+from experiments.notebook.live import EXPLORER, FIGURE
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -60,6 +64,46 @@ def test_picture_keeps_its_alt_text_width_and_bytes() -> None:
     assert base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,")) == base64.b64decode(PNG)
     (image,) = Elements(page_of(display({"image/png": PNG}))).attributes("img")
     assert image["alt"] == "No description of this figure was given"
+
+
+def test_a_figure_with_an_svg_is_shown_as_that_with_its_alt_text_and_values() -> None:
+    data = {"image/png": PNG, FIGURE: {"svg": "<svg>√</svg>", "hover": [{"box": [0, 0, 1, 1]}]}}
+    elements = Elements(page_of(display(data, {"image/png": {"alt": "a curve", "width": 640}})))
+    (image,) = elements.attributes("img")
+    assert base64.b64decode(str(image["src"]).removeprefix("data:image/svg+xml;base64,")).decode() == "<svg>√</svg>"
+    assert image["alt"] == "a curve"
+    assert json.loads(str(elements.attributes("figure")[0]["data-hover"])) == [{"box": [0, 0, 1, 1]}]
+
+
+def test_an_explorer_keeps_its_numbers_and_the_saved_figure() -> None:
+    data = {"application/vnd.jupyter.widget-view+json": "{}", EXPLORER: {"kind": "layers", "start": "</script>"}}
+    page = page_of(display(data), display({"image/png": PNG}))
+    assert "open the notebook to use it" not in page
+    assert len(Elements(page).attributes("img")) == 1
+    (numbers,) = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    assert json.loads(numbers) == data[EXPLORER]
+
+
+def test_the_notebook_can_be_downloaded_without_its_outputs() -> None:
+    book = new_notebook(
+        cells=[new_markdown_cell("# A lesson"), new_code_cell("1 + 1", outputs=[display({"image/png": PNG})])]
+    )
+    (link,) = [one for one in Elements(to_html(book)).attributes("a") if "download" in one]
+    assert str(link["download"]).endswith(".ipynb")
+    kept = nbformat.reads(base64.b64decode(str(link["href"]).partition("base64,")[2]).decode(), as_version=4)
+    nbformat.validate(kept)
+    assert [cell.source for cell in kept.cells] == ["# A lesson", "1 + 1"]
+    assert kept.cells[1].outputs == []
+
+
+def test_files_are_links_where_the_project_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = new_notebook(cells=[new_markdown_cell("`README.md`, `docs/no_such_file.md`, `make lab`")])
+    assert not Elements(to_html(prose)).attributes("a")[-1]["href"].endswith("README.md")  # type: ignore[union-attr]
+    monkeypatch.setattr(page_module, "REPOSITORY_URL", "https://example.org/codeq")
+    found = [
+        str(link["href"]) for link in Elements(to_html(prose)).attributes("a") if "example.org" in str(link["href"])
+    ]
+    assert found == ["https://example.org/codeq/blob/main/README.md"]
 
 
 def test_page_fetches_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def controls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     explorer = live.explorer
 
-    def keeping(*views: Any, busy: str = "", **controls: Any) -> None:
+    def keeping(*views: Any, busy: str = "", page: Any = None, **controls: Any) -> None:
         kept.update(controls)
-        explorer(*views, busy=busy, **controls)
+        explorer(*views, busy=busy, page=page, **controls)
 
     monkeypatch.setattr(live, "explorer", keeping)
     return kept

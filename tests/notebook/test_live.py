@@ -242,6 +242,7 @@ def test_a_notebook_that_was_run_without_a_browser_holds_the_last_state() -> Non
     NotebookClient(book, timeout=240, kernel_name="python3").execute()
     live_figure, progress, explorer = ([SimpleNamespace(**one) for one in cell.outputs] for cell in book.cells)
     assert alts(live_figure) == ["frame 5"]
+    assert [live.FIGURE in output.data for output in live_figure if output.output_type == "display_data"] == [True]
     told = "".join(output.text for output in live_figure if output.output_type == "stream")
     assert told.count("frame 3 cannot be drawn") == 1
     (bar,) = progress
