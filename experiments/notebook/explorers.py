@@ -176,6 +176,7 @@ def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report]) -> None
 def runs(folder: str | Path) -> None:
     """Choose among the runs around `folder`, at first six of them; curves, plane and tables follow.
 
+    A run alone has no curves: those are the ones of its diagnostic plots.
     Raises RunError where no run can be read.
     """
     known: dict[str, SavedRun] = {}
@@ -200,8 +201,11 @@ def runs(folder: str | Path) -> None:
         text = [comparison.as_text(chosen(runs)), *refused]
         return {"text/html": "\n".join(page), "text/plain": "\n\n".join(text)}, {}
 
+    def curves(runs: Sequence[str]) -> Figure:
+        return figures.run_curves([comparison.series(run) for run in chosen(runs)])
+
     live.explorer(
-        lambda runs: figures.run_curves([comparison.series(run) for run in chosen(runs)]),
+        *([curves] if len(known) > 1 else []),
         lambda runs: figures.run_plane([comparison.series(run) for run in chosen(runs)]),
         tables,
         runs=widgets.SelectMultiple(

@@ -285,3 +285,10 @@ def test_the_explorer_of_runs_follows_the_choice(tmp_path: Path, screen: Screen,
     assert "Settings that differ" not in screen.displays[2][0]["text/plain"], "one run differs from nothing"
     pick.value = ()
     assert "“out”" in screen.alt(0), "with nothing chosen the first stays"
+
+
+def test_a_run_alone_has_a_plane_and_no_curves(tmp_path: Path, screen: Screen) -> None:
+    save_run(tmp_path / "out", configure("debug"), 5)
+    explorers.runs(tmp_path / "out")
+    assert len(screen.displays) == 2
+    assert "relative bit operations" in screen.alt(0)
