@@ -47,6 +47,7 @@ def make_history(done: int = 20, epochs: int = 20) -> History:
                 mean_bits=float(np.mean([layer.bits for layer in layers])),
                 seconds=30.0,
                 layers=layers,
+                recalibrated_accuracy=min(0.5 + 0.025 * e, 0.97),
             )
         )
     return history

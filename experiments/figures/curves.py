@@ -32,26 +32,43 @@ PANELS = (
 def accuracy_curve(history: History, *, chance: float, baseline: History | None = None, subtitle: str = "") -> Figure:
     """Test accuracy (thick) and training accuracy (thin) by epoch in per cent; `chance` is a share, drawn dashed.
 
+    Also the test accuracy with BatchNorm recalibrated (dashed), and a band over the epochs with the penalty on.
     baseline: of the run without compression, its test accuracy in grey.
     """
     test, train, last = history.column("accuracy"), history.column("train_accuracy"), history.last
+    fresh, penalised = history.column("recalibrated_accuracy"), np.flatnonzero(history.column("coefficient"))
     title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(last.accuracy)} after epoch {len(test)}"
     alt = f"Line chart by epoch. {title}; the best is {percent(test.max())} in epoch {int(test.argmax()) + 1}. "
     alt += f"Training accuracy ends at {percent(last.train_accuracy)}."
+    if len(penalised):
+        low = history.lowest
+        alt += (
+            f" While the penalty is on, from epoch {penalised[0] + 1}, test accuracy is lowest in epoch {low.epoch}: "
+        )
+        again = low.recalibrated_accuracy
+        alt += percent(low.accuracy) + ("." if again is None else f", {percent(again)} with BatchNorm recalibrated.")
     if baseline:
         alt += f" Without compression the test accuracy ends at {percent(baseline.last.accuracy)}."
     figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
+    if len(penalised):
+        axes.axvspan(penalised[0] + 0.5, penalised[-1] + 1.5, color=style.COEFFICIENT, alpha=0.09, lw=0)
+        axes.annotate(
+            "penalty on", (penalised[0] + 0.5, 0), (4, 4), textcoords="offset points", color=style.COEFFICIENT
+        )
     if baseline:
         curve = 100 * baseline.column("accuracy")
         style.epoch_line(axes, curve, color=style.GREY, lw=1.8, marker="", label="without compression")
     style.epoch_line(axes, 100 * train, color=style.TRAIN, lw=1.4, marker="", label="training images")
     style.epoch_line(axes, 100 * test, color=style.ACCURACY, label="test images")
+    if not np.isnan(fresh).all():
+        thin = {"color": style.ACCURACY, "lw": 1.2, "ls": style.DASHED, "marker": ""}
+        style.epoch_line(axes, 100 * fresh, label="test images, BatchNorm recalibrated", **thin)
     axes.axhline(100 * chance, color=style.MUTED, lw=1.2, ls=(0, (4, 3)), label=f"chance, {100 * chance:.3g} %")
     axes.set(ylim=(0, style.FULL), ylabel="accuracy")
     axes.yaxis.set_major_formatter(style.PERCENT)
     style.epoch_axis(axes, history.epochs)
-    style.legend_above(axes)
+    style.legend_above(axes, columns=2)
     return figure
 
 

@@ -84,16 +84,18 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def canvas(title: str, subtitle: str, alt: str, *, height: float, **pads: float) -> Figure:
     """An empty figure: its takeaway at the top left, the subtitle in grey below, and `height` inches for the rest.
 
-    Both are wrapped at the figure's edge; a number stays with its unit ("92.8 %"), and the last line has two words.
+    Both are wrapped at the figure's edge; a number stays with its unit ("92.8 %"), and a last line has three words.
     alt: what the figure shows, with its numbers, in sentences; kept as its label. pads: of the constrained layout.
     """
     space = "\N{NO-BREAK SPACE}"
-    whole = space.join(re.sub(r"(?<=\d) (?=%|million|billion)", space, title).rsplit(" ", 2))
+    title, subtitle = (
+        space.join(re.sub(r"(?<=\d) (?=%|million|billion)", space, text).rsplit(" ", 2)) for text in (title, subtitle)
+    )
     engine = ConstrainedLayoutEngine()
     figure = Figure(figsize=(WIDTH, height), layout=engine)
     figure.set_label(alt)
     parts = [
-        figure.text(0.018, 0.5, whole, wrap=True, va="top", fontsize=TITLE, fontweight="bold"),
+        figure.text(0.018, 0.5, title, wrap=True, va="top", fontsize=TITLE, fontweight="bold"),
         figure.text(0.018, 0.5, subtitle, wrap=True, va="top", color=MUTED),
     ]
     heights = [part.get_window_extent().height / figure.dpi for part in parts]

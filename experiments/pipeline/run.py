@@ -199,6 +199,8 @@ class Run:
                 seconds=self.seconds,
                 precision=self.precision,
             )
+            fresh = training.recalibrated_accuracy(self.model, self.data, self.precision)
+        record = replace(record, recalibrated_accuracy=fresh)
         if self.control:
             cost, penalised = self.control.cost(self.model), self.control.choose(self.model)
             record = replace(record, cost=cost, penalised=penalised)

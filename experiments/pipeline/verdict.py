@@ -1,14 +1,16 @@
 """The verdict on a finished run: what a healthy one shows, what this one shows, and where to look if it does not.
 
-Each expectation is judged by itself. One that a run could not meet, because it was too short or saw too few images, is
-"not judged" instead of failed; the run is healthy when nothing failed and everything was judged.
+Each expectation is judged by itself. One that is met passes, however short the run; one that a run could not meet yet,
+because it was too short or saw too few images, is "not judged" instead of failed, and says what is missing. The run is
+healthy when nothing failed and everything was judged.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.pipeline.config import PRESETS, RunConfig
 from src.training import History
@@ -23,7 +25,7 @@ LOOK_AT = {
     "zeros appear": "dead-zone logits: are they in the optimizer, is their regularization in the loss?",
     "channels die": "the coefficient's schedule, and whether BatchNorm's scale is in the groups",
     "bits fall": "bit-width logits: are they in the optimizer, does the 0.01 act in the loss?",
-    "nothing collapses": "the coefficient when accuracy fell; layers that died whole in the liveness map",
+    "accuracy recovers": "the coefficient when accuracy fell; layers that died whole in the liveness map",
     "no layer dies whole": "the coefficient's peak: a whole branch was pruned away",
     "accuracy kept": "the peak of the penalty; more epochs; the curve of the baseline beside the run's",
     "budget met": "the column cost of history.csv; more epochs, a larger peak, or a larger budget",
@@ -66,8 +68,8 @@ class Verdict:
             return f"FAULT: {len(failed)} of {count} expectations not met ({', '.join(failed)})"
         if self.healthy:
             return f"HEALTHY: all {count} expectations met"
-        met = sum(each.status == PASSED for each in self.expectations)
-        return f"INCONCLUSIVE: {met} of {count} expectations met, the rest could not be judged in this run"
+        open_ = [each.name for each in self.expectations if each.status == NOT_JUDGED]
+        return f"INCONCLUSIVE: {count - len(open_)} of {count} expectations met, not judged: {', '.join(open_)}"
 
     def to_json(self) -> dict[str, Any]:
         """What run.json holds: state (healthy, faulty, inconclusive), headline, findings."""
@@ -98,20 +100,18 @@ def judge(
     """Judge a finished run by what its epochs recorded.
 
     expected_layers: names of the layers that should be quantized. steps: updates made in all, where that is known;
-    below 500 most of what is expected is not judged. accuracies: of the run and of its baseline.
+    below 500 most of what is not met is not judged. accuracies: of the run and of its baseline.
     """
     last, first = history.last, history[0]
-    preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
-    several = len(history) > 1
-    enough = config.limit is None and (steps is None or steps >= FEWEST_STEPS)
-    full = enough and len(history) >= preset.epochs
-    penalised = sum(record.coefficient > 0 for record in history)
-    settled = penalised >= (preset.epochs - preset.delay) // 2  # epochs that dead filters take to appear
+    missing = _MissingEpochs.of(history, config, steps)
     expectations: list[Expectation] = []
 
-    def expect(name: str, expected: str, measured: str, met: bool, judged: bool = True) -> None:
+    def expect(name: str, expected: str, measured: str, met: bool, lacking: float = 0, early: bool = True) -> None:
+        """lacking: epochs until it can be judged. early: whether being met before that says something."""
+        judged = lacking <= 0 or (met and early)
         if not judged:
-            measured += ", in a run too short or too small to tell"
+            needed = "all images" if lacking == math.inf else f"{lacking} more epoch{'s' if lacking > 1 else ''}"
+            measured += f"; needs {needed} to tell"
         status = NOT_JUDGED if not judged else PASSED if met else FAILED
         expectations.append(Expectation(name, expected, measured, status, LOOK_AT[name]))
 
@@ -121,29 +121,35 @@ def judge(
     expect("layers quantized", f"{len(expected_layers)}, every one by name", found, not odd)
 
     loss, loss_before = last.task_loss, first.task_loss
-    expect("loss falls", f"below {loss_before:.2f} (epoch 1)", f"{loss:.2f} task loss", loss < loss_before, several)
+    expect(
+        "loss falls",
+        f"below {loss_before:.2f} (epoch 1)",
+        f"{loss:.2f} task loss",
+        loss < loss_before,
+        2 - len(history),
+    )
 
     chance, accuracy, needed = 1 / num_classes, last.accuracy, config.expected_accuracy
     floor = min(2 * chance, chance + (1 - chance) / 4)  # twice chance says nothing where there are two classes
     above = f"above {floor:.1%}; chance is {chance:.1%}"
-    expect("accuracy climbs", above, f"{accuracy:.1%}", accuracy > floor, enough and several)
-    expect("accuracy reached", f"at least {needed:.1%}", f"{accuracy:.1%}", accuracy >= needed, full)
+    expect("accuracy climbs", above, f"{accuracy:.1%}", accuracy > floor, max(missing.steps, 2 - len(history)))
+    expect("accuracy reached", f"at least {needed:.1%}", f"{accuracy:.1%}", accuracy >= needed, missing.full)
 
     if config.learnable_deadzone:
         zeros, zeros_before = last.unstructured_sparsity, first.unstructured_sparsity
         found, grown = f"{zeros_before:.1%} -> {zeros:.1%}", zeros > max(zeros_before, 0.01)
-        expect("zeros appear", "more at the end than after epoch 1", found, grown, full or (enough and penalised > 0))
+        expect("zeros appear", "more at the end than after epoch 1", found, grown, missing.zeros)
     if config.peak > 0:
         dead = last.structured_sparsity
-        expect("channels die", "more than 0 dead filters", f"{dead:.1%} of the filters", dead > 0, enough and settled)
+        expect("channels die", "more than 0 dead filters", f"{dead:.1%} of the filters", dead > 0, missing.dead)
     if config.learnable_bit:
-        below = f"below {first.mean_bits:.1f} (epoch 1)" if several else f"below {config.max_bits}"
+        below = f"below {first.mean_bits:.1f} (epoch 1)" if len(history) > 1 else f"below {config.max_bits}"
         fallen = last.mean_bits < max(first.mean_bits, config.max_bits)
-        expect("bits fall", below, f"{last.mean_bits:.2f} bits on average", fallen, full)
+        expect("bits fall", below, f"{last.mean_bits:.2f} bits on average", fallen, missing.full)
 
     half = max(floor, *(record.accuracy for record in history)) / 2
-    above = f"above {half:.1%}, half of the best epoch"
-    expect("nothing collapses", above, f"{accuracy:.1%}", accuracy > half, enough and len(history) > 3)
+    above, found = f"above {half:.1%} at the end, half of the best epoch", f"{accuracy:.1%}; {lowest_accuracy(history)}"
+    expect("accuracy recovers", above, found, accuracy > half, max(missing.steps, 4 - len(history)), early=False)
 
     gone = [layer.name for layer in last.layers if all(layer.dead)]
     expect("no layer dies whole", "a live filter in every layer", ", ".join(gone) or "all live", not gone)
@@ -151,9 +157,44 @@ def judge(
         lost = accuracies[1] - accuracies[0]
         found = f"{100 * lost:.2f} points: {accuracies[0]:.2%} against {accuracies[1]:.2%}"
         most = f"costs at most {100 * config.allowed_cost:g} points"
-        expect("accuracy kept", most, found, lost <= config.allowed_cost, full)
+        expect("accuracy kept", most, found, lost <= config.allowed_cost, missing.full, early=False)
     if config.budget and last.cost is not None:
         used = f"{100 * last.cost:.4g} %, {last.cost / config.budget.share:.1%} of the budget"
         met = last.cost <= config.budget.share
-        expect("budget met", f"at most {config.budget}", used, met, met or len(history) >= config.epochs)
+        expect("budget met", f"at most {config.budget}", used, met, config.epochs - len(history))
     return Verdict(tuple(expectations))
+
+
+def lowest_accuracy(history: History) -> str:
+    """The lowest point of the test accuracy in words, and what BatchNorm's statistics have to do with it."""
+    low = history.lowest
+    fresh = low.recalibrated_accuracy
+    lag = "" if fresh is None else f" ({fresh:.1%} with BatchNorm recalibrated)"
+    return f"lowest {low.accuracy:.1%}{lag}, after epoch {low.epoch}"
+
+
+class _MissingEpochs(NamedTuple):
+    """How many epochs a run lacks until expectations can be judged; infinite where it lacks images.
+
+    steps: until the logits have had the steps to move. full: until the preset's length. zeros, dead: until zeros, and
+    dead filters, have had the epochs under the penalty that they take to appear.
+    """
+
+    steps: float
+    full: float
+    zeros: float
+    dead: float
+
+    @classmethod
+    def of(cls, history: History, config: RunConfig, steps: int | None) -> _MissingEpochs:
+        preset = PRESETS.get(config.preset, config)  # a configuration of one's own is measured by itself
+        done = len(history)
+        if config.limit is not None:
+            return cls(math.inf, math.inf, math.inf, math.inf)
+        few = 0 if steps is None else math.ceil(FEWEST_STEPS * done / steps) - done
+        full = max(few, preset.epochs - done)
+        penalised = sum(record.coefficient > 0 for record in history)
+        before = max(config.delay + (config.ramp > 0) - done, 0)  # epochs until the coefficient rises
+        settle = (preset.epochs - preset.delay) // 2 - penalised
+        zeros = min(full, max(few, 0 if penalised else before + 1)) if config.peak > 0 else full
+        return cls(few, full, zeros, max(few, before + settle if settle > 0 else 0))

@@ -126,7 +126,7 @@ def load_data(
     elif data in ("auto", "cifar10") and obtain(root, notify, download=data == "cifar10"):
         name, title, found = "cifar10", "CIFAR-10", read_images(root)
     else:
-        name, title, found = "digits", "handwritten digits (embedded stand-in for CIFAR-10)", read_digits()
+        name, title, found = "digits", "handwritten digits (stand-in for CIFAR-10)", read_digits()
         if data == "auto":
             notice = (
                 f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "

@@ -28,7 +28,14 @@ from src.training.epoch import (
     not_finite,
     train_epoch,
 )
-from src.training.evaluation import evaluate, layer_records, measure_epoch, predict, summarize_layers
+from src.training.evaluation import (
+    evaluate,
+    layer_records,
+    measure_epoch,
+    predict,
+    recalibrated_accuracy,
+    summarize_layers,
+)
 from src.training.history import EpochRecord, History, LayerRecord
 from src.training.interrupts import Interrupted, Terminated, between_steps, in_notebook, raise_pending, terminations
 from src.training.step import (
@@ -78,6 +85,7 @@ __all__ = [
     "pick_precision",
     "predict",
     "raise_pending",
+    "recalibrated_accuracy",
     "repeatable",
     "squared_logits",
     "step_gradients",

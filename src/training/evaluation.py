@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,8 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from src.data import ImageData, test_batches
+from src.data import ImageData, normalize, test_batches
 from src.training.devices import TrainingError, autocast
 from src.training.epoch import DIVERGENCE_HINT, EpochMeans
 from src.training.history import EpochRecord, LayerRecord
@@ -18,6 +20,7 @@ from src.training.interrupts import raise_pending
 from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
 
 EVALUATION_BATCH = 250  # larger batches fall out of the cache and take longer
+RECALIBRATION_SHARE, FEWEST_IMAGES, MOST_IMAGES = 20, 100, 1_000
 
 
 def evaluate(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> tuple[float, float]:
@@ -37,6 +40,22 @@ def predict(model: nn.Module, data: ImageData, precision: torch.dtype = torch.fl
             losses.append(F.cross_entropy(scores, labels, reduction="sum"))
             predicted.append(scores.argmax(1))
     return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
+
+
+@torch.no_grad()
+def recalibrated_accuracy(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> float:
+    """Accuracy of a copy whose BatchNorm statistics are measured anew: what the weights alone are worth.
+
+    The running averages lag behind weights that shrink fast. A twentieth of the training images, 100 to 1,000 of them,
+    gives the statistics, and as many test images the accuracy: about 5 % of an epoch's time at most, and nothing that
+    training reads is touched.
+    """
+    count = min(max(len(data.train_labels) // RECALIBRATION_SHARE, FEWEST_IMAGES), MOST_IMAGES)
+    few, network = data.limited(max(count, data.num_classes)), copy.deepcopy(model)
+    batches = (normalize(images, data.mean, data.std) for images in few.train_images.split(EVALUATION_BATCH))
+    with shared_quantized_weights(network), autocast(data.test_images.device, precision):
+        update_bn(batches, network)
+    return evaluate(network, few, precision)[1]
 
 
 @torch.no_grad()

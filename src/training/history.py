@@ -48,6 +48,7 @@ class EpochRecord:
 
     loss = task_loss + logit_penalty + coefficient * group_penalty; group_penalty is the sparsity penalty before it
     is multiplied by the coefficient. learning_rate and coefficient are those the epoch was trained with.
+    recalibrated_accuracy: on some test images, with BatchNorm's statistics measured anew (`recalibrated_accuracy`).
     Of a run with a budget: cost is the budgeted cost at the end of the epoch, as a share of the dense network's;
     penalised are the groups of channels that the next epoch penalises, where it does not penalise all.
     """
@@ -69,6 +70,7 @@ class EpochRecord:
     layers: tuple[LayerRecord, ...]
     cost: float | None = None
     penalised: tuple[int, ...] = ()
+    recalibrated_accuracy: float | None = None
 
     def console_line(self, epochs: int) -> str:
         """The line that the script prints for this epoch; `epochs` is the number planned."""
@@ -106,6 +108,12 @@ class History:
         return self.records[-1]
 
     @property
+    def lowest(self) -> EpochRecord:
+        """The record of the lowest test accuracy while the penalty is on; of all records where it never is."""
+        penalised = [record for record in self.records if record.coefficient > 0]
+        return min(penalised or self.records, key=lambda record: record.accuracy)
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """The quantized layers, in the network's order; () before the first record."""
         return tuple(layer.name for layer in self.records[0].layers) if self.records else ()
@@ -123,7 +131,7 @@ class History:
         return np.array([[getattr(layer, name) for layer in record.layers] for record in self.records], np.float64)
 
     def csv_text(self) -> str:
-        """One row per epoch: the scalars (cost where there is one), then LAYER_SCALARS of each layer."""
+        """One row per epoch: the scalars (those that some epoch has), then LAYER_SCALARS of each layer."""
         rows = []
         for record in self:
             layers = {f"{layer.name}.{key}": getattr(layer, key) for layer in record.layers for key in LAYER_SCALARS}

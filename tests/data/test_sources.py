@@ -38,7 +38,7 @@ def test_digits_are_the_same_everywhere_in_a_balanced_and_normalized_split() -> 
     data = load_data("digits")
     # All arithmetic of the enlargement is exact, so this may differ only if scikit-learn ships other digits.
     assert data.digest == "f79c8ccdafa3fe129e2a822780918b5f0992bb0893af6958d17bb425ad2c7fa5"
-    assert (data.name, data.title) == ("digits", "handwritten digits (embedded stand-in for CIFAR-10)")
+    assert (data.name, data.title) == ("digits", "handwritten digits (stand-in for CIFAR-10)")
     share = torch.bincount(data.test_labels).numpy() / np.bincount(load_digits().target)
     assert len(data.test_labels) == 360
     assert np.abs(share - 360 / 1797).max() < 1 / 174  # within one image of the smallest class

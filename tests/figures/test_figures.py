@@ -51,11 +51,17 @@ def test_accuracy_curve_draws_the_history_in_per_cent(history: History) -> None:
     lines = lines_of(axes)
     np.testing.assert_allclose(lines["test images"], [30 + 2.5 * e for e in range(1, 21)])
     np.testing.assert_allclose(lines["training images"], [33 + 2.5 * e for e in range(1, 21)])
+    np.testing.assert_allclose(
+        lines["test images, BatchNorm recalibrated"], [min(50 + 2.5 * e, 97) for e in range(1, 21)]
+    )
     np.testing.assert_allclose(lines["chance, 10 %"], 10)
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (5.5, 20.5), "the coefficient is above 0 from epoch 6 on"
+    assert "is lowest in epoch 6: 45.0 %, 65.0 % with BatchNorm recalibrated." in figure.get_label()
     assert (axes.get_xlabel(), axes.get_ylim()) == ("epoch", (0, style.FULL))
     assert axes.yaxis.get_major_formatter()(40, 0) == "40 %"
     assert "32.5 % after epoch 1, 80.0 % after epoch 20; the best is 80.0 % in epoch 20." in figure.get_label()
-    assert "resnet20, seed 0" in [text.get_text() for text in figure.texts]
+    assert "resnet20, seed 0" in [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in figure.texts]
 
 
 def test_sparsity_curves_have_the_coefficient_on_a_coloured_dashed_right_axis(history: History) -> None:

@@ -88,7 +88,7 @@ Q = np.where(np.abs(W) <= 0.25, 0.0, np.sign(W) * 0.5)
 SHORT, LONG, DEEP = make_history(20), make_history(3000, 3000), make_history(30, 30)
 MANY = tuple(LayerRecord(f"{NAMES[i // 6]}{i % 6}", 8.0 - i % 3, 0.1, 0.5, (i % 4 == 0,) * 16) for i in range(108))
 DEEP.records = [replace(record, layers=MANY) for record in DEEP]
-SUBTITLE = "resnet20 on handwritten digits (embedded stand-in for CIFAR-10), 512 training images; preset smoke, seed 0"
+SUBTITLE = "resnet20 on handwritten digits (stand-in for CIFAR-10), 512 training images; preset smoke, seed 0"
 IMAGES = np.random.default_rng(0).integers(0, 255, (16, 3, 32, 32), dtype=np.uint8)
 
 
@@ -185,6 +185,11 @@ def test_a_long_title_gets_its_lines_and_numbers_keep_their_units() -> None:
     assert title.x1 <= long.bbox.x1
     for whole in ("93.9 %", "14.6 million", "layer are dead"):
         assert whole.replace(" ", "\N{NO-BREAK SPACE}") in long.texts[0].get_text()
+
+
+def test_no_word_of_a_subtitle_is_left_alone_on_its_line() -> None:
+    figure = style.canvas("title", SUBTITLE, "alt", height=3)
+    assert figure.texts[1].get_text().endswith("smoke, seed 0".replace(" ", "\N{NO-BREAK SPACE}"))
 
 
 def test_a_chart_has_few_colours_and_the_right_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.sparsity import coupled_group_lasso
+from src.data import normalize
 from src.pruning import channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.training import (
@@ -30,6 +32,7 @@ from src.training import (
     measure_epoch,
     parameter_groups,
     predict,
+    recalibrated_accuracy,
     squared_logits,
     summarize_layers,
     train_epoch,
@@ -245,6 +248,28 @@ def test_the_record_of_an_epoch_holds_what_was_measured() -> None:
 def nan_weight(model: nn.Module) -> Objective:
     model.get_submodule("layer2.0.bn1").get_parameter("weight").data[3] = math.nan
     return Objective()
+
+
+def test_recalibration_measures_the_statistics_of_the_training_images_and_touches_nothing() -> None:
+    model, data = quantized(), images()
+    by_hand, seen = copy.deepcopy(model).train(), {}
+    norms = [module for module in by_hand.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0].detach()}))
+    by_hand(normalize(data.train_images, data.mean, data.std))
+    for norm in norms:  # N H W values a channel
+        cast(Tensor, norm.running_mean).copy_(seen[norm].mean((0, 2, 3)))
+        cast(Tensor, norm.running_var).copy_(seen[norm].var((0, 2, 3)))
+    data = replace(data, test_labels=predict(by_hand, data)[0])  # right is what this network says
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            cast(Tensor, module.running_mean).copy_(torch.linspace(-9, 9, module.num_features))
+    before, random = copy.deepcopy(model.train().state_dict()), torch.get_rng_state()
+    assert evaluate(model, data)[1] < 0.7
+    assert recalibrated_accuracy(model, data) == 1.0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def infinite_gradient(model: nn.Module) -> Objective:

@@ -19,7 +19,7 @@ LIKELY = {
     "zeros appear": ("logits-stuck", "logit-squares-missing", "too-short"),
     "channels die": ("penalty-without-batchnorm", "coefficient-never-ramps", "too-short"),
     "bits fall": ("logits-stuck", "logit-squares-missing", "too-short"),
-    "nothing collapses": ("accuracy-collapsed", "coefficient-too-large"),
+    "accuracy recovers": ("accuracy-collapsed", "coefficient-too-large"),
     "no layer dies whole": ("layer-died", "coefficient-too-large"),
 }
 
