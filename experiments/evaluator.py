@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -43,6 +46,23 @@ class EvalResult:
             }
             for structured, unstructured in pairs
         ]
+
+    def totals(self) -> list[dict[str, str | int | float]]:
+        """Two more rows: the quantized layers and the network.
+
+        Zeros, dead filters, channels and bits (the mean of the layers) of a network are those of its quantized layers;
+        its MACs and weights are those of all layers. NaN is where a row has no number.
+        """
+        table = pd.DataFrame(self.rows())
+        quantized = table[[layer.quantized for layer in self.structured_stats.layers]]
+        of_all = ["weights", "MACs, non-zero weights", "MACs, after removal"]
+        together = {
+            **quantized.drop(columns="layer").sum(),
+            "bits": quantized["bits"].mean(),
+            "zeros": np.average(quantized["zeros"], weights=quantized["weights"]) if len(quantized) else math.nan,
+        }
+        network = {**dict.fromkeys(together, math.nan), **table[of_all].sum()}
+        return [{"layer": "quantized layers", **together}, {"layer": "network", **network}]
 
 
 class Evaluator:

@@ -36,7 +36,7 @@ def accuracy_curve(history: History, *, chance: float, baseline: History | None 
     baseline: of the run without compression, its test accuracy in grey.
     """
     test, train, last = history.column("accuracy"), history.column("train_accuracy"), history.last
-    fresh, penalised = history.column("recalibrated_accuracy"), np.flatnonzero(history.column("coefficient"))
+    fresh, penalised = history.column("recalibrated_accuracy"), np.flatnonzero(history.column("coefficient") > 0)
     title = f"Test accuracy: {percent(test[0])} after epoch 1, {percent(last.accuracy)} after epoch {len(test)}"
     alt = f"Line chart by epoch. {title}; the best is {percent(test.max())} in epoch {int(test.argmax()) + 1}. "
     alt += f"Training accuracy ends at {percent(last.train_accuracy)}."
@@ -74,17 +74,17 @@ def accuracy_curve(history: History, *, chance: float, baseline: History | None 
 
 @style.styled
 def sparsity_curves(history: History, *, budget: float | None = None, subtitle: str = "") -> Figure:
-    """Zero weights and dead channels by epoch (left, per cent) and the penalty's coefficient (right, dashed).
+    """Zero weights and dead filters by epoch (left, per cent) and the penalty's coefficient (right, dashed).
 
     budget: the largest share of the dense network's cost, drawn with the path of the cost that the history has.
     """
     zeros, dead = percent(history.last.unstructured_sparsity), percent(history.last.structured_sparsity)
-    title = f"{zeros} of the weights are zero and {dead} of the channels dead"
+    title = f"{zeros} of the weights are zero and {dead} of the filters dead"
     alt = f"Line chart by epoch, the penalty's coefficient on the right axis. After epoch {len(history)} {title}. "
     alt += f"The coefficient peaks at {history.column('coefficient').max():.3g}."
     figure = style.canvas(title, subtitle, alt, height=3.5)
     axes = figure.subplots()
-    right = draw_sparsity(axes, history, ("zero weights", "dead channels", "coefficient (right)"))
+    right = draw_sparsity(axes, history, ("zero weights", "dead filters", "coefficient (right)"))
     if budget is not None:
         style.epoch_line(axes, 100 * history.column("cost"), color=style.BLUE, label="cost, of dense")
         axes.axhline(100 * budget, color=style.BLUE, lw=1.2, ls=(0, (4, 3)), label=f"budget, {percent(budget)}")
@@ -95,7 +95,7 @@ def sparsity_curves(history: History, *, budget: float | None = None, subtitle: 
 def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], plan: Sequence[float] = ()) -> Axes:
     """Draw the two sparsities (left) and the coefficient (right axis, returned).
 
-    labels: of zero weights, dead channels and coefficient. plan: the coefficient of every epoch, drawn ahead.
+    labels: of zero weights, dead filters and coefficient. plan: the coefficient of every epoch, drawn ahead.
     """
     done, coefficient, planned = len(history), history.column("coefficient"), np.asarray(plan, dtype=float)
     right = style.right_axis(axes, "penalty coefficient", style.COEFFICIENT)

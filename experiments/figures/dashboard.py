@@ -29,7 +29,7 @@ def dashboard(history: History, *, coefficient_plan: Sequence[float] = (), subti
     """
     record = history.last if len(history) else None
     title = f"Waiting for the first of {history.epochs} epochs"
-    headings = ["Loss and accuracy", "Zeros and dead", "Bits of every layer", "Channels: black is dead"]
+    headings = ["Loss and accuracy", "Zeros and dead", "Bits of every layer", "Filters: black is dead"]
     if record:
         title = f"Epoch {len(history)} of {history.epochs}"
         headings[:3] = [

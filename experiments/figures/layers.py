@@ -39,11 +39,11 @@ ABSENT = Patch(facecolor=style.FAINT, edgecolor=style.PALE, hatch="////", label=
 
 @style.styled
 def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
-    """One bar a layer: alive channels (blue) under dead ones (grey), the learned bit width above the bar."""
+    """One bar a layer: alive filters (blue) under dead ones (grey), the learned bit width above the bar."""
     dead = np.array([layer.dead_channels for layer in layers])
     channels = np.array([layer.channels for layer in layers])
     alive, bits = channels - dead, [layer.bits for layer in layers]
-    title = f"{alive.sum()} of {channels.sum()} channels are alive, with {np.mean(bits):.1f} bits on average"
+    title = f"{alive.sum()} of {channels.sum()} filters are alive, with {np.mean(bits):.1f} bits on average"
     alt, names = f"Stacked bars, one a layer: {title}.", [layer.name for layer in layers]
     figure, axes = _upright(title, subtitle, alt, names, "output channels", channels)
     axes.bar(range(len(layers)), alive, color=style.ALIVE, width=0.72, label="alive")
@@ -90,14 +90,14 @@ def before_after(names: Sequence[str], before: Sequence[int], after: Sequence[in
 def layer_sparsity_bars(
     names: Sequence[str], sparsity: Sequence[float], structured: Sequence[float], *, subtitle: str = ""
 ) -> Figure:
-    """Two shares (0 to 1) of each layer, drawn in per cent: zero weights (wide bar) and dead channels (thin bar)."""
+    """Two shares (0 to 1) of each layer, drawn in per cent: zero weights (wide bar) and dead filters (thin bar)."""
     zeros, dead = 100 * np.asarray(sparsity), 100 * np.asarray(structured)
     low, high = int(zeros.argmin()), int(zeros.argmax())
     title = f"Zeros: from {zeros[low]:.1f} % in {names[low]} to {zeros[high]:.1f} % in {names[high]}"
-    alt = f"Horizontal bars, one layer a row. {title}. Dead channels: at most {dead.max():.1f} %."
+    alt = f"Horizontal bars, one layer a row. {title}. Dead filters: at most {dead.max():.1f} %."
     figure, axes = _rows(title, subtitle, alt, names, "share of the layer")
     wide = axes.barh(range(len(names)), zeros, height=0.74, color=style.ZEROS, alpha=0.45, label="zero weights")
-    axes.barh(range(len(names)), dead, height=0.3, color=style.CHANNELS, label="dead channels")
+    axes.barh(range(len(names)), dead, height=0.3, color=style.CHANNELS, label="dead filters")
     _number(axes, wide, [f"{value:.0f} %" for value in zeros], most=NUMBERED_ROWS)
     axes.set(xlim=(0, 112), xticks=range(0, 101, 20))
     axes.xaxis.set_major_formatter(style.PERCENT)
@@ -139,7 +139,7 @@ def bit_widths(names: Sequence[str], forms: Mapping[str, Sequence[float]], *, su
 def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Figure:
     """Rows are layers, columns output channels: black dead, white alive, hatched where a layer has no such channel."""
     dead, total = sum(layer.dead_channels for layer in layers), sum(layer.channels for layer in layers)
-    title = f"{dead} of {total} output channels are dead ({percent(dead / max(total, 1))})"
+    title = f"{dead} of {total} filters are dead ({percent(dead / max(total, 1))})"
     alt = f"Map of channels, one row a layer, black for dead: {title}."
     names = [f"{layer.name}  {layer.dead_channels:{DIGITS}}/{layer.channels}" for layer in layers]
     figure, axes = _rows(title, subtitle, alt, names, "output channel; beside each layer: dead/all")
@@ -151,18 +151,25 @@ def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Fi
 
 
 @style.styled
-def removal_map(names: Sequence[str], fates: Sequence[NDArray[np.str_]], *, subtitle: str = "") -> Figure:
+def removal_map(
+    names: Sequence[str], fates: Sequence[NDArray[np.str_]], dead: Sequence[NDArray[np.bool_]], *, subtitle: str = ""
+) -> Figure:
     """What removal did with every channel. fates[l]: one of kept, zero, constant, unread per output channel of layer l.
 
+    dead[l]: whether the channel's filter is dead; a line says how many of those are gone, and what else is.
     Rows are layers, columns output channels; beside each row how many channels are left of how many.
     """
     kinds = list(FATES)
     rows = [[kinds.index(str(kind)) for kind in fate] for fate in fates]
     totals = {kind: sum(row.count(number) for row in rows) for number, kind in enumerate(kinds)}
     before, after = sum(totals.values()), totals["kept"]
-    title = f"{before - after} of {before} output channels are gone, {after} are left"
+    title = f"{before - after} of {before} channels are gone, {after} are left"
+    gone, filters = np.concatenate(fates) != "kept", np.concatenate(dead)
+    live = f"of {(gone & ~filters).sum()} live ones, which are constant or unread"
+    account = f"gone: the channels of {(gone & filters).sum()} of {filters.sum()} dead filters, and {live}"
+    subtitle = f"{subtitle}\n{account}".strip()
     parts = ", ".join(f"{number} {FATES[kind][1]}" for kind, number in totals.items())
-    alt = f"Map of output channels, one row a layer: {parts}."
+    alt = f"Map of output channels, one row a layer: {parts}; {account}."
     names = [f"{name}  {row.count(0):{DIGITS}}/{len(row)}" for name, row in zip(names, rows, strict=True)]
     figure, axes = _rows(title, subtitle, alt, names, "output channel; beside each layer: left/before")
     draw_cells(axes, rows, ListedColormap([color for color, _ in FATES.values()]))

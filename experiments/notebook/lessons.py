@@ -171,35 +171,34 @@ def group_table(groups: ChannelGroups, number: int) -> Styler:
 
 
 def layer_table(result: EvalResult) -> Styler:
-    """Compression a layer at a time, with the network's totals in the last row."""
-    table = pd.DataFrame(result.rows())
-    total = {
-        "layer": "network",
-        "weights": table["weights"].sum(),
-        "bits": np.average(table["bits"], weights=table["weights"]),
-        "zeros": np.average(table["zeros"], weights=table["weights"]),
-        **{name: table[name].sum() for name in table.columns[4:]},
-    }
-    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
+    """Compression a layer at a time; in the last rows the quantized layers together, and the network."""
+    table = pd.DataFrame([*result.rows(), *result.totals()])
     formats = {"weights": "{:,.0f}", "bits": "{:.1f}", "zeros": "{:.1%}"} | dict.fromkeys(table.columns[4:], "{:,.0f}")
     bars = {"color": style.wash(style.BLUE), "vmin": 0, "vmax": 1}
-    styled = table.style.hide(axis="index").format(formats).bar(subset=["zeros"], **bars)
-    return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-1], :], **{"font-weight": "bold"}))
+    styled = table.style.hide(axis="index").format(formats, na_rep="").bar(subset=["zeros"], **bars)
+    return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-2:], :], **{"font-weight": "bold"}))
 
 
 def ratio_table(result: EvalResult) -> Styler:
-    """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network."""
+    """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network.
+
+    Times fewer BOPs = times fewer MACs x 32 / weight bits a MAC, the mean over all MACs that count.
+    """
     structured, unstructured = result.structured_stats, result.unstructured_stats
     table = pd.DataFrame(
         {
-            "what counts": ["every non-zero weight", "whole channels, removed exactly"],
+            "what counts": [
+                "non-zero weights (hardware that skips zeros)",
+                "channels left after exact removal (any hardware)",
+            ],
             "MACs per image": [unstructured.total_macs, structured.total_macs],
             "fewer MACs": [result.unstructured_mac_ratio, result.structured_mac_ratio],
             "fewer BOPs": [result.unstructured_bops_ratio, result.structured_bops_ratio],
         }
     )
+    table.insert(3, "weight bits a MAC", 32 * table["fewer MACs"] / table["fewer BOPs"])
     table["share of FP32 BOPs"] = 1 / table["fewer BOPs"]
-    formats = dict(zip(table.columns[1:], ("{:,}", "{:.2f}x", "{:.2f}x", "{:.2%}"), strict=True))
+    formats = dict(zip(table.columns[1:], ("{:,}", "{:.2f}x", "{:.2f}", "{:.2f}x", "{:.2%}"), strict=True))
     return names_left(table.style.hide(axis="index").format(formats))
 
 

@@ -27,7 +27,7 @@ from experiments.pipeline.stages import (
     save_figures,
     summary,
 )
-from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge
+from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge, lowest_accuracy
 
 __all__ = [
     "BUDGETS",
@@ -64,6 +64,7 @@ __all__ = [
     "judge",
     "judge_run",
     "load_run",
+    "lowest_accuracy",
     "obtain_baseline",
     "packed_ratio",
     "prepare_data",

@@ -34,6 +34,7 @@ from src.export import PackReport, pack, unpack
 from src.pruning import CompactNetwork, analyze_liveness, compact
 from src.runs import RunFolder
 from src.training import predict
+from utils_quantization import quantized_layers
 
 Take = Callable[[], object]
 ROUNDS, WARM_UP, STEPS_A_TURN = 15, 2, {"cpu": 1, "mps": 5, "cuda": 20}
@@ -166,15 +167,17 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "low": low, "high": high, "samples": list(values)}
 
 
-def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
-    """What becomes of each output channel: layer names, and for each an array of kept, zero, constant or unread.
+def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]], list[NDArray[np.bool_]]]:
+    """What becomes of each output channel of the quantized layers: their names, fates, and which filters are dead.
 
     kept: still there after removal. zero, constant: always that value after BatchNorm and ReLU, folded away. unread:
     nothing that reaches the output reads it.
     """
-    names, fates = [], []
-    liveness = analyze_liveness(model)
+    names, fates, dead = [], [], []
+    liveness, quantized = analyze_liveness(model), quantized_layers(model)
     for layer in liveness.layers:
+        if layer.name not in quantized:
+            continue
         value = liveness.propagated_constants(layer.name)
         fate = np.full(layer.out_channels, "unread", dtype="<U8")
         fate[~np.isnan(value)] = "constant"
@@ -182,7 +185,8 @@ def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]]]:
         fate[layer.kept_out] = "kept"
         names.append(layer.name)
         fates.append(fate)
-    return names, fates
+        dead.append(layer.dead_out)
+    return names, fates, dead
 
 
 def _ratio(figures: Mapping[str, Any]) -> str:

@@ -207,12 +207,13 @@ def compression_table(result: EvalResult, accuracy: float) -> str:
     header = row.format("layer", "bits", "zeros", "dead", "left", "MACs non-zero", "MACs removed")
     structured, unstructured = result.structured_stats, result.unstructured_stats
     lines = [header, "-" * len(header)]
-    for layer in result.rows():
-        dead, left = (f"{layer[name]:>3}/{layer['channels']:<4}" for name in ("dead filters", "channels left"))
-        macs = (f"{layer[name]:,}" for name in ("MACs, non-zero weights", "MACs, after removal"))
-        lines.append(row.format(layer["layer"], f"{layer['bits']:.0f}", f"{layer['zeros']:.1%}", dead, left, *macs))
-    totals = f"{unstructured.total_macs:,}", f"{structured.total_macs:,}"
-    lines += ["-" * len(header), row.format("network", "", "", "", "", *totals)]
+    quantized, _ = result.totals()
+    for layer in [*result.rows(), quantized]:
+        dead, left = (f"{layer[name]:>3.0f}/{layer['channels']:<4.0f}" for name in ("dead filters", "channels left"))
+        macs = (f"{layer[name]:,.0f}" for name in ("MACs, non-zero weights", "MACs, after removal"))
+        lines.append(row.format(layer["layer"], f"{layer['bits']:.1f}", f"{layer['zeros']:.1%}", dead, left, *macs))
+    lines.insert(-1, "-" * len(header))
+    lines.append(row.format("network", "", "", "", "", f"{unstructured.total_macs:,}", f"{structured.total_macs:,}"))
     for kind, macs_ratio, bops_ratio, meaning in (
         ("Unstructured:", result.unstructured_mac_ratio, result.unstructured_bops_ratio, "every non-zero weight"),
         ("Structured:", result.structured_mac_ratio, result.structured_bops_ratio, "after exact channel removal"),

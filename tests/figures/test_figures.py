@@ -69,13 +69,13 @@ def test_sparsity_curves_have_the_coefficient_on_a_coloured_dashed_right_axis(hi
     left, right = figure.axes
     lines = lines_of(left)
     np.testing.assert_allclose(lines["zero weights"], [2.0 * e for e in range(1, 21)])
-    np.testing.assert_allclose(lines["dead channels"], 100 * history.column("structured_sparsity"))
+    np.testing.assert_allclose(lines["dead filters"], 100 * history.column("structured_sparsity"))
     (line,) = right.get_lines()
     np.testing.assert_allclose(line.get_ydata(), [0] * 5 + [0.001, 0.002, 0.003, 0.004] + [0.005] * 11)
     assert line.is_dashed()
     assert mcolors.same_color(right.yaxis.label.get_color(), line.get_color())
     # layers 0..17 lose 0..17 channels, but layer1 (16 wide, layers 0..5) and the rest are all wide enough: 153 of 672
-    assert "40.0 % of the weights are zero and 22.8 % of the channels dead" in figure.get_label()
+    assert "40.0 % of the weights are zero and 22.8 % of the filters dead" in figure.get_label()
 
 
 def test_liveness_is_black_for_dead_white_for_alive_and_empty_for_absent(history: History) -> None:
@@ -88,16 +88,18 @@ def test_liveness_is_black_for_dead_white_for_alive_and_empty_for_absent(history
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[3] == "layer1.1.conv2  \N{FIGURE SPACE}3/16"
     assert labels[17] == "layer3.2.conv2  17/64"
-    assert "153 of 672 output channels are dead (22.8 %)" in figure.get_label()
+    assert "153 of 672 filters are dead (22.8 %)" in figure.get_label()
 
 
 def test_the_removal_map_draws_the_fates() -> None:
     fates = [np.array(["kept", "zero"]), np.array(["constant", "unread", "kept"])]
-    figure = figures.removal_map(["first", "second"], fates, subtitle="a run")
+    dead = [np.array([False, True]), np.array([True, False, True])]
+    figure = figures.removal_map(["first", "second"], fates, dead, subtitle="a run")
     (axes,) = figure.axes
     assert colours_of(axes) == [style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.BLUE]
     assert axes.get_yticklabels()[1].get_text() == "second  \N{FIGURE SPACE}1/3"
     assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
+    assert "the channels of 2 of 3 dead filters, and of 1 live ones" in figure.get_label()
 
 
 def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: History) -> None:
@@ -109,7 +111,7 @@ def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: Hist
     assert [bar.get_y() for bar in axes.patches[18:]] == alive
     assert [note.get_text() for note in axes.texts] == ["7"] * 15 + ["5"] * 3
     assert axes.texts[17].xy == (pytest.approx(17), 64)
-    assert "519 of 672 channels are alive, with 6.7 bits on average" in figure.get_label()
+    assert "519 of 672 filters are alive, with 6.7 bits on average" in figure.get_label()
 
 
 def test_bit_widths_are_drawn_for_each_form_and_named_in_the_legend() -> None:

@@ -122,7 +122,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
     "costs": lambda: figures.cost_bars(NAMES, [2_000_000] * 18, [True] * 18),
     "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18),
-    "removal": lambda: figures.removal_map(NAMES, [np.array(["kept"] * 16)] * 18, subtitle=SUBTITLE),
+    "removal": lambda: figures.removal_map(
+        NAMES, [np.array(["kept"] * 16)] * 18, [np.zeros(16, bool)] * 18, subtitle=SUBTITLE
+    ),
     "images": lambda: figures.image_grid(IMAGES, [0] * 16, ["automobile"], title="CIFAR-10", subtitle=SUBTITLE),
     "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
     "classes": lambda: figures.class_balance([0, 1], ["automobile", "cat"]),

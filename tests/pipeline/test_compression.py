@@ -16,6 +16,7 @@ from experiments import bench, pipeline
 from experiments.benchmarks import inference
 from experiments.notebook import lessons
 from experiments.pipeline import compression, configure
+from src import training
 from src.pruning import analyze_liveness, channel_groups
 from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder
@@ -88,12 +89,21 @@ def test_the_proof_says_equal(compressed: compression.Compression) -> None:
 
 
 def test_the_fate_of_every_channel(run: pipeline.Run) -> None:
-    names, fates = compression.removal_map(run.model)
+    names, fates, dead = compression.removal_map(run.model)
     found = dict(zip(names, fates, strict=True))
     # shifts 0.5 and 0.25 pass the ReLU, -0.5 does not; running mean 0 of a dead filter leaves the shift alone
     assert [found["layer1.0.conv1"][channel] for channel in DEAD] == ["constant", "constant", "zero"]
     kept = {layer.name: len(layer.kept_out) for layer in analyze_liveness(run.model).layers}
-    assert {name: int((fate == "kept").sum()) for name, fate in found.items()} == kept
+    assert {name: int((fate == "kept").sum()) for name, fate in found.items()} == {name: kept[name] for name in names}
+    # One count for the figures and for the table's row: of the 18 quantized layers, 672 channels.
+    row = pipeline.evaluate_run(run)[0].totals()[0]
+    assert (len(names), row["channels"], sum(map(len, fates))) == (18, 672, 672)
+    sizes = {name: latent_weight(layer).numel() for name, layer in quantized_layers(run.model).items()}
+    recorded = training.summarize_layers(training.layer_records(run.model), sizes)
+    assert row["dead filters"] == sum(map(sum, dead)) == round(672 * recorded["structured_sparsity"])
+    assert row["channels left"] == sum(int((fate == "kept").sum()) for fate in fates)
+    assert row["zeros"] == pytest.approx(recorded["unstructured_sparsity"])
+    assert row["bits"] == pytest.approx(recorded["mean_bits"])
 
 
 def test_counting_dead_filters_as_zeros_changes_the_outputs(run: pipeline.Run) -> None:

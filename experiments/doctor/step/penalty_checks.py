@@ -110,7 +110,7 @@ def _dead_groups(pipeline: Pipeline) -> Outcome:
     right = math.isfinite(value)
     broken = [name for name, g in found.items() if not torch.isfinite(g).all()]
     measured = f"value {value:.5g}; gradient " + (f"not finite for {names(broken)}" if broken else "finite")
-    expected = f"a finite value and gradient with {dead} of {grouping.count} groups at zero"
+    expected = f"a finite value and gradient with {dead} of {grouping.count} groups set to zero"
     return Outcome(expected, measured, right and not broken, ["penalty-not-differentiable"])
 
 
