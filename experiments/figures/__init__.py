@@ -12,7 +12,6 @@ from experiments.figures.curves import (
     decay_forms,
     run_curves,
     run_plane,
-    schedule_curve,
     sparsity_curves,
 )
 from experiments.figures.dashboard import dashboard
@@ -31,8 +30,6 @@ from experiments.figures.layers import (
     bit_widths,
     channel_group_diagram,
     channel_liveness,
-    class_balance,
-    cost_bars,
     layer_sparsity_bars,
     per_layer_channels,
     removal_map,
@@ -55,8 +52,6 @@ __all__ = [
     "bit_widths",
     "channel_group_diagram",
     "channel_liveness",
-    "class_balance",
-    "cost_bars",
     "dashboard",
     "decay_forms",
     "hover_values",
@@ -72,7 +67,6 @@ __all__ = [
     "result_css",
     "run_curves",
     "run_plane",
-    "schedule_curve",
     "sparsity_curves",
     "sparsity_map",
     "staircase_explorer_figure",

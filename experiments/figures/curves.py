@@ -116,27 +116,6 @@ def draw_sparsity(axes: Axes, history: History, labels: tuple[str, str, str], pl
 
 
 @style.styled
-def schedule_curve(coefficients: Sequence[float], learning_rates: Sequence[float], *, subtitle: str = "") -> Figure:
-    """The penalty's coefficient (dashed) and the weights' learning rate (right axis) of every epoch, from 1."""
-    plan, rates = np.asarray(coefficients, dtype=float), np.asarray(learning_rates, dtype=float)
-    peak = f"its peak is {plan.max():.3g}, in epoch {int(plan.argmax()) + 1}"
-    title = f"The penalty's coefficient starts at {plan[0]:.3g}; {peak}"
-    alt = f"Line chart by epoch. {title}. The learning rate goes from {rates[0]:.3g} to {rates[-1]:.3g}."
-    figure = style.canvas(title, subtitle, alt, height=3.1)
-    axes = figure.subplots()
-    style.epoch_line(axes, plan, color=style.COEFFICIENT, ls=style.DASHED, label="penalty coefficient")
-    axes.set_ylim(0, 1.12 * plan.max() or 1.0)
-    axes.set_ylabel("penalty coefficient", color=style.COEFFICIENT)
-    axes.tick_params(axis="y", colors=style.COEFFICIENT)
-    right = style.right_axis(axes, "learning rate of the weights", style.BLUE)
-    style.epoch_line(right, rates, color=style.BLUE, label="learning rate (right)")
-    right.set_ylim(0, 1.12 * rates.max())
-    style.epoch_axis(axes, len(plan))
-    style.legend_above(axes, right)
-    return figure
-
-
-@style.styled
 def decay_forms(
     steps: Array, trajectories: Mapping[str, Array], share_of_zeros: Mapping[str, Array], *, subtitle: str = ""
 ) -> Figure:

@@ -54,22 +54,6 @@ def per_layer_channels(layers: Sequence[LayerRecord], *, subtitle: str = "") -> 
 
 
 @style.styled
-def cost_bars(names: Sequence[str], macs: Sequence[int], quantized: Sequence[bool], *, subtitle: str = "") -> Figure:
-    """MACs of each layer in millions, blue where its weights are quantized, orange where they stay full precision."""
-    cost, mask = np.asarray(macs, dtype=float) / 1e6, np.asarray(quantized, dtype=bool)
-    share = percent(cost[mask].sum() / cost.sum())
-    title = f"The {mask.sum()} quantized layers hold {share} of the {cost.sum():.1f} million MACs"
-    alt = f"Bars, one a layer. {title}."
-    figure, axes = _upright(title, subtitle, alt, names, "million MACs an image", cost)
-    for kind, color, chosen in (("quantized", style.BLUE, mask), ("full precision", style.ORANGE, ~mask)):
-        label = f"{kind} ({chosen.sum()} layers)"
-        bars = axes.bar(np.flatnonzero(chosen), cost[chosen], color=color, width=0.72, label=label)
-        _number(axes, bars, [f"{value:.2g}" if value >= 0.1 else "<.1" for value in cost[chosen]])
-    style.legend_above(axes)
-    return figure
-
-
-@style.styled
 def before_after(names: Sequence[str], before: Sequence[int], after: Sequence[int], *, subtitle: str = "") -> Figure:
     """Paired bars of the MACs of each layer, with the share that is left above a pair that lost something."""
     old, new = np.asarray(before, dtype=float) / 1e6, np.asarray(after, dtype=float) / 1e6
@@ -102,18 +86,6 @@ def layer_sparsity_bars(
     axes.set(xlim=(0, 112), xticks=range(0, 101, 20))
     axes.xaxis.set_major_formatter(style.PERCENT)
     style.legend_above(axes)
-    return figure
-
-
-@style.styled
-def class_balance(labels: Sequence[int], class_names: Sequence[str], *, subtitle: str = "") -> Figure:
-    """Bars: the number of images of each class. labels: (N,) class indices."""
-    counts = np.bincount(labels, minlength=len(class_names))
-    title = f"{counts.sum():,} images in {len(counts)} classes, {counts.min():,} to {counts.max():,} in each"
-    figure, axes = _rows(title, subtitle, f"Horizontal bars, one class a row. {title}.", class_names, "images")
-    bars = axes.barh(range(len(counts)), counts, color=style.BLUE, height=0.7)
-    _number(axes, bars, [f"{count:,}  ({percent(count / counts.sum())})" for count in counts], most=NUMBERED_ROWS)
-    axes.set_xlim(0, 1.35 * counts.max())
     return figure
 
 

@@ -179,17 +179,6 @@ def test_sparsity_map_puts_every_kernel_in_its_place() -> None:
     assert "83.3 % zeros, 1 of 3 filters dead; 4 of 6 kernels are all zero" in figure.get_label()
 
 
-def test_cost_bars_colour_quantized_and_full_precision_layers() -> None:
-    macs = [442_368, 2_359_296, 640]  # stem, a block convolution of stage 1, linear
-    figure = figures.cost_bars(["conv1", "layer1.0.conv1", "linear"], macs, [False, True, False])
-    (axes,) = figure.axes
-    assert bars_of(axes) == [[2.359296], [0.442368, 0.00064]]
-    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.patches] == pytest.approx([1, 0, 2])
-    fills = [mcolors.to_hex(bar.get_facecolor()).upper() for bar in axes.patches]
-    assert fills == [style.BLUE, style.ORANGE, style.ORANGE]
-    assert "The 1 quantized layers hold 84.2 % of the 2.8 million MACs" in figure.get_label()
-
-
 def test_before_and_after_stand_in_pairs_and_a_layer_that_kept_everything_has_no_number() -> None:
     figure = figures.before_after(["a", "b"], [3_000_000, 1_000_000], [3_000_000, 500_000])
     assert bars_of(figure.axes[0]) == [[3.0, 1.0], [3.0, 0.5]]
@@ -217,12 +206,7 @@ def test_staircase_family_and_explorer_read_the_curves() -> None:
     assert tops == {-0.5: 25.0, 0.0: 50.0, 0.5: 25.0}
 
 
-def test_schedule_and_decay_draw_what_they_are_given() -> None:
-    figure = figures.schedule_curve([0, 0, 0.5, 1, 1], [0.1, 0.1, 0.1, 0.05, 0.01])
-    left, right = figure.axes
-    np.testing.assert_array_equal(left.get_lines()[0].get_ydata(), [0, 0, 0.5, 1, 1])
-    np.testing.assert_array_equal(right.get_lines()[0].get_ydata(), [0.1, 0.1, 0.1, 0.05, 0.01])
-    assert "starts at 0; its peak is 1, in epoch 4" in figure.get_label()
+def test_decay_draws_what_it_is_given() -> None:
     steps = np.arange(3.0)
     decay = figures.decay_forms(steps, {"a": 3 - steps, "b": steps * 0 + 3}, {"a": steps / 10})
     np.testing.assert_array_equal(lines_of(decay.axes[0])["a"], [3, 2, 1])
@@ -242,9 +226,6 @@ def test_images_are_shown_unchanged() -> None:
     grid = figures.augmentation_grid(images, [flipped])
     np.testing.assert_array_equal(grid.axes[1].get_images()[0].get_array(), flipped[0].transpose(1, 2, 0))
     assert [axes.get_title(loc="center") for axes in grid.axes[:2]] == ["original", "draw 1"]
-    balance = figures.class_balance([0, 1, 0, 0], ["cat", "dog"])
-    assert [bar.get_width() for bar in balance.axes[0].containers[0]] == [3, 1]
-    assert "4 images in 2 classes, 1 to 3 in each" in balance.get_label()
 
 
 def test_the_channel_group_diagram_colours_rows_and_columns() -> None:

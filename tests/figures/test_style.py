@@ -120,18 +120,14 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "sparsity bars, deep": lambda: figures.layer_sparsity_bars([f"l{i}" for i in range(108)], [0.5] * 108, [0.1] * 108),
     "kernel map": lambda: figures.sparsity_map(np.random.default_rng(0).normal(size=(64, 64, 3, 3)), "layer3.2.conv2"),
     "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
-    "costs": lambda: figures.cost_bars(NAMES, [2_000_000] * 18, [True] * 18),
     "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18),
     "removal": lambda: figures.removal_map(
         NAMES, [np.array(["kept"] * 16)] * 18, [np.zeros(16, bool)] * 18, subtitle=SUBTITLE
     ),
     "images": lambda: figures.image_grid(IMAGES, [0] * 16, ["automobile"], title="CIFAR-10", subtitle=SUBTITLE),
     "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
-    "classes": lambda: figures.class_balance([0, 1], ["automobile", "cat"]),
-    "many classes": lambda: figures.class_balance(range(300), [f"class {i}" for i in range(300)]),
     "family": lambda: figures.staircase_family([("d/2 = 50% of R", W, Q)] * 3, [("2 bits", W, Q)] * 3),
     "explorer": lambda: figures.staircase_explorer_figure(("", W, Q), W, Q, 2, 0.25, subtitle=SUBTITLE),
-    "schedule": lambda: figures.schedule_curve([0, 0.1], [0.1, 0.01]),
     "decay": lambda: figures.decay_forms(W, {"decoupled decay": W, "squares in the loss": W}, {"squares": Q}),
     "layer": lambda: figures.layer_figure(snapshot(8), [snapshot(i) for i in range(20)], subtitle=SUBTITLE),
     "image": lambda: figures.image_figure(trace()),
