@@ -28,23 +28,27 @@ IDENTITY: dict[str, Any] = {"color": style.GREY, "lw": 1.2, "ls": (0, (5, 3))}
 
 @style.styled
 def staircase_family(dead_zone_curves: Sequence[Curve], bit_curves: Sequence[Curve], *, subtitle: str = "") -> Figure:
-    """Two panels of staircases: the dead zone varied at the left, the bits varied at the right."""
+    """Staircases, each in a panel of its own: the dead zone varied in the upper row, the bits in the lower one."""
     title = "The dead zone decides what becomes\N{NO-BREAK SPACE}0, the bits how fine the rest is"
     zeros = ", ".join(f"{name} ±{np.abs(w[q == 0]).max(initial=0.0):.2g}" for name, w, q in dead_zone_curves)
     levels = ", ".join(f"{name} {len(np.unique(q))}" for name, _, q in bit_curves)
-    alt = f"Two panels of staircases. Weights that become 0: {zeros}. Levels: {levels}."
-    figure = style.canvas(title, subtitle, alt, height=4.3)
-    panels = figure.subplots(1, 2, sharey=True, sharex=True)
-    groups = (("The dead zone", dead_zone_curves), ("The bits", bit_curves))
-    for axes, (heading, curves) in zip(panels, groups, strict=True):
-        axes.axline((0, 0), slope=1, **IDENTITY)
-        for number, (name, w, q) in enumerate(curves):
-            axes.plot(w, q, color=style.DEPTH(number / max(len(curves) - 1, 1)), label=name)
-        axes.margins(x=0)
+    alt = f"Two rows of staircases. Weights that become 0: {zeros}. Levels: {levels}."
+    figure = style.canvas(title, subtitle, alt, height=4.6)
+    columns = max(len(dead_zone_curves), len(bit_curves))
+    panels = figure.subplots(2, columns, sharey=True, sharex=True, squeeze=False)
+    for row, curves in zip(panels, (dead_zone_curves, bit_curves), strict=True):
+        for axes in row[len(curves) :]:
+            axes.set_visible(False)
+        for axes, (name, w, q) in zip(row, curves, strict=False):
+            half = float(np.abs(w[q == 0]).max(initial=0.0))
+            axes.axvspan(-half, half, color=style.DEAD_ZONE, lw=0)
+            axes.axline((0, 0), slope=1, **IDENTITY)
+            axes.plot(w, q, color=style.STAIRS)
+            axes.margins(x=0)
+            axes.set_title(name, pad=5, fontweight="normal")
+        row[0].set_ylabel("q(w)")
+    for axes in panels[1]:
         axes.set_xlabel("weight w")
-        axes.set_title(heading, pad=8)
-        axes.legend(loc="upper left")
-    panels[0].set_ylabel("quantized weight q(w)")
     return figure
 
 
@@ -82,8 +86,16 @@ def staircase_explorer_figure(
     share = np.full(len(values), 100 / len(values))
     bins = np.linspace(-limit, limit, 62).tolist()
     before.hist(values, bins=bins, weights=share, color=style.WEIGHTS)
-    after.vlines(used, 0, 100 * held / len(quantized), color=style.STAIRS, lw=3 if len(used) < 40 else 1)
-    after.set_ylim(0, 1.08 * 100 * float(held.max()) / len(quantized))
+    pruned = np.abs(values) <= dead_zone_half
+    before.hist(values[pruned], bins=bins, weights=share[pruned], color=style.PRUNED, label="weights that become 0")
+    shares = 100 * held / len(quantized)
+    colors = np.where(used == 0, style.PRUNED, style.STAIRS).tolist()
+    after.vlines(used, 0, shares, color=colors, lw=3 if len(used) < 40 else 1)
+    most = float(shares[used != 0].max(initial=0.0)) or 100 * zeros  # a bar of zeros that would dwarf the others is cut
+    top = 1.25 * min(float(shares.max()), 2 * most)
+    after.set_ylim(0, top)
+    if 100 * zeros > top:
+        after.annotate(f"↑ {percent(zeros)} are 0", (0.0, top), (6, -2), textcoords="offset points", va="top")
     for axes in (before, after):
         axes.set_ylabel("share")
         axes.yaxis.set_major_formatter(style.PERCENT)
@@ -172,6 +184,8 @@ def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
     middle = len(share) // 2
     axes.axvspan(-now.zone_share, now.zone_share, color=style.DEAD_ZONE, lw=0, label="dead zone")
     axes.stairs(share, EDGES, fill=True, color=style.WEIGHTS, label="weights")
+    inside = np.abs(EDGES[:-1] + EDGES[1:]) / 2 <= now.zone_share
+    axes.stairs(np.where(inside, share, 0.0), EDGES, fill=True, color=style.PRUNED, label="become 0")
     _mark_range(axes)
     around = np.delete(share, slice(middle - 1, middle + 2)).max(initial=0.0)
     top = max(1.2 * min(float(share.max()), 3 * around), 1e-9) if around else 1.2 * float(share.max(initial=1.0))
@@ -182,7 +196,7 @@ def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
         axes.annotate(text, (0.03, top), (10, -5), textcoords="offset points", va="top")
     levels, label = now.levels, f"{len(now.levels)} levels"
     axes.plot(levels, 0 * levels, ls="", marker="|", ms=10, mew=1.6, color=style.INK, clip_on=False, label=label)
-    style.legend_above(axes, columns=4)
+    style.legend_above(axes, columns=5, columnspacing=0.8)
 
 
 def _draw_course(axes: Axes, course: Sequence[LayerSnapshot], epochs: NDArray[np.float64]) -> None:

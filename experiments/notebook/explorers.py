@@ -29,7 +29,8 @@ from utils_quantization import latent_weight, quantized_layers
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
 QUANTILES = 801  # of each sample, for a page
 MOST_SNAPSHOTS = 800  # layers times epochs, for a page: about 400 kB
-WIDE = {"width": "min(34em, 95%)"}  # of a control: room to aim at one of hundreds of epochs or images
+WIDE = {"width": "min(48em, 98%)"}  # of a control: room to aim at one of hundreds of epochs or images, or for a fault
+layer_menus: dict[str, tuple[widgets.Dropdown, str]] = {}  # by explorer: its menu, what stands before a layer's name
 
 
 def weight_samples(seed: int = 0, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -67,9 +68,21 @@ def quantizer(samples: Mapping[str, Tensor], weights: str = "") -> None:
     live.explorer(
         draw,
         page={"kind": "quantizer", "start": start, "samples": {name: _shape(one) for name, one in samples.items()}},
-        weights=_dropdown("weights", samples, start),
-        dead_zone=widgets.FloatSlider(0.25, min=0.01, max=0.95, step=0.01, description="dead zone", layout=WIDE),
-        bits=widgets.IntSlider(4, min=2, max=8, description="bits", layout=WIDE),
+        weights=_layer_menu(
+            "quantizer", _dropdown("weights", samples, start, "Which weights to quantize"), "trained: "
+        ),
+        dead_zone=widgets.FloatSlider(
+            0.25,
+            min=0.01,
+            max=0.95,
+            step=0.01,
+            description="dead zone",
+            layout=WIDE,
+            tooltip="Half the width of the dead zone, as a share of the range R",
+        ),
+        bits=widgets.IntSlider(
+            4, min=2, max=8, description="bits", layout=WIDE, tooltip="Bits of a weight: 2 bits leave −R, 0 and R"
+        ),
     )
 
 
@@ -92,10 +105,16 @@ def layers(snapshots: Snapshots, subtitle: str = "") -> None:
 
     newest = snapshots.epochs[-1]
     most = max(snapshots.layer_names, key=lambda name: int(snapshots.view(name, newest).dead.sum()))
-    epochs = widgets.SelectionSlider(options=snapshots.epochs, value=newest, description="epoch", layout=WIDE)
-    live.explorer(
-        draw, page=_courses(snapshots, most), layer=_dropdown("layer", snapshots.layer_names, most), epoch=epochs
+    tooltip = "The epoch that is shown; 0 is before training"
+    epochs = widgets.SelectionSlider(
+        options=snapshots.epochs, value=newest, description="epoch", layout=WIDE, tooltip=tooltip
     )
+    play = widgets.Play(
+        max=len(snapshots.epochs) - 1, interval=500, show_repeat=False, tooltip="Run through the epochs"
+    )
+    widgets.jslink((play, "value"), (epochs, "index"))
+    menu = _layer_menu("layers", _dropdown("layer", snapshots.layer_names, most))
+    live.explorer(draw, page=_courses(snapshots, most), helpers=[play], layer=menu, epoch=epochs)
 
 
 def _courses(snapshots: Snapshots, start: str) -> dict[str, Any]:
@@ -131,7 +150,8 @@ def kernels(model: nn.Module) -> None:
     weights = {name: one.weight.float().cpu().numpy() for name, one in convolutions.items()}
     dead = {name: int((~weight.any(axis=(1, 2, 3))).sum()) for name, weight in weights.items()}
     most = max(dead, key=lambda name: dead[name])
-    live.explorer(lambda layer: figures.sparsity_map(weights[layer], layer), layer=_dropdown("layer", weights, most))
+    menu = _layer_menu("kernels", _dropdown("layer", weights, most))
+    live.explorer(lambda layer: figures.sparsity_map(weights[layer], layer), layer=menu)
 
 
 def images(model: nn.Module, data: ImageData) -> None:
@@ -142,11 +162,19 @@ def images(model: nn.Module, data: ImageData) -> None:
         return figures.image_figure(networks.trace(image, layer), subtitle=networks.missing)
 
     most = min(networks.stages.values(), key=lambda stage: len(stage.kept) / stage.channels)
-    live.explorer(
-        draw,
-        image=widgets.IntSlider(0, min=0, max=len(data.test_labels) - 1, description="test image", layout=WIDE),
-        layer=_dropdown("layer", networks.stages, most.layer),
-    )
+    images = len(data.test_labels)
+    tooltip = f"One of the {images:,} test images"
+    image = widgets.IntSlider(0, max=images - 1, description="test image", layout=WIDE, tooltip=tooltip)
+    button = widgets.Button(description="next misclassified image", layout={"width": "auto"})
+    button.tooltip = "Go to the next test image that the quantized network gets wrong"
+
+    def jump(_: object) -> None:
+        wrong = networks.misclassified
+        image.value = next((number for number in wrong if number > image.value), wrong[0] if wrong else image.value)
+
+    button.on_click(jump)
+    menu = _layer_menu("images", _dropdown("layer", networks.stages, most.layer))
+    live.explorer(draw, image=image, layer=menu, helpers=[button])
 
 
 def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report]) -> None:
@@ -169,7 +197,7 @@ def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report]) -> None
         answer,
         lambda fault: report_figure(report_on(fault)),
         busy="The doctor examines a pipeline with this fault; what is below is still about the one before ...",
-        fault=_dropdown("fault", breaks, list(breaks)[1]),
+        fault=_dropdown("fault", breaks, list(breaks)[1], "What is broken in the pipeline that the doctor examines"),
     )
 
 
@@ -214,5 +242,22 @@ def runs(folder: str | Path) -> None:
     )
 
 
-def _dropdown(label: str, names: Iterable[str], first: str) -> widgets.Dropdown:
-    return widgets.Dropdown(options=list(names), value=first, description=label, layout=WIDE)
+def _dropdown(
+    label: str, names: Iterable[str], first: str, tooltip: str = "The layer that is shown"
+) -> widgets.Dropdown:
+    return widgets.Dropdown(options=list(names), value=first, description=label, layout=WIDE, tooltip=tooltip)
+
+
+def _layer_menu(explorer: str, menu: widgets.Dropdown, before: str = "") -> widgets.Dropdown:
+    """`menu` shows the layer that is chosen in another explorer, and the others the one that is chosen in it."""
+    layer_menus[explorer] = menu, before
+
+    def follow(change: Any) -> None:
+        if change["new"].startswith(before) and (menu, before) in layer_menus.values():
+            for other, prefix in layer_menus.values():
+                wanted = prefix + change["new"].removeprefix(before)
+                if wanted in other.options:
+                    other.value = wanted
+
+    menu.observe(follow, names="value")
+    return menu

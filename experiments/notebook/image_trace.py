@@ -10,6 +10,7 @@ Axis letters: K shown channels, H W space, C classes.
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED, ImageTrace, Stage
-from src.data import ImageData, normalize
+from src.data import ImageData, normalize, test_batches
 from src.pruning import CompactionError, CompactNetwork, analyze_liveness, compact
 from utils_quantization import eval_mode, shared_quantized_weights, toggle_quantization
 
@@ -51,6 +52,14 @@ class ThreeNetworks:
                 self.stages[layer] = Stage(layer, op.module, len(kept), np.flatnonzero(kept))
         if not self.stages:
             raise ValueError("the network has no layer with a BatchNorm behind it: there is no feature map to show")
+
+    @functools.cached_property
+    @torch.no_grad()
+    def misclassified(self) -> list[int]:
+        """The test images that the quantized network gets wrong, ascending."""
+        with eval_mode(self.model), shared_quantized_weights(self.model):
+            wrong = [self.model(images).argmax(1) != labels for images, labels in test_batches(self.data, 500)]
+        return torch.cat(wrong).nonzero()[:, 0].tolist()
 
     @torch.no_grad()
     def trace(self, number: int, layer: str) -> ImageTrace:

@@ -15,12 +15,12 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self, TextIO
 
 from IPython.display import DisplayHandle, display
-from ipywidgets import HTML, VBox
+from ipywidgets import HTML, HBox, VBox, Widget
 from matplotlib.figure import Figure
 
 from experiments.figures import hover_values, png_bytes, style, svg_text
@@ -51,11 +51,14 @@ def put(data: dict[str, Any], metadata: dict[str, Any], *, handle: Any = None) -
     return handle
 
 
-def figure_bundle(figure: Figure) -> Bundle:
-    """Data and metadata of a figure for a notebook: a PNG in base64, its alt text and its size in CSS pixels."""
+def figure_bundle(figure: Figure, *, quick: bool = False) -> Bundle:
+    """Data and metadata of a figure for a notebook: a PNG in base64, its alt text and its size in CSS pixels.
+
+    quick: a PNG that is larger and sooner there.
+    """
     alt = str(figure.get_label()) or "Figure"
     width, height = (round(float(side) * style.SCREEN_DPI) for side in figure.get_size_inches())
-    png = base64.b64encode(png_bytes(figure)).decode("ascii")
+    png = base64.b64encode(png_bytes(figure, quick=quick)).decode("ascii")
     return {"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": width, "height": height}}
 
 
@@ -203,36 +206,59 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def explorer(*views: View, busy: str = "", page: Mapping[str, Any] | None = None, **controls: Any) -> None:
+def explorer(
+    *views: View,
+    busy: str = "drawing ...",
+    page: Mapping[str, Any] | None = None,
+    helpers: Sequence[Widget] = (),
+    **controls: Any,
+) -> None:
     """Controls above the displays that follow them. A view gets the value of each control under its name.
 
-    controls: ipywidgets with a `value`; they act when let go. busy: shown while the views are drawn again. page: with
-    `kind`, the numbers with which template/explorers.js of the page answers the same controls. What a view
-    returns is an ordinary display that starts with the controls' present values, so a saved notebook or page holds it
-    also where no kernel answers the controls. It is below them, so that they do not move when it changes its height.
+    controls: ipywidgets with a `value`; they act while they are moved, and ipywidgets waits for each answer. helpers:
+    buttons that move them. busy: shown while the views are drawn again. page: with `kind`, the numbers with which
+    template/explorers.js of the page answers the same controls. What a view returns is an ordinary display that starts
+    with the controls' present values, so a saved notebook or page holds it also where no kernel answers the controls.
+    It is below them, so that they do not move when it changes its height.
     """
-    note = HTML()  # says what went wrong
-    for control in controls.values():
-        if control.has_trait("continuous_update"):
-            control.continuous_update = False
+    note = HTML(layout={"min_height": "2em"})  # its place is kept, so that nothing jumps
     if in_notebook():
-        shown = VBox([*controls.values(), note])._repr_mimebundle_()
+        shown = VBox([*controls.values(), HBox(list(helpers)), note])._repr_mimebundle_()
         display({**shown, **({EXPLORER: page} if page else {})}, raw=True)
 
-    def draw(view: View, bundle: Callable[[Figure], Bundle] = figure_bundle) -> Bundle:
+    def draw(view: View, bundle: Callable[[Figure], Bundle]) -> Bundle:
         shown = view(**{name: control.value for name, control in controls.items()})
         return bundle(shown) if isinstance(shown, Figure) else shown
 
     handles = [put(*draw(view, page_bundle)) for view in views]
+    quick = [QuickFigure() for _ in views]
 
     def redraw(_: object) -> None:
         note.value = busy
         try:
-            for view, handle in zip(views, handles, strict=True):
-                put(*draw(view), handle=handle)
+            for view, handle, bundle in zip(views, handles, quick, strict=True):
+                put(*draw(view, bundle), handle=handle)
             note.value = ""
         except Exception as error:  # a callback's traceback would be lost in the kernel's log
             note.value = html.escape(f"{type(error).__name__}: {error}")
 
     for control in controls.values():
         control.observe(redraw, names="value")
+
+
+class QuickFigure:
+    """`figure_bundle` for figures that follow each other: where the charts are is worked out once for each size."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[Any, ...], list[Any]] = {}
+
+    def __call__(self, figure: Figure) -> Bundle:
+        """Data and metadata of `figure` for a notebook."""
+        key = (*figure.get_size_inches(), len(figure.axes))
+        if key in self._places:
+            figure.set_layout_engine("none")
+            for axes, place in zip(figure.axes, self._places[key], strict=True):
+                axes.set_position(place)
+        bundle = figure_bundle(figure, quick=True)
+        self._places[key] = [axes.get_position() for axes in figure.axes]
+        return bundle

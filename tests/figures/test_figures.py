@@ -192,7 +192,7 @@ Q = np.where(np.abs(W) <= 0.25, 0.0, np.sign(W) * 0.5)
 
 def test_staircase_family_and_explorer_read_the_curves() -> None:
     family = figures.staircase_family([("d", W, Q), ("none", W, W)], [("2 bits", W, Q)])
-    assert [axes.get_title(loc="left") for axes in family.axes] == ["The dead zone", "The bits"]
+    assert [axes.get_title(loc="left") for axes in family.axes if axes.get_visible()] == ["d", "none", "2 bits"]
     assert "become 0: d ±0.25, none ±0. Levels: 2 bits 3." in family.get_label()
     weights = np.array([0.1, -0.2, 0.5, -0.5])  # two zeros, two exact: error sqrt(.05 / .55) = 0.302
     figure = figures.staircase_explorer_figure(("", W, Q), weights, np.array([0, 0, 0.5, -0.5]), 2, 0.25)
@@ -200,7 +200,11 @@ def test_staircase_family_and_explorer_read_the_curves() -> None:
     stairs, before, error, after = figure.axes
     np.testing.assert_array_equal(stairs.get_lines()[-1].get_ydata(), Q)
     np.testing.assert_allclose(error.get_lines()[-1].get_ydata(), Q - W)
-    assert sum(bar.get_height() for bar in before.patches if bar.get_width() < 0.1) == pytest.approx(100)
+    shares = [
+        (mcolors.to_hex(bar.get_facecolor()), bar.get_height()) for bar in before.patches if bar.get_width() < 0.1
+    ]
+    assert sum(share for color, share in shares if color == style.WEIGHTS.lower()) == pytest.approx(100)
+    assert sum(share for color, share in shares if color == style.PRUNED.lower()) == pytest.approx(50)
     (held,) = after.collections
     tops = {round(float(segment[1][0]), 3): segment[1][1] for segment in held.get_segments()}
     assert tops == {-0.5: 25.0, 0.0: 50.0, 0.5: 25.0}

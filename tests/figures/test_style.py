@@ -38,7 +38,7 @@ TOGETHER = {
     "sparsity": (style.ZEROS, style.CHANNELS, style.COEFFICIENT),
     "channels": (style.ALIVE, style.DEAD),
     "fates of channels": (style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.FAINT),
-    "staircase and weights": (style.STAIRS, style.WEIGHTS, style.DEAD_ZONE, style.RANGE, style.INK),
+    "staircase and weights": (style.STAIRS, style.WEIGHTS, style.DEAD_ZONE, style.RANGE, style.PRUNED, style.INK),
     "course of a layer": (style.ZEROS, style.BITS, style.MARK),
     "liveness and the marked epoch": (style.BLACK, style.WHITE, style.MARK),
     "quantized or not": (style.BLUE, style.ORANGE),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.notebook import live
+from experiments.notebook import explorers, live
 
 
 @dataclass
@@ -50,9 +50,11 @@ def controls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     explorer = live.explorer
 
-    def keeping(*views: Any, busy: str = "", page: Any = None, **controls: Any) -> None:
-        kept.update(controls)
-        explorer(*views, busy=busy, page=page, **controls)
+    def keeping(*views: Any, **options: Any) -> None:
+        kept.update({name: one for name, one in options.items() if name not in ("busy", "page", "helpers")})
+        kept["helpers"] = options.get("helpers", ())
+        explorer(*views, **options)
 
     monkeypatch.setattr(live, "explorer", keeping)
+    monkeypatch.setattr(explorers, "layer_menus", {})
     return kept

@@ -226,6 +226,38 @@ def test_explorers_follow_their_controls(
     assert all(words in alt for words, alt in zip(told, screen.alts, strict=True)), screen.alts
 
 
+def test_a_layer_that_is_chosen_in_one_explorer_is_shown_in_all(
+    loaded: Run, screen: Screen, controls: dict[str, Any]
+) -> None:
+    explorers.kernels(loaded.model)
+    explorers.quantizer(explorers.weight_samples(0, loaded.model))
+    explorers.layers(loaded.snapshots)
+    controls["layer"].value = "layer1.0.conv2"
+    assert screen.alt(0).count("layer1.0.conv2: ") == 1
+    assert controls["weights"].value == "trained: layer1.0.conv2"
+    controls["weights"].value = "normal"
+    assert controls["layer"].value == "layer1.0.conv2", "no layer, nothing to follow"
+    controls["weights"].value = "trained: layer3.0.conv1"
+    assert "layer3.0.conv1 after epoch 2" in screen.alt(2)
+
+
+def test_a_button_goes_to_the_next_image_that_the_network_gets_wrong(
+    loaded: Run, screen: Screen, controls: dict[str, Any]
+) -> None:
+    explorers.images(loaded.model, loaded.data)
+    data = loaded.data
+    with torch.no_grad():
+        answers = loaded.model(normalize(data.test_images, data.mean, data.std)).argmax(1)
+    wrong = (answers != data.test_labels).nonzero()[:, 0].tolist()
+    (button,) = controls["helpers"]
+    seen = []
+    for _ in range(3):
+        button.click()
+        seen.append(controls["image"].value)
+    assert seen == [number for number in wrong if number > 0][:3]
+    assert f"Test image {seen[-1]} is" in screen.alt(0)
+
+
 def diagnosed(name: str) -> Report:
     if name == "impossible":
         raise RuntimeError("no such <pipeline>")

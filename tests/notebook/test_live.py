@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 
+from experiments import figures
 from experiments.notebook import ProgressBar, duration, live
 from src.training import EpochRecord
+from tests.histories import make_history
 from tests.notebook.conftest import Screen
 
 
@@ -94,13 +96,23 @@ def test_an_explorer_draws_every_view_again_and_says_what_failed(screen: Screen)
         return {"text/plain": f"{6 // (bits - 5)}"}, {}
 
     live.explorer(lambda bits: tiny_figure(f"{bits} bits"), text, bits=slider)
-    assert not slider.continuous_update
+    assert slider.continuous_update
     slider.value = 7
     assert (screen.alt(0), screen.displays[1][0]["text/plain"]) == ("7 bits", "3")
     slider.value = 5  # a view that fails says so beside the controls; the next choice is drawn all the same
     slider.value = 8
     assert (screen.alt(0), screen.displays[1][0]["text/plain"]) == ("8 bits", "2")
     assert drawn == [4, 7, 5, 8]
+
+
+def test_a_quick_figure_keeps_its_charts_in_their_places() -> None:
+    quick, places = live.QuickFigure(), []
+    for _ in range(2):
+        figure = figures.accuracy_curve(make_history(4), chance=0.1)
+        _, metadata = quick(figure)
+        places.append([axes.get_position().bounds for axes in figure.axes])
+    assert metadata == live.figure_bundle(figure)[1]
+    assert places[0] == places[1]
 
 
 @pytest.mark.usefixtures("notebook")
