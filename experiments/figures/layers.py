@@ -137,8 +137,8 @@ def removal_map(
     before, after = sum(totals.values()), totals["kept"]
     title = f"{before - after} of {before} channels are gone, {after} are left"
     gone, filters = np.concatenate(fates) != "kept", np.concatenate(dead)
-    live = f"of {(gone & ~filters).sum()} live ones, which are constant or unread"
-    account = f"gone: the channels of {(gone & filters).sum()} of {filters.sum()} dead filters, and {live}"
+    live = f"{(gone & ~filters).sum()} of {(~filters).sum()} live ones (constant or unread)"
+    account = f"gone: the channels of {(gone & filters).sum()} of {filters.sum()} dead filters and {live}"
     subtitle = f"{subtitle}\n{account}".strip()
     parts = ", ".join(f"{number} {FATES[kind][1]}" for kind, number in totals.items())
     alt = f"Map of output channels, one row a layer: {parts}; {account}."

@@ -228,10 +228,14 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     with eval_mode(model):
         change = (claimed(images) - model(images)).abs().max().item()
     note = f"largest change of a logit: {change:.2g}"
-    constants = f"{moving} of them constants other than 0, folded in or carried"
+    gone = {layer.name: ~np.isin(np.arange(layer.out_channels), layer.kept_out) for layer in liveness.layers}
+    went = sum(int((gone[name] & flags).sum()) for name, flags in dead.items())
+    removed = sum(int(channels.sum()) for channels in gone.values())
+    account = f"{removed} channels removed, {went} of them those of dead filters"
+    account += f"; {moving} of them constants other than 0, folded in or carried"
     return [
         {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
-        {"count": constants, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
+        {"count": account, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
     ]
 
 

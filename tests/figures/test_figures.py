@@ -99,7 +99,7 @@ def test_the_removal_map_draws_the_fates() -> None:
     assert colours_of(axes) == [style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.BLUE]
     assert axes.get_yticklabels()[1].get_text() == "second  \N{FIGURE SPACE}1/3"
     assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
-    assert "the channels of 2 of 3 dead filters, and of 1 live ones" in figure.get_label()
+    assert "the channels of 2 of 3 dead filters and 1 of 2 live ones" in figure.get_label()
 
 
 def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: History) -> None:

@@ -114,7 +114,9 @@ def test_counting_dead_filters_as_zeros_changes_the_outputs(run: pipeline.Run) -
     assert int(claimed["MACs"].replace(",", "")) < int(true["MACs"].replace(",", ""))  # the channels of ones
     assert float(claimed["outputs"].rsplit(" ", 1)[1]) > 0
     assert claimed["count"].startswith(f"{9 * len(DEAD)} dead filters")
-    assert true["count"].startswith(f"{9 * 2} of them constants")
+    removed = sum(layer.null_out.count for layer in result.structured_stats.layers)
+    assert true["count"].startswith(f"{removed} channels removed, {9 * len(DEAD)} of them those of dead filters")
+    assert f"; {9 * 2} of them constants" in true["count"]
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
 
 
