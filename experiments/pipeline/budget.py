@@ -41,7 +41,7 @@ from metrics import QuantizationComparison
 from src.export import pack
 from src.pruning import channel_groups
 from src.training import History, Objective
-from utils_quantization import eval_mode, quantized_layers, quantizer_of, shared_quantized_weights
+from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
 GAIN, INTEGRAL_GAIN = 6.0, {"bops": 0.3, "macs": 1.0, "bytes": 0.3}
@@ -54,6 +54,11 @@ def packed_ratio(model: nn.Module) -> float:
     """FP32 state of the dense network over the packed file, in bytes."""
     with tempfile.TemporaryDirectory() as folder, eval_mode(model):
         return pack(model, Path(folder) / "model.cdq").ratio
+
+
+def _logits(model: nn.Module, leaf: str) -> Tensor:
+    """The logits of this name, "logit_dz" or "logit_bit", of all quantizers in the network's order."""
+    return torch.stack([logit for name, logit in model.named_parameters() if name.endswith(f".{leaf}")])
 
 
 class BudgetControl:
@@ -175,9 +180,8 @@ class BudgetControl:
             )
 
     def _lasso_and_squares(self, model: nn.Module) -> Tensor:
-        quantizers = [quantizer_of(layer) for layer in quantized_layers(model).values()]
-        dead_zones = (self._dead_zones * torch.stack([each.logit_dz for each in quantizers]).square()).sum()
-        bits = self._bits * torch.stack([each.logit_bit for each in quantizers]).square().sum()
+        dead_zones = (self._dead_zones * _logits(model, "logit_dz").square()).sum()
+        bits = self._bits * _logits(model, "logit_bit").square().sum()
         of_dead_zones, of_bits = self._ratios
         return self._lasso * self._norms(model).sum() + of_dead_zones * dead_zones + of_bits * bits
 
