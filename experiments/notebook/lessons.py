@@ -95,9 +95,9 @@ def source_beside(equations: Mapping[Callable[..., Any], str]) -> Markdown:
     for function, tex in equations.items():
         code = textwrap.dedent(inspect.getsource(function)).rstrip()
         parts.append(
-            '<div style="display:flex;flex-wrap:wrap;align-items:center;gap:0 1.2em;font-size:.85em">\n'
-            f'<div style="flex:0 1 18em">\n\n$${tex}$$\n\n</div>\n'
-            f'<div style="flex:1 1 36em;min-width:0">\n\n```python\n{code}\n```\n\n</div>\n</div>'
+            '<div style="display:flex;flex-wrap:wrap;align-items:center;gap:0 1em;font-size:.8em">\n'
+            f'<div style="flex:0 1 17em">\n\n$${tex}$$\n\n</div>\n'
+            f'<div style="flex:1 1 32em;min-width:0">\n\n```python\n{code}\n```\n\n</div>\n</div>'
         )
     return Markdown("\n\n".join(parts))
 
