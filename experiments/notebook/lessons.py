@@ -10,7 +10,7 @@ import html
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -237,19 +237,6 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
         {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
         {"count": account, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
     ]
-
-
-def aligned(lines: Sequence[str]) -> list[str]:
-    """Lines of "name: value" between bars, of which the values end below each other; a line without bars stays."""
-    rows = [line.split(" | ") for line in lines if " | " in line]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def padded(part: str, width: int) -> str:
-        name, _, value = part.rpartition(" ")
-        return f"{name} {value:>{width - len(name) - 1}}"
-
-    spread = [" | ".join(map(padded, row, widths)) for row in rows]
-    return [spread.pop(0) if " | " in line else line for line in lines]
 
 
 def verdict_table(verdict: Verdict) -> Styler:

@@ -55,12 +55,3 @@ def test_a_draw_of_augmentation_is_a_crop_of_the_padded_image() -> None:
 def test_a_folded_table_is_shown_on_a_click() -> None:
     page = lessons.folded("a < b", plain_table([{"layer": "conv1"}])).data
     assert re.fullmatch(r"<details[^>]*><summary>a &lt; b</summary>.*conv1.*</details>", page, re.DOTALL)
-
-
-def test_lines_of_epochs_are_aligned_where_a_loss_has_two_digits_before_the_point() -> None:
-    lines = ["Epoch 1/9 | Loss: 9.17 | Acc: 100.0%", "... 3 more epochs ...", "Epoch 9/9 | Loss: 12.28 | Acc: 7.5%"]
-    assert lessons.aligned(lines) == [
-        "Epoch 1/9 | Loss:  9.17 | Acc: 100.0%",
-        "... 3 more epochs ...",
-        "Epoch 9/9 | Loss: 12.28 | Acc:   7.5%",
-    ]
