@@ -1,8 +1,7 @@
-"""How OpenMP's idle threads wait: the setting reaches the runtime, and the measurement runs each setting on its own."""
+"""How OpenMP's idle threads wait: the setting reaches the runtime before torch starts it."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
-from experiments.benchmarks import threads
 
 ROOT = Path(__file__).parents[2]
 LOAD = "import sys, experiments, ctypes; assert 'torch' not in sys.modules; ctypes.CDLL(sys.argv[1])"
@@ -48,25 +45,3 @@ def test_the_notebook_imports_experiments_before_torch() -> None:
     lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines()]
     imports = [line.split()[1].split(".")[0] for line in lines if re.match(r"\s*(import|from) ", line)]
     assert imports.index("experiments") < imports.index("torch")
-
-
-def test_every_setting_is_measured_quiet_and_busy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The child is exchanged: it prints its environment's wait policy as its time."""
-    child = "import json, os; print(json.dumps({'seconds': len(os.environ.get('OMP_WAIT_POLICY', '')), 'loss': 3}))"
-    monkeypatch.setattr(threads, "CHILD", child)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "what the package has set")
-    words = ["threads", "--rounds", "1", "--busy", "1", "default", "OMP_WAIT_POLICY=passive,OMP_NUM_THREADS=1"]
-    monkeypatch.setattr(sys, "argv", words)
-    threads.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert rows == [["default", "0.0", "0.0", "3"], [words[-1], "7000.0", "7000.0", "3"]]
-
-
-@pytest.mark.slow
-def test_the_steps_of_one_epoch_are_measured() -> None:
-    """A whole epoch of resnet20 on the digits."""
-    found = threads.measured("OMP_NUM_THREADS=1", 0)
-    assert found["seconds"] > 0
-    assert json.dumps(found["loss"]) not in ("NaN", "0.0")
