@@ -123,7 +123,7 @@ ROWS = {
         notebook_memory,
         share=0,
     ),
-    "histories of 20 to 100,000 epochs as figures and text": Row(
+    "histories of 20 to 20,000 epochs as figures and text": Row(
         f"every figure can be drawn; all of them, as a page holds them, are below {LARGEST // MEGABYTE} MB",
         long_histories,
         share=0,
