@@ -127,7 +127,7 @@ def tex_to_mathml(tex: str, display: str) -> str:
 
 
 class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
-    """Markdown with MathML where the stock renderer leaves TeX for a script to find, and tables that can scroll."""
+    """Markdown with MathML where the stock renderer leaves TeX for a script to find, and tables and code that can scroll."""
 
     def block_math(self, body: str) -> str:
         return f'<div class="equation" tabindex="0">{tex_to_mathml(body, "block")}</div>\n'
@@ -143,6 +143,9 @@ class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
         code = str(super().codespan(text))
         known = REPOSITORY_URL and re.fullmatch(r"[\w./-]+", text) and (ROOT / text).exists()
         return f'<a href="{REPOSITORY_URL}/blob/main/{text}">{code}</a>' if known else code
+
+    def block_code(self, code: str, info: str | None = None) -> str:
+        return str(super().block_code(code, info)).replace("<pre>", '<pre tabindex="0">')
 
     def table(self, text: str) -> str:
         return f'<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>{text}</table></div>\n'
