@@ -127,7 +127,7 @@ def tex_to_mathml(tex: str, display: str) -> str:
 
 
 class _Renderer(IPythonRenderer):  # type: ignore[misc, unused-ignore]
-    """Markdown with MathML where the stock renderer leaves TeX for a script to find, and tables and code that can scroll."""
+    """Markdown with MathML where the stock renderer leaves TeX for a script; tables and code can scroll."""
 
     def block_math(self, body: str) -> str:
         return f'<div class="equation" tabindex="0">{tex_to_mathml(body, "block")}</div>\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import threading
 import time
 import traceback
@@ -52,7 +53,7 @@ from src.training import (
 from utils_quantization import quantized_layers
 
 KERNEL_GRACE_SECONDS = 3.0  # of a kernel that is asked to end, for the last figure
-ESTIMATE_SECONDS = 2.0  # of steps, before it is said how long the rest will take
+ESTIMATE_SECONDS, ESTIMATE_STEPS = 2.0, 10  # at least, before it is said how long the rest will take
 TEST_SHARE = 1 / 3  # of a training step's time, for testing as many images: a forward pass alone
 
 
@@ -260,8 +261,8 @@ class TrainingLoop:
     resume_hint: str = "run this cell again to continue, or the notebook with RESUME = True"
     saved: str = field(default="", init=False)
     explores: bool = field(default=False, init=False)
-    _timed_seconds: float = field(default=0.0, init=False)
-    _timed_steps: int = field(default=0, init=False)
+    _step_seconds: list[float] = field(default_factory=list, init=False)
+    _estimated: bool = field(default=False, init=False)
 
     @classmethod
     def open(cls, run: Run, output: str | Path, *, resume: bool = False, **settings: Any) -> TrainingLoop:
@@ -296,7 +297,7 @@ class TrainingLoop:
     def steps(self) -> Iterator[Step]:
         """The steps that are left of the unfinished epoch, with a checkpoint every `checkpoint_every`.
 
-        `notify` is told once how long all that is left will take, after two seconds of steps.
+        `notify` is told once how long all that is left will take, after two seconds and ten steps.
         """
         last = 0.0
         for step in self.run.steps():
@@ -367,12 +368,13 @@ class TrainingLoop:
             self.save()
 
     def _time(self, seconds: float) -> None:
-        """Count a step and give the estimate once it can be made."""
-        before = self._timed_seconds
-        self._timed_seconds += seconds
-        self._timed_steps += 1
-        if before < ESTIMATE_SECONDS <= self._timed_seconds:
-            self.notify(self.run.estimate(self._timed_seconds / self._timed_steps))
+        """Count a step and give the estimate once it can be made: by the median, since the first steps are watched."""
+        if self._estimated:
+            return
+        self._step_seconds.append(seconds)
+        if len(self._step_seconds) >= ESTIMATE_STEPS and sum(self._step_seconds) >= ESTIMATE_SECONDS:
+            self._estimated = True
+            self.notify(self.run.estimate(statistics.median(self._step_seconds)))
 
     def _keep(self, error: BaseException) -> None:
         """Write what is not written yet, and say how to continue."""

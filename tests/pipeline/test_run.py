@@ -35,13 +35,14 @@ def test_the_estimate_is_given_once_and_leaves_out_slow_first_steps(
     run: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(*_: object) -> StepLosses:
-        time.sleep(0.1 if len(taken) % 2 else 1)
+        time.sleep((0.5 if len(taken) == 1 else 0.1) if len(taken) % 2 else 1)  # the first that is timed is watched
         taken.append(0)
         return StepLosses(*[torch.tensor(1.0)] * 5)
 
     lines: list[str] = []
     taken: list[int] = []
     monkeypatch.setattr(pipeline.run, "ESTIMATE_SECONDS", 0.25)
+    monkeypatch.setattr(pipeline.run, "ESTIMATE_STEPS", 3)
     run.step_fn = step  # type: ignore[assignment]
     loop = TrainingLoop.open(run, tmp_path, notify=lines.append)
     for _ in range(3):
