@@ -30,6 +30,7 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode, from_dict, writes
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +81,7 @@ def to_html(notebook: NotebookNode, folder: str | Path = ".") -> str:
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}",
     }
     exporter = _PageExporter(template_name="template", extra_template_basedirs=[str(HERE)])
+    exporter.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # lines that came one by one
     page, _ = exporter.from_notebook_node(notebook, resources)
     head = re.search(r"<!--head-->(.*?)<!--/head-->", page, flags=re.DOTALL)
     if head and "</h1>" in page:

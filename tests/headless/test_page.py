@@ -185,7 +185,7 @@ def test_lines_that_stand_in_columns_are_not_wrapped_and_sentences_are() -> None
 
 def test_lines_of_a_cell_that_is_to_be_folded_are_shown_on_a_click() -> None:
     cell = new_code_cell(
-        "train()", outputs=[new_output("stream", text="Epoch 1\nEpoch 2\n")], metadata={"tags": ["folded"]}
+        "train()", outputs=[new_output("stream", text=f"Epoch {n}\n") for n in (1, 2)], metadata={"tags": ["folded"]}
     )
     page = to_html(new_notebook(cells=[cell]))
     assert re.search(
