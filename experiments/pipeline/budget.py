@@ -40,7 +40,7 @@ from experiments.sparsity import group_norms
 from metrics import QuantizationComparison
 from src.export import pack
 from src.pruning import channel_groups
-from src.training import History, Objective
+from src.training import History, Objective, squared_logits
 from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
@@ -56,11 +56,6 @@ def packed_ratio(model: nn.Module) -> float:
         return pack(model, Path(folder) / "model.cdq").ratio
 
 
-def _logits(model: nn.Module, leaf: str) -> Tensor:
-    """The logits of this name, "logit_dz" or "logit_bit", of all quantizers in the network's order."""
-    return torch.stack([logit for name, logit in model.named_parameters() if name.endswith(f".{leaf}")])
-
-
 class BudgetControl:
     """What a run with a budget minimises, and how strongly, epoch by epoch. See the module.
 
@@ -70,6 +65,7 @@ class BudgetControl:
 
     def __init__(self, config: RunConfig, model: nn.Module, dense: nn.Module) -> None:
         self.budget = Budget.parse(config.target)
+        self.aim = AIM * self.budget.share
         self.peak, self.begin = config.peak, max(config.delay, 1)
         self.length = 0.75 * max(config.epochs - self.begin, 1)
         self._comparison = QuantizationComparison()
@@ -91,11 +87,11 @@ class BudgetControl:
 
     def coefficient(self, history: History) -> float:
         """The coefficient of the epoch that follows `history`; 0 up to epoch `begin`, below 0 where zeros come back."""
-        done, aim = len(history), AIM * self.budget.share
+        done = len(history)
         if done < self.begin:
             return 0.0
         costs = [float(record.cost or 1.0) for record in history.records[self.begin - 1 :]]
-        falls, errors = math.log(aim / costs[0]), []
+        falls, errors = math.log(self.aim / costs[0]), []
         for passed, cost in enumerate(costs):
             t = min(passed / self.length, 1.0)
             errors.append(math.log(cost / costs[0]) - falls * (3 * t**2 - 2 * t**3))
@@ -110,7 +106,7 @@ class BudgetControl:
 
     def _surplus(self, history: History) -> float:
         """log c - log a after the last epoch."""
-        return math.log(float(history.last.cost or 1.0) / (AIM * self.budget.share))
+        return math.log(float(history.last.cost or 1.0) / self.aim)
 
     def _trims(self, history: History) -> bool:
         """Whether dead zones alone bring the cost to the aim."""
@@ -154,8 +150,9 @@ class BudgetControl:
         means = np.bincount(makers, norms) / np.bincount(makers)
         smallest_first = (norms / np.maximum(means, 1e-12)[makers]).argsort(kind="stable")
         counts = range(len(self._groups) + 1)
-        aim = AIM * self.budget.share
-        fewest = bisect.bisect_left(counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= aim)
+        fewest = bisect.bisect_left(
+            counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= self.aim
+        )
         return tuple(sorted(smallest_first[:fewest].tolist()))
 
     def _macs_without(self, groups: NDArray[np.int64]) -> float:
@@ -180,10 +177,10 @@ class BudgetControl:
             )
 
     def _lasso_and_squares(self, model: nn.Module) -> Tensor:
-        dead_zones = (self._dead_zones * _logits(model, "logit_dz").square()).sum()
-        bits = self._bits * _logits(model, "logit_bit").square().sum()
+        logits = torch.stack([p for name, p in model.named_parameters() if name.endswith(".logit_dz")])
         of_dead_zones, of_bits = self._ratios
-        return self._lasso * self._norms(model).sum() + of_dead_zones * dead_zones + of_bits * bits
+        dead_zones = of_dead_zones * (self._dead_zones * logits.square()).sum()
+        return self._lasso * self._norms(model).sum() + dead_zones + self._bits * squared_logits(model, 0.0, of_bits)
 
     def _chosen_lasso(self, model: nn.Module) -> Tensor:
         return (self._norms(model) * self._chosen).sum()
