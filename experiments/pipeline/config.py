@@ -130,7 +130,7 @@ class RunConfig:
     peak: float = _within(0.008, 0, 1000)
     target: str = field(default="", metadata={"check": lambda name, value: value and Budget.parse(value)})
     expected_accuracy: float = _within(0.6, 0, 1)
-    allowed_cost: float = _within(0.05, 0, 1)
+    allowed_cost: float = _within(0.02, 0, 1)
     continued_from: int | None = _within(None, 1)
     given: tuple[str, ...] = field(default=(), compare=False)
 
@@ -207,7 +207,6 @@ SMOKE = RunConfig(
     ramp=0,
     peak=0.01,
     expected_accuracy=0.9,
-    allowed_cost=0.02,
 )
 MIXED_BITS = replace(
     DEBUG,

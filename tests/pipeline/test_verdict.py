@@ -191,6 +191,14 @@ def test_what_a_configuration_switches_off_is_not_expected() -> None:
     assert {"bits fall", "channels die"}.isdisjoint(statuses(verdict_of(healthy(), PAPER_4BIT)))
 
 
+def test_a_budget_of_bops_or_bytes_decides_what_shrinks() -> None:
+    """20 % of the BOPs: 8 bits are a quarter of 32, and zeros alone do the rest."""
+    shrunk = {"zeros appear", "channels die", "bits fall"}
+    assert set(statuses(verdict_of(healthy(), replace(DEBUG, target="bops 20%")))) == set(NAMES) - shrunk
+    assert set(statuses(verdict_of(healthy(), replace(DEBUG, target="bytes 5x")))) == set(NAMES) - shrunk
+    assert set(statuses(verdict_of(healthy(), replace(DEBUG, target="macs 50%")))) == set(NAMES)
+
+
 def test_a_configuration_of_ones_own_is_measured_by_itself() -> None:
     mine = replace(SMOKE, preset="mine", epochs=20, delay=5, expected_accuracy=0.8)
     assert verdict_of(healthy(), mine).healthy
