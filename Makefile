@@ -10,11 +10,18 @@ PYTHON_IN_VENV := .venv/bin/python
 PARAMETERS := PRESET DATA DATA_ROOT EPOCHS BATCH_SIZE LIMIT SEED DEVICE OUTPUT_DIR BASELINE
 UNKNOWN := $(strip $(foreach v,$(filter-out $(PARAMETERS) MAKEFLAGS MAKEFILES SHELL -*,$(.VARIABLES)),\
 	$(if $(filter command,$(firstword $(origin $v))),$v)))
-$(if $(UNKNOWN),$(error unknown parameter $(UNKNOWN): allowed are $(PARAMETERS)))
+# (A make that calls this one hands its own down as if they were typed here, CC=gcc say: they are let be.)
+$(if $(filter 0,$(MAKELEVEL)),$(if $(UNKNOWN),$(error unknown parameter $(UNKNOWN): allowed are $(PARAMETERS))))
 GIVEN := $(strip $(foreach p,$(PARAMETERS),$(if $(filter command,$(firstword $(origin $p))),$(if $(value $p),$p))))
 
 # A value reaches the shell through the environment, as it was typed: quotes, blanks and dollars are text.
 $(foreach p,$(GIVEN),$(eval override $p := $$(value $p))$(eval export $p))
+
+# Settings of the user's Python and pip that lend other packages or install elsewhere. Those that say where packages
+# come from (PIP_INDEX_URL, PIP_CERT, ...) stay.
+unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONPLATLIBDIR
+unexport PIP_ROOT PIP_PYTHON PIP_DRY_RUN PIP_CONSTRAINT PIP_REQUIREMENT
+PIP_INSTALL := $(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check --no-user --target= --prefix="$$PWD/.venv"
 
 FLAG_PRESET := --preset
 FLAG_DATA := --data
@@ -89,31 +96,36 @@ clean:
 	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv/installed.lock is the lock that was installed last: a changed lock installs again, an equal one costs nothing.
+# Of two makes at once the second waits: this folder, opened as file 9, is locked until the shell ends.
+# uv is fast; pip, which finds nothing left to do, has the last word.
 venv:
-	@if cmp -s requirements.lock .venv/installed.lock && $(PYTHON_IN_VENV) -c '' 2>/dev/null; then exit 0; fi; \
+	@installed() { cmp -s requirements.lock .venv/installed.lock && $(PYTHON_IN_VENV) -c '' 2>/dev/null; }; \
+	if installed; then exit 0; fi; \
 	suits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1; }; \
-	if ! suits $(PYTHON_IN_VENV); then \
-		python=; \
-		for candidate in python3 python3.13 python3.12 python3.11 python; do \
-			if suits $$candidate; then python=$$candidate; break; fi; \
-		done; \
-		if [ -z "$$python" ]; then \
-			echo 'make: no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.13, python3.12, python3.11, python).' >&2; \
-			echo 'Install one, or put it on the PATH, and run make again.' >&2; \
-			exit 1; \
-		fi; \
+	python=; \
+	for candidate in python3 python3.13 python3.12 python3.11 python $(PYTHON_IN_VENV); do \
+		if suits $$candidate; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo 'make: no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.13, python3.12, python3.11, python).' >&2; \
+		echo 'Install one, or put it on the PATH, and run make again.' >&2; \
+		exit 1; \
 	fi; \
+	exec 9<.; \
+	lock() { $$python -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | $$1)" 2>/dev/null; }; \
+	lock fcntl.LOCK_NB || { echo 'Waiting for another make, which installs the packages ...' >&2; lock 0; }; \
+	if installed; then exit 0; fi; \
 	echo 'Installing the pinned packages into .venv (once; some minutes) ...' >&2; \
+	rm -f .venv/installed.lock; \
 	uv=; if uv --version >/dev/null 2>&1; then uv=uv; fi; \
 	if ! suits $(PYTHON_IN_VENV); then \
 		rm -rf .venv; \
 		if ! { [ -n "$$uv" ] && uv venv --quiet --seed --python "$$(command -v $$python)" .venv 2>/dev/null; }; then \
-			$$python -m venv .venv || { rm -rf .venv; echo "make: $$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv." >&2; exit 1; }; \
+			$$python -m venv .venv || { rm -rf .venv; echo "make: $$python cannot make a virtual environment; the reason stands above." >&2; exit 1; }; \
 		fi; \
 	fi; \
-	export PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	if [ -z "$$uv" ] && $(PYTHON_IN_VENV) -m pip install --quiet uv >/dev/null 2>&1; then uv=.venv/bin/uv; fi; \
-	if ! { [ -n "$$uv" ] && $$uv pip install --quiet --python $(PYTHON_IN_VENV) --require-hashes -r requirements.lock 2>/dev/null; }; then \
-		$(PYTHON_IN_VENV) -m pip install --quiet --require-hashes -r requirements.lock || { echo 'make: the packages could not be installed; the reason stands above.' >&2; exit 1; }; \
-	fi; \
+	$(PYTHON_IN_VENV) -m ensurepip >/dev/null 2>&1; \
+	if [ -z "$$uv" ] && $(PIP_INSTALL) uv >/dev/null 2>&1; then uv=.venv/bin/uv; fi; \
+	if [ -n "$$uv" ]; then $$uv pip install --quiet --python $(PYTHON_IN_VENV) --require-hashes -r requirements.lock 2>/dev/null; fi; \
+	$(PIP_INSTALL) --require-hashes -r requirements.lock || { echo 'make: the packages could not be installed; the reason stands above.' >&2; exit 1; }; \
 	cp requirements.lock .venv/installed.lock

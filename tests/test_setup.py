@@ -8,6 +8,7 @@ Python in the folders where JupyterLab, VS Code, Colab or Binder would start.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -134,6 +137,18 @@ def test_make_passes_parameters_on_as_they_were_typed(
 
 
 @needs_make
+def test_variables_that_a_calling_make_hands_down_are_let_be(checkout: Path) -> None:
+    (checkout / "parent.mk").write_text("all:\n\t@$(MAKE) debug\n")
+    given = ["--no-print-directory", "CC=gcc", "PREFIX=/usr", "EPOCHS=3"]
+    assert make("-f", "parent.mk", *given, folder=checkout).splitlines() == [
+        "-m",
+        "experiments.debug_run",
+        "--epochs=3",
+    ]
+    assert "unknown parameter CC: allowed are PRESET" in started("debug", "CC=gcc", folder=checkout).stderr
+
+
+@needs_make
 def test_make_without_a_suitable_python_says_which_ones_it_looked_for(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,12 +164,73 @@ def test_make_without_a_suitable_python_says_which_ones_it_looked_for(
     assert not (checkout / ".venv").exists()
 
 
-def make(*arguments: str, folder: Path = ROOT) -> str:
+@pytest.fixture
+def small_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose lock is one package, which pip alone can install, and which its script prints the place of."""
+    folder, wheel = tmp_path / "checkout", tmp_path / "wheels/only-1.0-py3-none-any.whl"
+    (folder / "experiments").mkdir(parents=True)
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("only.py", "")
+        archive.writestr("only-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: only\nVersion: 1.0\n")
+        archive.writestr("only-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("only-1.0.dist-info/RECORD", "")
+    shutil.copy(ROOT / "Makefile", folder)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (folder / "requirements.lock").write_text(f"only==1.0 --hash=sha256:{digest}\n")
+    (folder / "experiments/debug_run.py").write_text("import only\nprint(only.__file__, __debug__)\n")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/uv").write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+    (tmp_path / "tools/uv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return folder
+
+
+@needs_make
+@pytest.mark.slow
+def test_settings_of_pip_and_python_do_not_reach_the_environment(
+    small_lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them at once, given to two makes at once, of which one installs; then a make without them."""
+    elsewhere = small_lock.parent / "elsewhere"
+    (elsewhere / "only-1.0.dist-info").mkdir(parents=True)
+    (elsewhere / "only-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: only\nVersion: 1.0\n")
+    (elsewhere / "only.py").write_text("")
+    (elsewhere / "pip.conf").write_text(f"[install]\nuser = true\ntarget = {elsewhere}/a\nprefix = {elsewhere}/b\n")
+    with monkeypatch.context() as harmful:
+        for name in ("PIP_USER", "PIP_DRY_RUN", "PYTHONSAFEPATH", "PYTHONOPTIMIZE"):
+            harmful.setenv(name, "1")
+        for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONHOME", "PYTHONPATH"):
+            harmful.setenv(name, str(elsewhere))
+        harmful.setenv("PIP_CONFIG_FILE", str(elsewhere / "pip.conf"))
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(lambda _: started("debug", folder=small_lock), range(2)))
+    assert sum("Installing the pinned packages" in result.stderr for result in results) == 1, results
+    results.append(started("debug", folder=small_lock))
+    (place,) = {result.stdout for result in results}
+    assert re.fullmatch(rf"{small_lock}/.venv/.* True\n", place), results
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["only-1.0.dist-info", "only.py", "pip.conf"]
+
+
+@needs_make
+def test_a_folder_that_can_have_no_environment_gets_the_reason_and_no_record(small_lock: Path) -> None:
+    folder = small_lock.rename(small_lock.parent / "a:b")
+    assert re.search("PATH separator.*\n.*the reason stands above", started("debug", folder=folder).stderr)
+    assert not (folder / ".venv").exists()
+
+
+def started(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     # A make that runs these tests must not lend its variables to the one tested.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    result = subprocess.run(
+    return subprocess.run(
         ["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
+
+
+def make(*arguments: str, folder: Path = ROOT) -> str:
+    result = started(*arguments, folder=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
