@@ -22,18 +22,18 @@ from src.training import History, LayerRecord
 
 @style.styled
 def dashboard(history: History, *, coefficient_plan: Sequence[float] = (), subtitle: str = "") -> Figure:
-    """The live figure, 2 x 2: loss and accuracy; sparsity and coefficient; bits of every layer; channel liveness.
+    """The live figure, 2 x 2: losses and accuracy; sparsity and coefficient; bits of every layer; channel liveness.
 
     coefficient_plan: the coefficient of every planned epoch, drawn faintly ahead of the run. Works from the first
     moment, with no record yet. The layout is fixed, so nothing moves between two frames.
     """
     record = history.last if len(history) else None
     title = f"Waiting for the first of {history.epochs} epochs"
-    headings = ["Loss and accuracy", "Zeros and dead", "Bits of every layer", "Filters: black is dead"]
+    headings = ["Task loss and accuracy", "Zeros and dead", "Bits of every layer", "Filters: black is dead"]
     if record:
         title = f"Epoch {len(history)} of {history.epochs}"
         headings[:3] = [
-            f"Loss {record.loss:.2f}, accuracy {percent(record.accuracy)}",
+            f"Task loss {record.task_loss:.2f}, accuracy {percent(record.accuracy)}",
             f"Zeros {percent(record.unstructured_sparsity)}, dead {percent(record.structured_sparsity)}",
             f"Bits: {record.mean_bits:.1f} on average",
         ]
@@ -60,8 +60,8 @@ def dashboard(history: History, *, coefficient_plan: Sequence[float] = (), subti
 
 
 def _draw_loss(axes: Axes, history: History) -> Axes:
-    """Draw loss (left) and accuracy (right axis, returned)."""
-    style.epoch_line(axes, history.column("loss"), color=style.LOSS, label="loss")
+    """Draw the losses (left) and accuracy (right axis, returned)."""
+    style.epoch_line(axes, history.column("loss"), color=style.LOSS, label="total")
     style.epoch_line(axes, history.column("task_loss"), color=style.TASK, lw=1.6, ms=4, label="task")
     axes.set_ylim(0, 1.08 * history.column("loss").max(initial=0.0) or 1.0)
     style.epoch_axis(axes, history.epochs)

@@ -94,7 +94,7 @@ def bit_widths(names: Sequence[str], forms: Mapping[str, Sequence[float]], *, su
     """The bit width of each layer, one line for each form of the squared logits (at most three)."""
     spans = {form: f"{min(bits):g} to {max(bits):g} bits" for form, bits in forms.items()}
     spans |= {form: f"all {bits[0]:g} bits" for form, bits in forms.items() if len(set(bits)) == 1}
-    title = "The squares' weight decides whether layers differ"
+    title = "Other runs: the squares' weight decides whether layers differ"
     alt = f"Steps, one a layer. {'; '.join(f'{form}: {span}' for form, span in spans.items())}."
     widths = np.array(list(forms.values()))
     figure, axes = _upright(title, subtitle, alt, names, "bits of a weight", widths, height=3.4)

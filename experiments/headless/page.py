@@ -54,12 +54,12 @@ SHOWN_TYPES = (
 STATES = {"healthy": "Healthy", "faulty": "Fault found", "inconclusive": "Inconclusive"}
 RESULTS = {  # name in run.json: label, factor, format
     "accuracy_float32": ("test accuracy", 100, "{:.1f} %"),
-    "baseline_accuracy": ("without compression", 100, "{:.1f} %"),
+    "baseline_accuracy": ("uncompressed", 100, "{:.1f} %"),
     "packed_ratio": ("smaller file", 1, "{:.1f}×"),
-    "structured_mac_ratio": ("fewer multiply-adds", 1, "{:.1f}×"),
-    "time_ratio": ("of the time, here", 100, "{:.0f} %"),
+    "structured_mac_ratio": ("fewer MACs", 1, "{:.1f}×"),
+    "time_ratio": ("of the time", 100, "{:.0f} %"),
     "unstructured_sparsity": ("zero weights", 100, "{:.1f} %"),
-    "mean_bits": ("bits on average", 1, "{:.1f}"),
+    "mean_bits": ("bits a weight", 1, "{:.1f}"),
 }
 _log = logging.getLogger(__name__)
 
@@ -198,25 +198,27 @@ def header(notebook: NotebookNode) -> dict[str, Any]:
     """The head of the page of an executed notebook, from its facts and the runner's `notebook.metadata["run"]`.
 
     state: healthy, faulty, inconclusive, stopped or no-verdict. verdict: that in words; detail: one sentence on it.
-    words: what the compression cost and gained. results, rows, settings: label and text; the settings are folded.
+    words: what the compression cost and gained. run: which run it is, in a line. results, settings: label and text; the
+    settings are folded.
     """
     facts, run = _published(notebook), notebook.metadata.get("run", {})
-    rows = dict.fromkeys(("Date", "Network", "Device"), "not recorded")
+    line = []
     settings = {"command": run["command"]} if "command" in run else {}
     started, config = run.get("started") or facts.get("recorded"), facts.get("config", {})
-    if started:
-        rows["Date"] = _date(started, run.get("seconds"))
     if config:  # then there is the rest of what a run is
         data, machine = facts["data"], facts["machine"]
         images = f"{data['train_images']:,} training and {data['test_images']:,} test images"
         named = f"{machine['device']} ({machine['device_name']})" if machine["device_name"] else machine["device"]
-        rows |= {
-            "Network": f"{config['model']} on {data['title']} ({images})",
-            "Device": f"{named}, {machine['precision']}, threads: {machine['threads']}",
-        }
+        line += [
+            f"{config['model']} on {data['title']}, {images}",
+            f"preset {config['preset']}, {config['epochs']} epochs, seed {config['seed']}",
+            f"{named}, {machine['precision']}, threads: {machine['threads']}",
+        ]
         versions = ", ".join(f"{name} {version}" for name, version in sorted(facts["versions"].items()))
         settings |= {name: str(value) for name, value in config.items() if name != "given"}
         settings |= {"system": machine["system"], "versions": versions}
+    if started:
+        line.append(_date(started, run.get("seconds")))
     return {
         **_verdict(facts.get("verdict"), run),
         "words": " ".join(facts.get("in_words", [])),
@@ -225,7 +227,7 @@ def header(notebook: NotebookNode) -> dict[str, Any]:
             for name, (label, factor, form) in RESULTS.items()
             if facts.get("results", {}).get(name) is not None
         },
-        "rows": rows,
+        "run": "; ".join(line) or "Which run it was is not recorded.",
         "settings": settings,
     }
 

@@ -9,6 +9,7 @@ import copy
 import html
 import inspect
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,12 +68,13 @@ def quantizer_source() -> Markdown:
     """The quantizer's forward pass, from logits to quantized weights."""
     return source_beside(
         {
-            DeadZoneLDZCompander.get_bitwidth: r"b = \mathrm{round}\big(|\tanh\theta_{bit}|\,(b_{max}-2)+2\big)",
-            lay_grids: r"\begin{aligned} d &= 2R\,(1-|\tanh\theta_{dz}|) \\ Q &= 2^{b-1}-1 \\ "
+            DeadZoneLDZCompander.get_bitwidth: r"b = \operatorname{round}\big(|\tanh\theta_{\text{bit}}|"
+            r"\,(b_{\text{max}}-2)+2\big)",
+            lay_grids: r"\begin{aligned} d &= 2R\,(1-|\tanh\theta_{\text{dz}}|) \\ Q &= 2^{b-1}-1 \\ "
             r"s &= \frac{R-d/2}{Q-1/2} \\ \delta &= \frac{d-s}{2} \end{aligned}",
-            grid_indices: r"\begin{aligned} u &= \mathrm{sign}(w)\,\mathrm{relu}(|w|-\delta) \\ "
-            r"q &= \mathrm{clip}\big(\mathrm{round}\,\frac{u}{s},\,-Q,\,Q\big) \end{aligned}",
-            dequantize: r"\hat w = s\,q+\delta\,\mathrm{sign}(q)",
+            grid_indices: r"\begin{aligned} u &= \operatorname{sign}(w)\,\operatorname{relu}(|w|-\delta) \\ "
+            r"q &= \operatorname{clip}\big(\operatorname{round}\,\frac{u}{s},\,-Q,\,Q\big) \end{aligned}",
+            dequantize: r"\hat w = s\,q+\delta\,\operatorname{sign}(q)",
         }
     )
 
@@ -81,19 +83,23 @@ def step_source() -> Markdown:
     """One training step: update, loss and gradients."""
     return source_beside(
         {
-            train_step: r"\theta \leftarrow \mathrm{AdamW}(\theta,\ \nabla\mathcal{L})",
-            step_gradients: r"\begin{aligned} \mathcal{L} &= \mathcal{L}_{task} + \lambda(t)\,P \\ "
-            r"&\quad + \lambda_{dz} \textstyle\sum\theta_{dz}^2 \\ &\quad + \lambda_{bit} \sum\theta_{bit}^2 \\ "
+            train_step: r"\theta \leftarrow \operatorname{AdamW}(\theta,\ \nabla\mathcal{L})",
+            step_gradients: r"\begin{aligned} \mathcal{L} &= \mathcal{L}_{\text{task}} + \lambda(t)\,P \\ "
+            r"&\quad + \lambda_{\text{dz}} \textstyle\sum\theta_{\text{dz}}^2 \\ "
+            r"&\quad + \lambda_{\text{bit}} \sum\theta_{\text{bit}}^2 \\ "
             r"P &= \textstyle\sum_g \lVert w_g\rVert_2 \end{aligned}",
         }
     )
 
 
 def source_beside(equations: Mapping[Callable[..., Any], str]) -> Markdown:
-    """The source of every function as it runs, highlighted; beside it, where there is room, what it computes (TeX)."""
+    """The source of every function as it runs, highlighted; beside it, where there is room, what it computes (TeX).
+
+    The equation stands for the docstring.
+    """
     parts = []
     for function, tex in equations.items():
-        code = textwrap.dedent(inspect.getsource(function)).rstrip()
+        code = re.sub(r'\n *""".*?"""', "", textwrap.dedent(inspect.getsource(function)).rstrip(), count=1, flags=re.S)
         parts.append(
             '<div style="display:flex;flex-wrap:wrap;align-items:center;gap:0 1em;font-size:.8em">\n'
             f'<div style="flex:0 1 17em">\n\n$${tex}$$\n\n</div>\n'
@@ -102,10 +108,10 @@ def source_beside(equations: Mapping[Callable[..., Any], str]) -> Markdown:
     return Markdown("\n\n".join(parts))
 
 
-def folded(summary: str, table: Styler) -> HTML:
-    """A table that is shown on a click."""
-    head = f"<summary>{html.escape(summary)}</summary>"
-    return HTML(f'<details class="stage">{head}{table.to_html()}</details>')
+def folded(summary: str, shown: Styler | str) -> HTML:
+    """A table, or lines, shown on a click."""
+    inner = f"<pre>{html.escape(shown)}</pre>" if isinstance(shown, str) else shown.to_html()
+    return HTML(f'<details class="stage"><summary>{html.escape(summary)}</summary>{inner}</details>')
 
 
 def augmentation_draws(data: ImageData, config: RunConfig, draws: int, images: int = 3) -> list[NDArray[np.uint8]]:
@@ -179,6 +185,19 @@ def layer_table(result: EvalResult) -> Styler:
     return names_left(styled.set_properties(subset=pd.IndexSlice[table.index[-2:], :], **{"font-weight": "bold"}))
 
 
+def most_compressed(result: EvalResult, count: int = 3) -> str:
+    """A sentence: the quantized layers that have most zeros and fewest, and that lost most of their channels."""
+    quantized = [layer.quantized for layer in result.structured_stats.layers]
+    table = pd.DataFrame(result.rows())[quantized].sort_values("zeros", ascending=False)
+    zeros = [f"{row['layer']} ({row['zeros']:.1%})" for _, row in table.iterrows()]
+    left = (table["channels left"] / table["channels"]).sort_values(kind="stable").index[:count]
+    removed = [
+        f"{row['layer']} ({row['channels'] - row['channels left']} of {row['channels']})"
+        for _, row in table.loc[left].iterrows()
+    ]
+    return f"Most zeros: {', '.join(zeros[:count])}; fewest: {zeros[-1]}. Most channels removed: {', '.join(removed)}."
+
+
 def ratio_table(result: EvalResult) -> Styler:
     """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network.
 
@@ -231,8 +250,7 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     gone = {layer.name: ~np.isin(np.arange(layer.out_channels), layer.kept_out) for layer in liveness.layers}
     went = sum(int((gone[name] & flags).sum()) for name, flags in dead.items())
     removed = sum(int(channels.sum()) for channels in gone.values())
-    account = f"{removed} channels removed, {went} of them those of dead filters"
-    account += f"; {moving} of them constants other than 0, folded in or carried"
+    account = f"{removed} channels removed, {went} of dead filters; {moving} are constants other than 0"
     return [
         {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
         {"count": account, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
@@ -244,6 +262,8 @@ def verdict_table(verdict: Verdict) -> Styler:
     failed_first = sorted(verdict.expectations, key=lambda one: one.status != FAILED)
     table = pd.DataFrame(failed_first)[["status", "name", "expected", "measured", "look_at"]]
     table.loc[table["status"] == PASSED, "look_at"] = ""
-    table.columns = ["result", "what", "expected", "measured", "if it fails, look at"]
+    table.columns = ["result", "what", "expected", "measured", "look at"]
+    if not table["look at"].any():
+        del table["look at"]
     styled = plain_table(table.to_dict("records")).map(result_css, subset=["result"])
     return styled.set_properties(**{"white-space": "normal"}).set_table_attributes('class="cards"')

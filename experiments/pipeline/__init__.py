@@ -27,7 +27,7 @@ from experiments.pipeline.stages import (
     save_figures,
     summary,
 )
-from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge, lowest_accuracy
+from experiments.pipeline.verdict import FAILED, NOT_JUDGED, PASSED, Verdict, judge, lagging_statistics, lowest_accuracy
 
 __all__ = [
     "BUDGETS",
@@ -63,6 +63,7 @@ __all__ = [
     "in_words",
     "judge",
     "judge_run",
+    "lagging_statistics",
     "load_run",
     "lowest_accuracy",
     "obtain_baseline",

@@ -166,7 +166,7 @@ def summary(
 ) -> dict[str, Any]:
     """What run.json holds: what the run is, results, verdict, and the doctor's report where there is one.
 
-    packed_ratio: FP32 state over packed file, in bytes. time_ratio: of the compacted network over the dense one's.
+    packed_ratio: FP32 state over packed file, in bytes. time_ratio: of the unpacked network over the dense one's.
     """
     last, structured = run.history.last, result.structured_stats
     baseline_bops = structured.total_bops * result.structured_bops_ratio
@@ -238,5 +238,7 @@ def in_words(results: Mapping[str, float]) -> list[str]:
     packed, time = results.get("packed_ratio"), results.get("time_ratio")
     sentences.append(f"Its file is {packed:.0f} times smaller, and it {work}." if packed else f"It {work}.")
     if time:
-        sentences.append(f"On this machine it takes {time:.0%} of the uncompressed network's time.")
+        sentences.append(
+            f"Read back from that file, it takes {time:.0%} of the uncompressed network's time on this machine."
+        )
     return sentences

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from experiments.pipeline.config import PRESETS, RunConfig
@@ -173,6 +174,14 @@ def lowest_accuracy(history: History) -> str:
     fresh = low.recalibrated_accuracy
     lag = "" if fresh is None else f" ({fresh:.1%} with BatchNorm recalibrated)"
     return f"lowest {low.accuracy:.1%}{lag}, after epoch {low.epoch}"
+
+
+def lagging_statistics(history: History, least: float = 0.1) -> str:
+    """After how many epochs BatchNorm's statistics, measured anew, gain at least that much test accuracy, and which."""
+    epochs = [one.epoch for one in history if (one.recalibrated_accuracy or 0) - one.accuracy >= least]
+    runs = [list(pairs) for _, pairs in groupby(enumerate(epochs), lambda pair: pair[1] - pair[0])]
+    spans = [f"{run[0][1]}–{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs]
+    return f"{len(epochs)} of {len(history)} epochs" + (f" ({', '.join(spans)})" if spans else "")
 
 
 class _MissingEpochs(NamedTuple):

@@ -129,9 +129,9 @@ def load_data(
         name, title, found = "digits", "handwritten digits (stand-in for CIFAR-10)", read_digits()
         if data == "auto":
             notice = (
-                f"CIFAR-10 is not under {str(root)!r}, so this run uses the handwritten digits that scikit-learn ships "
-                "(1,797 small images); its numbers say nothing about CIFAR-10; DATA=cifar10 (or --data cifar10) "
-                "downloads that (170 MB)."
+                f"CIFAR-10 is not under {str(root)!r}, so this run uses scikit-learn's handwritten digits (1,797 small "
+                "images), whose numbers say nothing about CIFAR-10; DATA=cifar10 (or --data cifar10) downloads that "
+                "(170 MB)."
             )
             notify(f"NOTICE: {notice}")
     train, test, classes = found

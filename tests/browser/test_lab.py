@@ -197,6 +197,11 @@ def test_page_of_the_run_is_small_and_has_no_figure_without_words(page_file: Pat
     assert [text for text in texts if len(text) < 30 or text.startswith("No description")] == []
     broken = page.locator("img").evaluate_all("(all) => all.filter((i) => !(i.complete && i.naturalWidth)).length")
     assert broken == 0
+    page.locator("svg, option").evaluate_all("(all) => all.forEach((one) => one.remove())")  # no running text
+    words = page.evaluate(
+        "() => document.body.innerText.split(/\\s+/).filter((one) => /[\\p{L}\\p{N}]/u.test(one)).length"
+    )
+    assert words <= 4000
     page.close()
 
 

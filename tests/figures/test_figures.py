@@ -129,7 +129,7 @@ def test_dashboard_at_every_moment_of_a_run(done: int) -> None:
     loss, sparsity, bits, liveness, accuracy, coefficient = figure.axes
     assert loss.get_xlim() == (0.5, 20.5), "all planned epochs, from the start"
     epochs = np.arange(1, done + 1)
-    np.testing.assert_allclose(lines_of(loss)["loss"], 5 - 0.1 * epochs)
+    np.testing.assert_allclose(lines_of(loss)["total"], 5 - 0.1 * epochs)
     np.testing.assert_allclose(lines_of(accuracy)["accuracy"], 30 + 2.5 * epochs)
     np.testing.assert_allclose(lines_of(sparsity)["zeros"], 2.0 * epochs)
     np.testing.assert_allclose(lines_of(coefficient)["coefficient"], plan[:done])

@@ -227,12 +227,9 @@ def test_head_shows_the_facts_that_the_notebook_has_published_last() -> None:
         "verdict": "Fault found",
         "detail": "1 of 9 expectations not met (bits fall)",
         "words": "It is smaller. It is faster.",
-        "results": {"test accuracy": "99.4 %", "bits on average": "6.1"},
-        "rows": {
-            "Date": "1 March 2026, 08:00 UTC, took 1 min 00 s",
-            "Network": "resnet20 on digits (1,437 training and 360 test images)",
-            "Device": "cpu (a processor), float32, threads: 2",
-        },
+        "results": {"test accuracy": "99.4 %", "bits a weight": "6.1"},
+        "run": "resnet20 on digits, 1,437 training and 360 test images; preset smoke, 24 epochs, seed 0; "
+        "cpu (a processor), float32, threads: 2; 1 March 2026, 08:00 UTC, took 1 min 00 s",
         "settings": {"command": "run it"}
         | {name: str(value) for name, value in FACTS_OF_A_RUN["config"].items()}
         | {"system": "Linux", "versions": "<python> 3.11.7, torch 2.6.0"},
@@ -246,7 +243,7 @@ def test_head_shows_the_facts_that_the_notebook_has_published_last() -> None:
 def test_head_of_a_notebook_that_says_nothing_says_so() -> None:
     head = header(new_notebook(cells=[new_code_cell("1")]))
     assert (head["state"], head["verdict"]) == ("no-verdict", "No verdict")
-    assert set(head["rows"].values()) == {"not recorded"}
+    assert head["run"] == "Which run it was is not recorded."
     assert head["results"] == head["settings"] == {}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.pipeline import DEBUG, FAILED, NOT_JUDGED, PASSED, RunConfig, Verdict, judge
+from experiments.pipeline import DEBUG, FAILED, NOT_JUDGED, PASSED, RunConfig, Verdict, judge, lagging_statistics
 from experiments.pipeline.config import PAPER_4BIT, SMOKE
 from experiments.pipeline.verdict import FEWEST_STEPS
 from src.training import EpochRecord, History, LayerRecord
@@ -217,3 +217,14 @@ def test_few_steps_do_not_show_a_recovery_and_two_classes_can_pass() -> None:
     two = judge(History(DEBUG.epochs, perfect), DEBUG, 2, ("a", "b"))
     assert next(f for f in two.expectations if f.name == "accuracy climbs").expected.startswith("above 62.5%")
     assert two.healthy
+
+
+@pytest.mark.parametrize(
+    ("lags", "said"),
+    [((1, 2, 4, 6, 7, 8), "6 of 8 epochs (1–2, 4, 6–8)"), ((), "0 of 8 epochs"), ((8,), "1 of 8 epochs (8)")],
+)
+def test_the_epochs_after_which_batchnorm_lags(lags: tuple[int, ...], said: str) -> None:
+    records = [
+        replace(one, accuracy=0.5, recalibrated_accuracy=0.7 if one.epoch in lags else 0.55) for one in healthy(8)
+    ]
+    assert lagging_statistics(History(8, records)) == said
