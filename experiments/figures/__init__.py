@@ -32,7 +32,6 @@ from experiments.figures.layers import (
     channel_liveness,
     layer_sparsity_bars,
     per_layer_channels,
-    removal_map,
 )
 from experiments.figures.style import names_left, plain_table, png_bytes, result_css
 from experiments.figures.svg import hover_values, svg_text
@@ -63,7 +62,6 @@ __all__ = [
     "per_layer_channels",
     "plain_table",
     "png_bytes",
-    "removal_map",
     "result_css",
     "run_curves",
     "run_plane",

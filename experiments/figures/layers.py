@@ -27,12 +27,6 @@ from src.training import LayerRecord
 
 NUMBERED, NUMBERED_ROWS = 24, 48
 """Bars have room for a number above each, and rows for one at the end of each, up to that many."""
-FATES = {
-    "kept": (style.BLUE, "kept"),
-    "zero": (style.BLACK, "gone: always 0"),
-    "constant": (style.ORANGE, "gone: a constant, folded in"),
-    "unread": (style.GREY, "gone: nothing reads it"),
-}
 DIGITS = "\N{FIGURE SPACE}>2"  # a count of one digit is as wide as one of two
 ABSENT = Patch(facecolor=style.FAINT, edgecolor=style.PALE, hatch="////", label="no such channel")
 
@@ -119,34 +113,6 @@ def channel_liveness(layers: Sequence[LayerRecord], *, subtitle: str = "") -> Fi
     states = (("dead", style.BLACK), ("alive", style.WHITE))
     keys = [Patch(facecolor=color, edgecolor=style.GREY, label=state) for state, color in states]
     style.legend_above(axes, handles=[*keys, ABSENT])
-    return figure
-
-
-@style.styled
-def removal_map(
-    names: Sequence[str], fates: Sequence[NDArray[np.str_]], dead: Sequence[NDArray[np.bool_]], *, subtitle: str = ""
-) -> Figure:
-    """What removal did with every channel. fates[l]: one of kept, zero, constant, unread per output channel of layer l.
-
-    dead[l]: whether the channel's filter is dead; a line says how many of those are gone, and what else is.
-    Rows are layers, columns output channels; beside each row how many channels are left of how many.
-    """
-    kinds = list(FATES)
-    rows = [[kinds.index(str(kind)) for kind in fate] for fate in fates]
-    totals = {kind: sum(row.count(number) for row in rows) for number, kind in enumerate(kinds)}
-    before, after = sum(totals.values()), totals["kept"]
-    title = f"{before - after} of {before} channels are gone, {after} are left"
-    gone, filters = np.concatenate(fates) != "kept", np.concatenate(dead)
-    live = f"{(gone & ~filters).sum()} of {(~filters).sum()} live ones (constant or unread)"
-    account = f"gone: the channels of {(gone & filters).sum()} of {filters.sum()} dead filters and {live}"
-    subtitle = f"{subtitle}\n{account}".strip()
-    parts = ", ".join(f"{number} {FATES[kind][1]}" for kind, number in totals.items())
-    alt = f"Map of output channels, one row a layer: {parts}; {account}."
-    names = [f"{name}  {row.count(0):{DIGITS}}/{len(row)}" for name, row in zip(names, rows, strict=True)]
-    figure, axes = _rows(title, subtitle, alt, names, "output channel; beside each layer: left/before")
-    draw_cells(axes, rows, ListedColormap([color for color, _ in FATES.values()]))
-    keys = [Patch(facecolor=color, label=label) for kind, (color, label) in FATES.items() if totals[kind]]
-    style.legend_above(axes, columns=2, handles=[*keys, ABSENT])
     return figure
 
 

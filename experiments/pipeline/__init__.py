@@ -8,7 +8,7 @@ from __future__ import annotations
 from experiments.pipeline import comparison
 from experiments.pipeline.baseline import WISHES, obtain_baseline
 from experiments.pipeline.budget import BudgetControl, packed_ratio
-from experiments.pipeline.compression import Take, compress, removal_map, spread, synchronize, time_in_turns
+from experiments.pipeline.compression import Take, compress, spread, synchronize, time_in_turns
 from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, PRESETS_HELP, ConfigError, RunConfig, configure
 from experiments.pipeline.run import Baseline, Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
@@ -69,7 +69,6 @@ __all__ = [
     "obtain_baseline",
     "packed_ratio",
     "prepare_data",
-    "removal_map",
     "save_figures",
     "spread",
     "summary",

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from pandas.io.formats.style import Styler
 from torch import Tensor, nn
 
@@ -31,10 +30,9 @@ from experiments.pipeline.run import Baseline, Run
 from metrics import QuantizationComparison
 from src.data import test_batches
 from src.export import PackReport, pack, unpack
-from src.pruning import CompactNetwork, analyze_liveness, compact
+from src.pruning import CompactNetwork, compact
 from src.runs import RunFolder
 from src.training import predict
-from utils_quantization import quantized_layers
 
 Take = Callable[[], object]
 ROUNDS, WARM_UP, STEPS_A_TURN = 15, 2, {"cpu": 1, "mps": 5, "cuda": 20}
@@ -162,28 +160,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, quartiles and the values themselves."""
     low, median, high = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": median, "low": low, "high": high, "samples": list(values)}
-
-
-def removal_map(model: nn.Module) -> tuple[list[str], list[NDArray[np.str_]], list[NDArray[np.bool_]]]:
-    """What becomes of each output channel of the quantized layers: their names, fates, and which filters are dead.
-
-    kept: still there after removal. zero, constant: always that value after BatchNorm and ReLU, folded away. unread:
-    nothing that reaches the output reads it.
-    """
-    names, fates, dead = [], [], []
-    liveness, quantized = analyze_liveness(model), quantized_layers(model)
-    for layer in liveness.layers:
-        if layer.name not in quantized:
-            continue
-        value = liveness.propagated_constants(layer.name)
-        fate = np.full(layer.out_channels, "unread", dtype="<U8")
-        fate[~np.isnan(value)] = "constant"
-        fate[value == 0] = "zero"
-        fate[layer.kept_out] = "kept"
-        names.append(layer.name)
-        fates.append(fate)
-        dead.append(layer.dead_out)
-    return names, fates, dead
 
 
 def _ratio(figures: Mapping[str, Any]) -> str:

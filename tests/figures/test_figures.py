@@ -91,17 +91,6 @@ def test_liveness_is_black_for_dead_white_for_alive_and_empty_for_absent(history
     assert "153 of 672 filters are dead (22.8 %)" in figure.get_label()
 
 
-def test_the_removal_map_draws_the_fates() -> None:
-    fates = [np.array(["kept", "zero"]), np.array(["constant", "unread", "kept"])]
-    dead = [np.array([False, True]), np.array([True, False, True])]
-    figure = figures.removal_map(["first", "second"], fates, dead, subtitle="a run")
-    (axes,) = figure.axes
-    assert colours_of(axes) == [style.BLUE, style.BLACK, style.ORANGE, style.GREY, style.BLUE]
-    assert axes.get_yticklabels()[1].get_text() == "second  \N{FIGURE SPACE}1/3"
-    assert "2 kept, 1 gone: always 0, 1 gone: a constant" in figure.get_label()
-    assert "the channels of 2 of 3 dead filters and 1 of 2 live ones" in figure.get_label()
-
-
 def test_per_layer_channels_stack_alive_under_dead_with_bits_above(history: History) -> None:
     figure = figures.per_layer_channels(history.last.layers)
     (axes,) = figure.axes

@@ -121,9 +121,6 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "kernel map": lambda: figures.sparsity_map(np.random.default_rng(0).normal(size=(64, 64, 3, 3)), "layer3.2.conv2"),
     "wide kernel map": lambda: figures.sparsity_map(np.ones((8, 64, 3, 3)), "layer3.2.conv2"),
     "before and after": lambda: figures.before_after(NAMES, [2_000_000] * 18, [1_000_000] * 18),
-    "removal": lambda: figures.removal_map(
-        NAMES, [np.array(["kept"] * 16)] * 18, [np.zeros(16, bool)] * 18, subtitle=SUBTITLE
-    ),
     "images": lambda: figures.image_grid(IMAGES, [0] * 16, ["automobile"], title="CIFAR-10", subtitle=SUBTITLE),
     "augmentation": lambda: figures.augmentation_grid(IMAGES[:3], [IMAGES[:3]] * 5),
     "family": lambda: figures.staircase_family([("d/2 = 50% of R", W, Q)] * 3, [("2 bits", W, Q)] * 3),
