@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _write_page(read_notebook(executed), page, options.notebook)
             return 0
         values = parse_settings(options.set, parameter_defaults(read_notebook(options.notebook)))
+        _check_device(values.get("DEVICE"))
         for path in (executed, page):
             if path.resolve() == options.notebook.resolve():
                 raise NotebookInputError(
@@ -75,6 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_info(f"run_notebook: not written into {executed.parent}: {error.strerror or error} ({error.filename})")
         return BAD_INPUT
     return execution.exit_status
+
+
+def _check_device(name: object) -> None:
+    """Raise NotebookInputError for a device that is absent here. Loads torch for "cuda" and "mps" alone."""
+    if name in ("cuda", "mps"):
+        from src.training import TrainingError, pick_device
+
+        try:
+            pick_device(str(name))
+        except TrainingError as error:
+            raise NotebookInputError(f"DEVICE={name}: {error}") from error
 
 
 def _failed(path: Path) -> Path:

@@ -179,7 +179,9 @@ def test_bad_input_ends_with_status_2_and_writes_nothing(
         raise AssertionError("a kernel was about to start")
 
     monkeypatch.setattr(execution, "_Runner", never)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     lesson = written(tmp_path / "lesson.ipynb", notebook("1"))
+    device = written(tmp_path / "device.ipynb", notebook("1", parameters="DEVICE = 'auto'"))
     (tmp_path / "broken.ipynb").write_text("{]")
     (tmp_path / "list.ipynb").write_text("[1]")
     folder = tmp_path / "folder"
@@ -195,6 +197,7 @@ def test_bad_input_ends_with_status_2_and_writes_nothing(
         (["--notebook", str(lesson), "--html", str(folder)], "is a folder; name a file in it"),
         (["--notebook", str(lesson), "--html", str(lesson / "x.html")], "cannot be written"),
         (["--notebook", str(lesson), "--render-only"], "No such file"),
+        (["--notebook", str(device), "--set", "DEVICE=cuda"], "device 'cuda' is not present here: use one of cpu"),
     ]:
         assert main([*out, *arguments]) == 2
         assert message in capsys.readouterr().err
