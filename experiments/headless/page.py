@@ -33,6 +33,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode, from_dict, writes
 
+from src.storage import duration
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 REPOSITORY_URL = ""  # where the project is published, e.g. https://github.com/OWNER/NAME: then files become links
@@ -256,8 +258,6 @@ def _verdict(judged: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[s
 
 
 def _date(started: str, seconds: float | None) -> str:
-    from experiments.notebook import duration  # loads torch
-
     moment = datetime.datetime.fromisoformat(started).astimezone(datetime.UTC)
     took = f", took {duration(seconds)}" if seconds is not None else ""
     return f"{moment.day} {moment:%B %Y, %H:%M} UTC{took}"

@@ -6,13 +6,12 @@ Outside a notebook nothing is displayed, and progress is a line on stderr.
 from __future__ import annotations
 
 from experiments.notebook import explorers, lessons
-from experiments.notebook.live import FACTS, LiveFigure, ProgressBar, duration, publish, show
+from experiments.notebook.live import FACTS, LiveFigure, ProgressBar, publish, show
 
 __all__ = [
     "FACTS",
     "LiveFigure",
     "ProgressBar",
-    "duration",
     "explorers",
     "lessons",
     "publish",

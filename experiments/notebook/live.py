@@ -24,6 +24,7 @@ from ipywidgets import HTML, HBox, VBox, Widget
 from matplotlib.figure import Figure
 
 from experiments.figures import hover_values, png_bytes, style, svg_text
+from src.storage import duration
 from src.training import EpochRecord, in_notebook
 
 FACTS = "application/vnd.codeq.run+json"
@@ -171,6 +172,9 @@ class ProgressBar:
             text = f"All {self.epochs} epochs were trained before"
         elif self._tested < self.epochs:
             text = f"Stopped after {self._tested} of {self.epochs} epochs, {spent}"
+        if self._handle is not None:  # the last state is below what was printed meanwhile
+            put({"text/html": "", "text/plain": ""}, {}, handle=self._handle)
+            self._handle = None
         self._show(text + self._note)
         if self._terminal:
             self._write("\n")
@@ -194,16 +198,6 @@ class ProgressBar:
         with suppress(OSError):  # a terminal that is gone ends no training
             self._stream.write(text)
             self._stream.flush()
-
-
-def duration(seconds: float) -> str:
-    """75.2 -> '1 min 15 s'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def explorer(

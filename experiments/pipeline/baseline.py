@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.pipeline.config import RunConfig, check_choice
-from experiments.pipeline.run import Baseline, Run, TrainingLoop, about
+from experiments.pipeline.run import Baseline, Run, TrainingLoop
 from experiments.pipeline.saved_run import SavedRun
 from experiments.pipeline.stages import build_run
 from src import training
 from src.data import steps_per_epoch
 from src.runs import SUMMARY, RunError
-from src.storage import Notify
+from src.storage import Notify, duration
 from utils_quantization import toggle_quantization
 
 FOLDER = "baseline"
@@ -95,7 +95,7 @@ def obtain_baseline(
     seconds = sum(record.seconds for record in run.history) / max(len(run.history), 1) * run.config.epochs
     if wish == "auto" and (seconds > AUTO_SECONDS or (Path(output) / SUMMARY).exists()):
         notify(
-            f"what compression costs in accuracy is not measured: a baseline takes {about(seconds)} here; "
+            f"what compression costs in accuracy is not measured: a baseline takes about {duration(seconds)} here; "
             "the same command with --resume --baseline true (in the notebook RESUME = True, BASELINE = True) trains it"
         )
         return None

@@ -34,7 +34,7 @@ from src.runs import (
     load_checkpoint,
     restore,
 )
-from src.storage import Notify, StorageError
+from src.storage import Notify, StorageError, duration
 from src.training import (
     EpochMeans,
     EpochRecord,
@@ -55,14 +55,6 @@ from utils_quantization import quantized_layers
 KERNEL_GRACE_SECONDS = 3.0  # of a kernel that is asked to end, for the last figure
 ESTIMATE_SECONDS, ESTIMATE_STEPS = 2.0, 10  # at least, before it is said how long the rest will take
 TEST_SHARE = 1 / 3  # of a training step's time, for testing as many images: a forward pass alone
-
-
-def about(seconds: float) -> str:
-    """A time that is only estimated: "about 40 s", "about 12 min" or "about 2.5 h"."""
-    if seconds < 100:
-        return f"about {seconds:.0f} s"
-    minutes = seconds / 60
-    return f"about {minutes:.0f} min" if minutes < 100 else f"about {minutes / 60:.1f} h"
 
 
 def epoch_settings(config: RunConfig, epoch: int, precision: torch.dtype) -> dict[str, Any]:
@@ -137,7 +129,7 @@ class Run:
         emulated = self.device.type == "cpu" and self.config.precision == "auto" and self.precision == torch.float32
         why = ", which does not multiply bfloat16" if emulated else ""
         processor = "CPU" if self.device.type == "cpu" else "GPU"
-        return f"training takes {about(seconds)} on this {processor}{why}: {epochs} epochs of {steps} steps"
+        return f"training takes about {duration(seconds)} on this {processor}{why}: {epochs} epochs of {steps} steps"
 
     @property
     def coefficient(self) -> float:

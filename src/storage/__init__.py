@@ -6,7 +6,16 @@ Nothing here knows what a file means, and nothing loads torch. Everything that t
 from __future__ import annotations
 
 from src.storage import folder_lock
-from src.storage.console import BAD_INPUT, CommandParser, Notify, fail, log_info, prepare_streams, print_result
+from src.storage.console import (
+    BAD_INPUT,
+    CommandParser,
+    Notify,
+    duration,
+    fail,
+    log_info,
+    prepare_streams,
+    print_result,
+)
 from src.storage.container import DamagedFileError, container_bytes, read_container, save_arrays
 from src.storage.files import (
     StorageError,
@@ -26,6 +35,7 @@ __all__ = [
     "check_output",
     "check_writable",
     "container_bytes",
+    "duration",
     "fail",
     "folder_lock",
     "log_info",

@@ -60,6 +60,16 @@ def print_result(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def duration(seconds: float) -> str:
+    """A time in two figures or so: "40 s", "1 min 15 s", "40 min" from ten minutes on, "8 h 53 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60:02d} s" if whole < 600 else "")
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 def fail(message: str) -> int:
     """Print what is wrong with the input on stderr and return the exit status for it."""
     log_info(f"error: {message}")

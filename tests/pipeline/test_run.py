@@ -28,7 +28,7 @@ def test_an_estimate_counts_steps_and_tests_and_says_why_it_is_long(run: pipelin
         "training takes about 40 min on this CPU, which does not multiply bfloat16: 20 epochs of 2 steps"
     )
     asked = replace(run, config=replace(run.config, precision="fp32"))
-    assert asked.estimate(600) == "training takes about 8.9 h on this CPU: 20 epochs of 2 steps"
+    assert asked.estimate(600) == "training takes about 8 h 53 min on this CPU: 20 epochs of 2 steps"
 
 
 def test_the_estimate_is_given_once_and_leaves_out_slow_first_steps(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from src.storage import CommandParser, log_info
+from src.storage import CommandParser, duration, log_info
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_a_notice_takes_the_place_of_a_progress_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     log_info("on a terminal")
     assert terminal.getvalue() == "into a log\n\r\x1b[Kon a terminal\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.7, "1 min 00 s"), (75.2, "1 min 15 s"), (2400, "40 min"), (3725, "1 h 02 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
