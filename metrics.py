@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from src.pruning import LayerLiveness, analyze_liveness, check_multiple
 from src.quantizer import check_range
-from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights
+from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights, unwrapped
 
 FULL_PRECISION_BITS = 32
 
@@ -138,6 +138,7 @@ class QuantizationComparison:
     @torch.no_grad()
     def _count(self, model: nn.Module, macs_of: Callable[[LayerLiveness, Tensor], int]) -> ModelStats:
         """`macs_of`: MACs of a layer, given its (quantized) weight."""
+        model = unwrapped(model)
         check_multiple(model, self.multiple_of, MetricsError)
         liveness = analyze_liveness(model, self.input_size, self.multiple_of)
         quantized, layers = quantized_layers(model), []

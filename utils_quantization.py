@@ -16,10 +16,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 CANDIDATES = (nn.modules.conv._ConvNd, nn.Linear)
 NORMALISATION_PATTERN = "bn"
+WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 
 
 class AttachmentError(ValueError):
@@ -55,20 +59,23 @@ def attach_weight_quantizers(
 ) -> list[str]:
     """Attach one `quantizer(**quantizer_kwargs)` to the weight of every convolution and linear layer not excluded.
 
+    Each is made with float32 and its weight's device as torch's defaults.
+
     exclude_layers: patterns. A pattern names a module path from the root by whole components and includes everything
         below it: "conv1" is the stem and not layer1.0.conv1, "layer1" is the whole first stage. Shell wildcards are
         allowed ("layer*.conv1", "*.downsample"). "bn" stands for the normalisation layers, which are never quantized.
     enabled: whether the quantizers are on.
 
     Returns the names of the layers it attached to, in the network's order. Raises AttachmentError, before anything is
-    changed, for a pattern that matches no module, where no layer is left, or where a layer has a quantizer already.
+    changed, for a pattern that matches no module, where no layer is left, and for a layer whose weight is no parameter
+    of its own yet or any more (lazy, pruned, parametrized), or that `quantizer` refuses.
     """
     if isinstance(exclude_layers, str):
         raise AttachmentError(f"exclude_layers={exclude_layers!r} is one string: give a list, [{exclude_layers!r}]")
     modules = {name: module for name, module in model.named_modules() if name and ".parametrizations" not in name}
-    for pattern in exclude_layers:
-        _check_pattern(pattern, list(modules))
     candidates = {name: module for name, module in modules.items() if isinstance(module, CANDIDATES)}
+    for pattern in exclude_layers:
+        _check_pattern(pattern, list(modules), list(candidates))
     excluded = {name for name in candidates for pattern in exclude_layers if matches(name, pattern)}
     chosen = {name: module for name, module in candidates.items() if name not in excluded}
     if not chosen:
@@ -76,16 +83,38 @@ def attach_weight_quantizers(
             f"nothing to quantize: the network's convolution and linear layers are {_listing(list(candidates))} and "
             f"exclude_layers={list(exclude_layers)} leaves none of them; exclude less"
         )
-    attached_before = [name for name, module in chosen.items() if parametrize.is_parametrized(module, "weight")]
-    if attached_before:
-        raise AttachmentError(
-            f"these layers have a parametrized weight already: {', '.join(attached_before)}; attach once to a fresh "
-            "network, or exclude them"
-        )
-    for module in chosen.values():
-        fake_quant = FakeQuantParametrization(quantizer(**(quantizer_kwargs or {})), enabled).to(module.weight.device)
-        parametrize.register_parametrization(module, "weight", fake_quant)
+    fake_quants: dict[str, FakeQuantParametrization] = {}
+    for name, module in chosen.items():
+        if obstacle := _obstacle(module):
+            raise AttachmentError(f"layer {name!r} {obstacle}, or exclude it")
+        try:
+            with default_tensors(module.weight.device):
+                made = FakeQuantParametrization(quantizer(**(quantizer_kwargs or {})), enabled)
+            parametrize.ParametrizationList([made], module.weight)  # all that registering checks; changes nothing
+        except Exception as error:  # whatever a quantizer raises
+            raise AttachmentError(f"layer {name!r} cannot be quantized: {error}; change that, or exclude it") from error
+        fake_quants[name] = made
+    for name, module in chosen.items():
+        parametrize.register_parametrization(module, "weight", fake_quants[name])
     return list(chosen)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel, AveragedModel or torch.compile's module, or `model`."""
+    inner = model.module if isinstance(model, WRAPPERS) else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(cast(nn.Module, inner))
+
+
+@contextmanager
+def default_tensors(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Inside, new tensors are float32 on `device`, whatever torch.set_default_dtype and set_default_device said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def toggle_quantization(model: nn.Module, enabled: bool) -> None:
@@ -128,9 +157,7 @@ def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
     kinds = {type(quantizer) for quantizer in quantizers}
     with _restored(enabled.values(), "_shared"):
         if len(kinds) == 1 and hasattr(kind := kinds.pop(), "quantize_many"):
-            # float32 whatever the autocast mode: a step of 1/127 of the range is below bfloat16's resolution
-            with torch.autocast(latent[0].device.type, enabled=False):
-                values = kind.quantize_many(quantizers, latent)
+            values = kind.quantize_many(quantizers, latent)
         else:
             values = [quantizer(w) for quantizer, w in zip(quantizers, latent, strict=True)]
         for fake_quant, value in zip(enabled.values(), values, strict=True):
@@ -185,12 +212,28 @@ def _fake_quants(model: nn.Module) -> dict[nn.Module, FakeQuantParametrization]:
     return {layer: found for layer in model.modules() if (found := _fake_quant(layer)) is not None}
 
 
-def _check_pattern(pattern: str, modules: Sequence[str]) -> None:
+def _obstacle(layer: nn.Module) -> str:
+    """Why no quantizer can be put on the layer's weight, and what to do about it; "" where one can."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return "has a parametrized weight already; attach once to a fresh network"
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return (
+            "has a weight that is computed from others (torch.nn.utils.prune, weight_norm, spectral_norm); make it "
+            "permanent first, with prune.remove, remove_weight_norm or remove_spectral_norm"
+        )
+    return "is lazy and has no weight yet; run the network once first" if is_lazy(weight) else ""
+
+
+def _check_pattern(pattern: str, modules: Sequence[str], candidates: Sequence[str]) -> None:
     if pattern == NORMALISATION_PATTERN or any(matches(name, pattern) for name in modules):
         return
-    near = difflib.get_close_matches(pattern, modules, n=1, cutoff=0)
-    nested = any(name.endswith("." + pattern) for name in modules)
-    nearest = f"*.{pattern}" if nested else near[0] if near else "none"
+    nested = sorted((name for name in modules if name.endswith("." + pattern)), key=lambda name: name.count("."))
+    outermost = [name for name in nested if name.count(".") == nested[0].count(".")]
+    meant = outermost if len(outermost) == 1 else [f"*.{pattern}"] if nested else []
+    meant += nested or difflib.get_close_matches(pattern, modules, n=len(modules) or 1, cutoff=0)
+    left_out = {hint: sum(matches(name, hint) for name in candidates) for hint in meant}
+    nearest = next((hint for hint, count in left_out.items() if count < max(len(candidates) / 2, 2)), "none")
     raise AttachmentError(
         f"exclude_layers pattern {pattern!r} matches no module; did you mean {nearest!r}? "
         f"A pattern is a path from the root; the modules are {_listing(modules)}"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from src.pruning import ChannelGroups, channel_groups
-from src.quantizer import check_range
+from src.quantizer import at_least_float32, check_range
 from src.training import Penalty
+from utils_quantization import unwrapped
 
 
 class PenaltyError(ValueError):
@@ -51,12 +52,14 @@ def group_norms(groups: ChannelGroups) -> Callable[[nn.Module], Tensor]:
     on_device: dict[torch.device, Tensor] = {}
 
     def norms(network: nn.Module) -> Tensor:
+        network = unwrapped(network)
         squares: dict[str, Tensor] = {}
         parts = []
         for member in groups.members:
             key = f"{member.module}.{member.parameter}"
             if key not in squares:
-                squares[key] = getattr(network.get_submodule(member.module), member.parameter).square()
+                parameter = getattr(network.get_submodule(member.module), member.parameter)
+                squares[key] = at_least_float32(parameter).square()
             others = [dim for dim in range(squares[key].dim()) if dim != member.dim]
             parts.append(squares[key].sum(others) if others else squares[key])
         sums = torch.cat(parts)
@@ -102,5 +105,5 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 def _total(model: nn.Module, penalty: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum of `penalty` over the weights of all convolutions."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    weights = [at_least_float32(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d)]
     return torch.stack([penalty(weight) for weight in weights]).sum()

@@ -12,14 +12,15 @@ logits, both learned:
     value       s q + delta sign(q)
 
 Gradients pass straight through round, relu and clip, so that a pruned or saturated weight still moves, and not at
-all through sign and R. Axis letters: L layers, T weights of all layers together.
+all through sign and R. A network in half precision is quantized in float32, and its values are rounded to its own type.
+Axis letters: L layers, T weights of all layers together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,13 +83,14 @@ class DeadZoneLDZCompander(nn.Module):
         check_range("max_bits", max_bits, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
         check_range("init_bit_logit", init_bit_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
         check_range("init_deadzone_logit", init_deadzone_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
-        self.logit_dz = nn.Parameter(torch.tensor(float(init_deadzone_logit)), requires_grad=bool(learnable_deadzone))
-        self.logit_bit = nn.Parameter(torch.tensor(float(init_bit_logit)), requires_grad=bool(learnable_bit))
-        self.register_buffer("fixed_bit", torch.tensor(float(fixed_bit_val)))
-        self.register_buffer("max_bits", torch.tensor(float(max_bits)))
-        self.register_buffer("min_bits", torch.tensor(float(MIN_BITS)))
-        self.register_buffer("learnable_bit", torch.tensor(float(learnable_bit)))
-        self.register_buffer("learnable_deadzone", torch.tensor(float(learnable_deadzone)))
+        scalar = partial(torch.tensor, dtype=torch.float32)  # whatever the default type is
+        self.logit_dz = nn.Parameter(scalar(init_deadzone_logit), requires_grad=bool(learnable_deadzone))
+        self.logit_bit = nn.Parameter(scalar(init_bit_logit), requires_grad=bool(learnable_bit))
+        self.register_buffer("fixed_bit", scalar(fixed_bit_val))
+        self.register_buffer("max_bits", scalar(max_bits))
+        self.register_buffer("min_bits", scalar(MIN_BITS))
+        self.register_buffer("learnable_bit", scalar(learnable_bit))
+        self.register_buffer("learnable_deadzone", scalar(learnable_deadzone))
         # The flag is also kept as a Python bool: reading a buffer in the forward pass would wait for the device.
         self._learns_bits = bool(learnable_bit)
         self.register_load_state_dict_post_hook(DeadZoneLDZCompander._follow_loaded_flags)
@@ -125,7 +127,7 @@ class DeadZoneLDZCompander(nn.Module):
     def indices(self, w: Tensor) -> Tensor:
         """The index q of every weight, int32, same shape; its value is s q + delta sign(q), see `dequantize`."""
         grid = self.grid(w)
-        return grid_indices(w, grid.levels, grid.step, grid.shift).to(torch.int32)
+        return grid_indices(at_least_float32(w), grid.levels, grid.step, grid.shift).to(torch.int32)
 
     @staticmethod
     def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -148,7 +150,7 @@ class DeadZoneLDZCompander(nn.Module):
 
 
 def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[Tensor]:
-    """Quantize L weight tensors at once. logit_dz, bits: (L,). Returns tensors of the shapes given.
+    """Quantize L weight tensors at once. logit_dz, bits: (L,). Returns tensors of the shapes and types given.
 
     All weights are laid end to end, (T,), so that the number of operations does not grow with L: a small network on
     a GPU is bound by launches, not by arithmetic. Raises QuantizerError on an empty or non-floating tensor.
@@ -163,14 +165,15 @@ def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[
         return torch.cat([number.expand(size) for number, size in zip(field.unbind(), sizes, strict=True)])
 
     levels, step, shift = spread(grid.levels), spread(grid.step), spread(grid.shift)
-    values = dequantize(grid_indices(torch.cat([w.flatten() for w in weights]), levels, step, shift), step, shift)
-    return [part.view_as(w) for part, w in zip(values.split(sizes), weights, strict=True)]
+    flat = torch.cat([at_least_float32(w).flatten() for w in weights])
+    values = dequantize(grid_indices(flat, levels, step, shift), step, shift)
+    return [part.view_as(w).to(w.dtype) for part, w in zip(values.split(sizes), weights, strict=True)]
 
 
 def lay_grids(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> Grid:
     """The grids of L layers, every field (L,). Raises QuantizerError on an empty or non-floating tensor."""
     _check_quantizable(weights)
-    range_ = weight_ranges(weights)
+    range_, logit_dz, bits = weight_ranges(weights), at_least_float32(logit_dz), at_least_float32(bits)
     dead_zone = 2 * range_ * (1 - logit_dz.tanh().abs())
     levels = torch.exp2(bits - 1) - 1
     step = (range_ - dead_zone / 2) / (levels - 0.5) + STEP_EPSILON
@@ -195,11 +198,18 @@ def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
 
     Only the largest 1 % has to be put in order, which `topk` does for all layers at once.
     """
-    magnitudes = pad_sequence([w.detach().abs().flatten() for w in weights], batch_first=True, padding_value=-1.0)
-    sizes = tuple(w.numel() for w in weights)
-    most, low, high, fraction = _quantile_ranks(sizes, magnitudes.device, magnitudes.dtype)
+    flat = [at_least_float32(w.detach()).abs().flatten() for w in weights]
+    magnitudes = pad_sequence(flat, batch_first=True, padding_value=-1.0)
+    # what is not a plain tensor (FakeTensor) has numbers of its own kind, which nobody else may be given
+    ranks = _quantile_ranks if type(magnitudes) is Tensor else _quantile_ranks.__wrapped__
+    most, low, high, fraction = ranks(tuple(w.numel() for w in weights), magnitudes.device, magnitudes.dtype)
     largest = magnitudes.topk(most, dim=1).values
     return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where it is in half precision, whose smallest numbers and steps are too coarse here; else x."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -249,9 +259,10 @@ def _quantile_ranks(
     the two that it lies between, (L, 1) each, and how far it is from the lower to the higher one, (L,)."""
     positions = [RANGE_QUANTILE * (size - 1) for size in sizes]
     below = [math.floor(position) for position in positions]
-    low = torch.tensor([size - 1 - rank for size, rank in zip(sizes, below, strict=True)])[:, None]
-    fraction = torch.tensor([p - rank for p, rank in zip(positions, below, strict=True)], dtype=dtype)
-    return int(low.max()) + 1, low.to(device), (low - 1).clamp(min=0).to(device), fraction.to(device)
+    ranks = [size - 1 - rank for size, rank in zip(sizes, below, strict=True)]
+    low = torch.tensor(ranks, device=device)[:, None]
+    fraction = torch.tensor([p - rank for p, rank in zip(positions, below, strict=True)], dtype=dtype, device=device)
+    return max(ranks) + 1, low, (low - 1).clamp(min=0), fraction
 
 
 def _check_quantizable(weights: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from src.quantizer import (
     DeadZoneLDZCompander,
@@ -278,6 +279,32 @@ def test_tensors_that_cannot_be_quantized(w: torch.Tensor) -> None:
     for call in (DeadZoneLDZCompander(), DeadZoneLDZCompander().grid, DeadZoneLDZCompander().indices):
         with pytest.raises(QuantizerError, match="at least one floating-point weight"):
             call(w)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_quantized_in_float32_and_rounded_once(half: torch.dtype) -> None:
+    w = torch.randn(50, 40, generator=torch.Generator().manual_seed(2)).mul(1e-3).to(half)
+    for changes in ({"max_bits": 16}, {"init_deadzone_logit": 0.7, "max_bits": 4}):
+        quantizer = DeadZoneLDZCompander(**changes)
+        latent = w.clone().requires_grad_()
+        values = quantizer(latent)
+        assert values.dtype == half
+        assert torch.equal(values, quantizer(w.float()).to(half))
+        assert torch.equal(quantizer.indices(w), quantizer.indices(w.float()))
+        gradients = torch.autograd.grad(values.float().square().sum(), [latent, quantizer.logit_dz])
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    halved = DeadZoneLDZCompander().to(half)  # 1e-8 is 0 in float16
+    assert not halved(torch.zeros(3, 4, dtype=half)).any()
+
+
+def test_tensors_without_numbers_leave_nothing_behind_for_others() -> None:
+    quantizer, w = DeadZoneLDZCompander(), torch.linspace(-1, 1, 307)
+    for _ in range(2):  # one mode's tensors are of no use to another
+        with FakeTensorMode() as mode:
+            assert DeadZoneLDZCompander()(mode.from_tensor(w)).shape == w.shape
+    assert DeadZoneLDZCompander().to("meta")(w.to("meta")).shape == w.shape
+    expected = reference(w.double().numpy(), 3.0, 3.0, np.ones(307))
+    np.testing.assert_allclose(quantizer(w).detach().numpy(), expected.values, rtol=1e-5, atol=1e-6)
 
 
 def test_parametrization_identity_exact_values_gradients() -> None:

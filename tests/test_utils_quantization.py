@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel
 
+from experiments.sparsity import coupled_group_lasso, group_lasso_channels
+from metrics import QuantizationComparison
 from resnet import BasicBlock, ResNet, resnet20
+from src.data import load_data
+from src.export import export_onnx, pack, unpack
 from src.quantizer import DeadZoneLDZCompander
+from src.training import Objective, make_optimizer, parameter_groups, predict, train_epoch
 from tests.networks import Chain
 from utils_quantization import (
     AttachmentError,
@@ -25,6 +35,7 @@ from utils_quantization import (
     quantizer_of,
     shared_quantized_weights,
     toggle_quantization,
+    unwrapped,
 )
 
 EXCLUDED = ["conv1", "bn", "linear"]
@@ -98,6 +109,7 @@ def test_patterns(excluded: list[str], left: list[str]) -> None:
         (["conv9"], r"'conv9' matches no module; did you mean 'conv1'.*layer1\.0\.conv1"),
         (["conv1", "liner"], r"'liner'.*did you mean 'linear'"),
         (["conv2"], r"'conv2'.*did you mean '\*\.conv2'"),
+        (["0"], r"'0'.*did you mean 'layer1\.0'"),  # not '*.0', which is every block
         (["*.downsample"], r"'\*\.downsample' matches no module"),
         (["conv1", "layer*", "linear"], r"nothing to quantize.*conv1, layer1\.0\.conv1.*leaves none"),
         (["*"], "nothing to quantize"),
@@ -118,12 +130,154 @@ def test_attaching_twice_is_refused_and_changes_nothing() -> None:
     attach_weight_quantizers(model, ["conv1", "linear", "layer2", "layer3"], Halver, enabled=False)
     assert enabled_states(model) == [False] * 2
     before = attached(model)
-    with pytest.raises(AttachmentError, match=r"parametrized weight already: layer1\.0\.conv1"):
+    with pytest.raises(AttachmentError, match=r"'layer1\.0\.conv1' has a parametrized weight already"):
         attach_weight_quantizers(model, EXCLUDED, Halver)
     assert attached(model) == before
     assert attach_weight_quantizers(model, ["conv1", "linear", "layer1"], Halver) == [
         f"layer{s}.0.conv{c}" for s in (2, 3) for c in (1, 2)
     ]
+
+
+class Third(DeadZoneLDZCompander):
+    """A quantizer that refuses to be made a third time."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made += 1
+        if self.made % 3 == 0:
+            raise RuntimeError("no third one")
+
+
+class Wide(DeadZoneLDZCompander):
+    """A quantizer that gives 4 x 4 weights another shape."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w[:1] if len(w) == w.shape[1] else w
+
+
+def lazy(model: nn.Sequential) -> None:
+    model[1] = nn.LazyConv2d(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "quantizer", "said"),
+    [
+        (lambda model: prune.ln_structured(model[1], "weight", 0.5, 2, 0), Halver, "'1'.*computed.*prune.remove"),
+        (lambda model: weight_norm(model[1]), Halver, "'1'.*computed.*remove_weight_norm"),
+        (lazy, Halver, "'1' is lazy.*run the network once"),
+        (lambda model: None, Third, "'2' cannot be quantized: no third one"),
+        (lambda model: None, Wide, "'1' cannot be quantized: .*shape"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:Lazy modules")
+def test_a_layer_that_cannot_be_quantized_is_named_and_nothing_is_changed(
+    change: Callable[[nn.Module], object], quantizer: type[nn.Module], said: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+    change(model)
+    before = [(name, type(module)) for name, module in model.named_modules()], list(model.state_dict())
+    with pytest.raises(AttachmentError, match=re.compile(said, re.DOTALL)):
+        attach_weight_quantizers(model, [], quantizer)
+    assert ([(name, type(module)) for name, module in model.named_modules()], list(model.state_dict())) == before
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+WRAPPERS = (nn.DataParallel, compiled, AveragedModel, lambda model: AveragedModel(compiled(model)))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_hint_for_a_wrapped_network_is_the_one_layer_that_was_meant(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(small())
+    prefix = next(name for name in dict(model.named_modules()) if name.endswith(".conv1")).removesuffix("conv1")
+    for pattern, meant in (("conv1", "conv1"), ("linear", "linear"), ("conv9", "conv1")):
+        with pytest.raises(AttachmentError, match=f"did you mean '{re.escape(prefix + meant)}'"):
+            attach_weight_quantizers(model, [pattern], Halver)
+    with pytest.raises(AttachmentError) as raised:  # not 'module', which is everything
+        attach_weight_quantizers(model, [prefix.rstrip(".") + "s"], Halver)
+    assert f"did you mean '{prefix}" in str(raised.value)
+    names = attach_weight_quantizers(model, [prefix + "conv1", "*.linear"], Halver)
+    assert [name.removeprefix(prefix) for name in names] == [f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2)]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_network_is_what_is_inside(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    plain = quantized().eval()
+    wrapped = wrap(plain).eval()
+    assert isinstance(unwrapped(wrapped), ResNet)
+    found = []
+    for number, model in enumerate((plain, wrapped)):
+        comparison = QuantizationComparison()
+        comparison.set_baseline(small())
+        penalty = coupled_group_lasso(model)
+        pack(model, tmp_path / str(number))
+        export_onnx(model, tmp_path / f"{number}.onnx")
+        files = [(tmp_path / f"{number}{kind}").read_bytes() for kind in ("", ".onnx")]
+        found.append((penalty(plain), penalty(wrapped), comparison.calculate_stats(model), files))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sharing", [shared_quantized_weights, lambda model: nullcontext()])
+def test_attach_and_forward_without_numbers(sharing: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    with torch.device("meta"):
+        model = small()
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    with sharing(model):
+        assert model(images().to("meta")).shape == (4, 10)
+    with FakeTensorMode():
+        model = quantized()
+        with sharing(model):
+            model(torch.zeros(4, 3, 16, 16)).sum().backward()
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def trained(model: nn.Module, folder: Path) -> list[Any]:
+    """What comes of every step from images to files."""
+    data = load_data("digits", limit=20)
+    comparison = QuantizationComparison()
+    comparison.set_baseline(model)
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander, {"init_deadzone_logit": 0.8})
+    penalty = coupled_group_lasso(model)
+    rates = dict.fromkeys(("learning_rate", "dz_learning_rate", "bit_learning_rate"), 0.01)
+    optimizer = make_optimizer(parameter_groups(model, **rates))
+    shaping = {"epoch": 0, "epochs": 1, "batch_size": 10, "coefficient": 0.01, "lr_lambda": lambda progress: 1.0}
+    losses = [step.loss() for step in train_epoch(model, optimizer, data, Objective(penalty, 0.1, 0.1), **shaping)]
+    model.eval()
+    stats = comparison.calculate_stats(model)
+    pack(model, folder / "packed")
+    export_onnx(model, folder / "onnx")
+    files = [(folder / name).read_bytes() for name in ("packed", "onnx")]
+    unpacked = [predict(each, data)[0].tolist() for each in (model, unpack(folder / "packed"))]
+    penalties = penalty(model), group_lasso_channels(model)
+    assert {part.dtype for part in penalties} == {torch.float32}
+    return [losses, stats, files, unpacked, *penalties]
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_defaults_that_a_user_has_set_change_nothing(device: str | None, tmp_path: Path) -> None:
+    folders = [tmp_path / "plain", tmp_path / "changed"]
+    for folder in folders:
+        folder.mkdir()
+    model = small()
+    expected = trained(copy.deepcopy(model), folders[0])
+    with defaults(torch.float64, device):
+        assert trained(model, folders[1]) == expected
+        assert torch.get_default_dtype() == torch.float64
 
 
 def test_off_is_the_network_it_was_and_on_is_its_quantized_weights() -> None:

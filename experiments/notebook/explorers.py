@@ -24,7 +24,7 @@ from experiments.notebook.image_trace import ThreeNetworks
 from experiments.pipeline import SavedRun, comparison, contents
 from src.data import ImageData
 from src.runs import REACH, RunError, Snapshots
-from utils_quantization import latent_weight, quantized_layers
+from utils_quantization import default_tensors, latent_weight, quantized_layers
 
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
 QUANTILES = 801  # of each sample, for a page
@@ -33,6 +33,7 @@ WIDE = {"width": "min(48em, 98%)"}  # of a control: room to aim at one of hundre
 layer_menus: dict[str, tuple[widgets.Dropdown, str]] = {}  # by explorer: its menu, what stands before a layer's name
 
 
+@default_tensors()
 def weight_samples(seed: int = 0, model: nn.Module | None = None) -> dict[str, Tensor]:
     """Weights to try the quantizer on, by name: three textbook distributions, a fresh layer, the layers of `model`."""
     generator = torch.Generator().manual_seed(seed)

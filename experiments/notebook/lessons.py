@@ -31,13 +31,14 @@ from src.data import ImageData, augment
 from src.pruning import ChannelGroups, analyze_liveness
 from src.quantizer import DeadZoneLDZCompander, dequantize, grid_indices, lay_grids
 from src.training import Objective, make_optimizer, step_gradients, train_step
-from utils_quantization import eval_mode
+from utils_quantization import default_tensors, eval_mode
 
 MEASURED_BITS = Path(__file__).parents[2] / "docs" / "measured" / "bit_widths.csv"
 Values = NDArray[np.float64]
 RANGE = 2.5758293035489004  # R of normally distributed weights, the 0.99-quantile of |w|
 
 
+@default_tensors()
 def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
     """A quantizer with `bits` bits whose dead zone takes `share` (0 to 1) of the range: 1 - |tanh theta_dz| = share."""
     logit = math.atanh(1 - share)
@@ -47,6 +48,7 @@ def fixed_quantizer(share: float, bits: int) -> DeadZoneLDZCompander:
 
 
 @torch.no_grad()
+@default_tensors()
 def staircase_curve(name: str, share: float, bits: int, reach: float = 1.3) -> Curve:
     """Weights from -reach to reach and what the quantizer makes of them, for a layer whose range R is 1.
 

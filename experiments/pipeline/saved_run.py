@@ -30,6 +30,7 @@ from src.runs import (
 )
 from src.storage import Notify
 from src.training import History, pick_device
+from utils_quantization import default_tensors
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class SavedRun:
         """Number of classes."""
         return len(self.weights["linear.bias"])
 
+    @default_tensors()
     def network(self) -> ResNet:
         """The trained network with its quantizers, on the CPU, in eval mode. Raises RunError for other weights."""
         model = NETWORKS[self.config.model](self.classes, self.config.shortcut)

@@ -31,14 +31,17 @@ from src.quantizer import DeadZoneLDZCompander
 from src.runs import RunFolder
 from src.storage import Notify
 from src.training import History, keep_freed_memory, repeatable
-from utils_quantization import attach_weight_quantizers, quantized_layers
+from utils_quantization import attach_weight_quantizers, default_tensors, quantized_layers
 
 
 def prepare_data(config: RunConfig, notify: Notify = lambda line: None) -> tuple[RunConfig, ImageData]:
     """Load the data, and return it with the configuration that suits it; `notify` is told what was changed.
 
-    Raises DataError or TrainingError. Also prepares this process: `keep_freed_memory`, `repeatable`.
+    Raises DataError or TrainingError. Also prepares this process: torch's own default type and device,
+    `keep_freed_memory`, `repeatable`.
     """
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     keep_freed_memory()
     device = training.pick_device(config.device)
     repeatable(device)
@@ -59,6 +62,7 @@ def build_network(config: RunConfig, data: ImageData, device: torch.device) -> R
     return _network(config, data).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+@default_tensors()
 def _network(config: RunConfig, data: ImageData) -> ResNet:
     return NETWORKS[config.model](data.num_classes, config.shortcut)
 

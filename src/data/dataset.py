@@ -155,9 +155,9 @@ def epoch_batches(
     epoch when this function is called, so neither the device nor `start`, the batches to skip, changes the draw.
     """
     count, steps = len(data.train_labels), steps_per_epoch(data, batch_size)
-    order = torch.randperm(count, generator=generator)
-    offsets = torch.randint(2 * crop_padding + 1, (count, 2), generator=generator)
-    flips = torch.rand(count, generator=generator) < 0.5
+    order = torch.randperm(count, generator=generator, device="cpu")
+    offsets = torch.randint(2 * crop_padding + 1, (count, 2), generator=generator, device="cpu")
+    flips = torch.rand(count, generator=generator, device="cpu", dtype=torch.float32) < 0.5
     # One transfer an epoch. Column 0 picks the image, 1 and 2 the crop, 3 whether to flip.
     draws = torch.cat([order[:, None], offsets, (flips & flip)[:, None]], dim=1).to(data.train_images.device)
     rows = data.train_images.permute(0, 2, 3, 1).reshape(count, -1)  # (N, H W 3), a view
@@ -224,7 +224,7 @@ def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Scale 1 / (255 std) and shift -mean / std, repeated for every pixel so that one multiply-add is contiguous."""
-    deviation, centre = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+    deviation, centre = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (std, mean))
     scale, shift = (1 / (255 * deviation)).float(), (-centre / deviation).float()
     return scale.repeat(pixels).to(device), shift.repeat(pixels).to(device)
 
@@ -235,7 +235,7 @@ def _balanced(labels: Tensor, limit: int, classes: int) -> Tensor:
     turn = torch.empty_like(values)
     for label in range(classes):
         own = values == label
-        turn[own] = torch.arange(int(own.sum()))
+        turn[own] = torch.arange(int(own.sum()), device="cpu")
     chosen = torch.argsort(turn * classes + values, stable=True)[:limit]
     return chosen.sort().values.to(labels.device)
 

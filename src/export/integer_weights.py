@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from src.pruning import CompactNetwork, LayerLiveness, analyze_liveness, compact
 from src.quantizer import DeadZoneLDZCompander, dequantize
-from utils_quantization import latent_weight, quantized_layers, quantizer_of
+from utils_quantization import latent_weight, quantized_layers, quantizer_of, unwrapped
 
 
 class IndexingError(ValueError):
@@ -66,6 +66,7 @@ def compact_with_indices(
     """
     if isinstance(model, IndexedNetwork):
         return model
+    model = unwrapped(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise IndexingError(f"{name!r} is {tensor.dtype}: need float32 throughout; call model.float() first")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src.pruning.operations import OPERATIONS, Operation
+from utils_quantization import default_tensors
 
 FORMAT = 2
 COMPACT_AGAIN = "compact the original network again"
@@ -34,6 +35,7 @@ class CompactNetwork(nn.Module):
     Raises CompactionError for a description that is damaged.
     """
 
+    @default_tensors()
     def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
         if description.get("format") != FORMAT:

@@ -28,7 +28,7 @@ from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork
 from src.pruning.graph import LAYERS, Op
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import Operation
-from utils_quantization import shared_quantized_weights
+from utils_quantization import shared_quantized_weights, unwrapped
 
 Indices = NDArray[np.int64]
 
@@ -53,6 +53,7 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), mu
     with weights that are not finite, or whose output does not depend on the image; GraphError where the network cannot
     be traced.
     """
+    model = unwrapped(model)
     if any(module.training for module in model.modules()):
         raise CompactionError(
             f"{type(model).__name__} is in training mode, where BatchNorm's statistics move and constants are not "

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from src.pruning.operations import settings_of
-from utils_quantization import eval_mode
+from utils_quantization import eval_mode, unwrapped
 
 LAYERS = ("conv", "linear")
 CHANNELWISE = ("batchnorm", "relu", "pass", "pool", "stride", "select", "flatten", "add")
@@ -75,6 +75,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> l
     The network is run once, in eval mode, on one blank image to learn the shapes; its state is left as it was. Raises
     GraphError where torch.fx cannot follow the forward pass or the image does not fit.
     """
+    model = unwrapped(model)
     try:
         graph = fx.Tracer().trace(model)
     except Exception as error:  # whatever the forward pass does to a proxy

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from src.pruning.graph import CHANNELWISE, LAYERS, Op, trace
+from utils_quantization import unwrapped
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 
     Channels that are added, element by element, are one channel; so are a channel and what the shortcut makes of it.
     Raises GraphError where the network cannot be traced.
     """
-    return groups_of(trace(model, input_size), dict(model.named_modules()))
+    network = unwrapped(model)
+    return groups_of(trace(network, input_size), dict(network.named_modules()))
 
 
 def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups:

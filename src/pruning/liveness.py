@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from src.pruning.graph import CHANNELWISE, LAYERS, Op, trace
 from src.pruning.groups import group_numbers, groups_of
 from src.quantizer import check_range
-from utils_quantization import shared_quantized_weights
+from utils_quantization import shared_quantized_weights, unwrapped
 
 Flags = NDArray[np.bool_]
 Values = NDArray[np.float64]
@@ -91,6 +91,7 @@ def analyze_liveness(
     multiple_of: round the number of channels up, as `compact` says. Works in float64. Raises GraphError where the
     network cannot be traced.
     """
+    model = unwrapped(model)
     ops = trace(model, input_size)
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):

@@ -47,7 +47,7 @@ def random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all(),
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "python": [layout, torch.tensor(numbers, dtype=torch.int64), carried],
+        "python": [layout, torch.tensor(numbers, dtype=torch.int64, device="cpu"), carried],
     }
 
 

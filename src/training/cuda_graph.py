@@ -79,7 +79,8 @@ def _record(
     coefficient: float,
     precision: torch.dtype = torch.float32,
 ) -> Replay:
-    held = (images.clone(), labels.clone(), torch.full((), float(coefficient), device=images.device))
+    weight = torch.full((), float(coefficient), dtype=torch.float32, device=images.device)
+    held = (images.clone(), labels.clone(), weight)
 
     def losses_and_gradients() -> StepLosses:
         model.zero_grad(set_to_none=True)

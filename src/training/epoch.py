@@ -88,7 +88,7 @@ def train_epoch(
     model.train()
     step_fn = step or train_step
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    steps = steps_per_epoch(data, batch_size)
+    steps, dtype = steps_per_epoch(data, batch_size), next(model.parameters()).dtype
     batches = epoch_batches(data, batch_size, generator, crop_padding=crop_padding, flip=flip, start=start)
     every = 1 if data.train_images.device.type == "cpu" else STEPS_BETWEEN_CHECKS
     raise_pending()
@@ -97,7 +97,7 @@ def train_epoch(
         for group in optimizer.param_groups:
             if group["name"] == "weights":
                 group["lr"] = group["base_lr"] * factor
-        losses = step_fn(model, optimizer, images, labels, objective, coefficient, precision)
+        losses = step_fn(model, optimizer, images.to(dtype), labels, objective, coefficient, precision)
         if index % every == 0 or index == steps - 1:
             _check_finite(model, losses, f"at epoch {epoch + 1}, step {index + 1}")
         yield Step(index, steps, len(labels), losses)

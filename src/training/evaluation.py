@@ -32,11 +32,11 @@ def evaluate(model: nn.Module, data: ImageData, precision: torch.dtype = torch.f
 @torch.no_grad()
 def predict(model: nn.Module, data: ImageData, precision: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """The predicted class of every test image, (N,), and the mean cross entropy. The model's mode is restored."""
-    predicted, losses = [], []
+    predicted, losses, dtype = [], [], next(model.parameters()).dtype
     with eval_mode(model), shared_quantized_weights(model), autocast(data.test_images.device, precision):
         for images, labels in test_batches(data, EVALUATION_BATCH):
             raise_pending()  # an interruption need not wait for the whole test set
-            scores = model(images).float()
+            scores = model(images.to(dtype)).float()
             losses.append(F.cross_entropy(scores, labels, reduction="sum"))
             predicted.append(scores.argmax(1))
     return torch.cat(predicted), torch.stack(losses).sum().item() / len(data.test_labels)
@@ -52,7 +52,8 @@ def recalibrated_accuracy(model: nn.Module, data: ImageData, precision: torch.dt
     """
     count = min(max(len(data.train_labels) // RECALIBRATION_SHARE, FEWEST_IMAGES), MOST_IMAGES)
     few, network = data.limited(max(count, data.num_classes)), copy.deepcopy(model)
-    batches = (normalize(images, data.mean, data.std) for images in few.train_images.split(EVALUATION_BATCH))
+    dtype, parts = next(model.parameters()).dtype, few.train_images.split(EVALUATION_BATCH)
+    batches = (normalize(images, data.mean, data.std).to(dtype) for images in parts)
     with shared_quantized_weights(network), autocast(data.test_images.device, precision):
         update_bn(batches, network)
     return evaluate(network, few, precision)[1]

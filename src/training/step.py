@@ -19,6 +19,8 @@ from utils_quantization import shared_quantized_weights
 
 Penalty = Callable[[nn.Module], Tensor]
 
+FLOAT16_EPSILON = 1e-3  # float16 rounds the average of squared gradients to 0 below 3e-8, and AdamW divides by its root
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -80,6 +82,9 @@ def parameter_groups(
 
 def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW over the named groups, in one fused update where the device has it."""
+    for group in groups:
+        if any(p.dtype == torch.float16 for p in group["params"]):
+            group.setdefault("eps", FLOAT16_EPSILON)
     kinds = {p.device.type for group in groups for p in group["params"]}
     return torch.optim.AdamW(groups, fused=kinds <= {"cpu", "cuda"})
 

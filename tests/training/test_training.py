@@ -29,6 +29,7 @@ from src.training import (
     evaluate,
     hold_then_linear,
     layer_records,
+    make_optimizer,
     measure_epoch,
     parameter_groups,
     predict,
@@ -45,6 +46,29 @@ from utils_quantization import attach_weight_quantizers, quantized_layers, toggl
 def one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 64, **changes: Any) -> list[Step]:
     settings = {"objective": Objective(), "epoch": 0, "lr_lambda": lambda progress: 1.0, "coefficient": 0.0, **changes}
     return list(train_epoch(model, optimizer, images(count), epochs=2, batch_size=16, **settings))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_is_trained_and_tested_in_its_own_type(half: torch.dtype) -> None:
+    model = network().to(half)
+    attach_weight_quantizers(model, ["conv1", "linear"], DeadZoneLDZCompander, {"init_deadzone_logit": 1.0})
+    optimizer, penalty = optimizer_of(model), coupled_group_lasso(model)
+    before = penalty(model).item()
+    objective = Objective(penalty, lambda_dz=0.1, lambda_bit=0.1)
+    steps = one_epoch(model, optimizer, objective=objective, coefficient=1e-3)
+    assert all(math.isfinite(step.loss()) for step in steps)
+    assert {p.dtype for name, p in model.named_parameters() if "logit" not in name} == {half}
+    assert all(layer.weight.dtype == half for layer in quantized_layers(model).values())
+    assert penalty(model).item() == pytest.approx(before, rel=0.3)
+    assert 0 <= evaluate(model, images())[1] <= 1
+    assert 0 <= recalibrated_accuracy(model, images()) <= 1
+
+
+def test_a_step_of_float16_is_at_most_that_of_float32() -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    weight.grad = torch.tensor([1e-4, 1e-3, 1e-2], dtype=torch.float16)  # squared, and times 1e-3, two of them are 0
+    make_optimizer([{"name": "weights", "lr": 0.1, "weight_decay": 0.0, "params": [weight]}]).step()
+    assert ((weight < 1) & (weight > 0.89)).all()  # AdamW's first step is the learning rate
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group_with_its_own_rate_and_decay() -> None:
