@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from experiments.figures import style
@@ -100,36 +102,19 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     said = ((name, *trace.said(name)) for name in trace.scores)
     answers = ", ".join(f"{name} “{answer}” {percent(share, 0)}" for name, answer, share in said)
     title = f"Test image {trace.number} is “{truth}”: {answers}"
-    networks, columns = list(trace.maps), len(trace.channels)
-    alt = f"{title}. Below, {columns} channels behind {trace.stage.layer} in {len(networks)} networks; removal keeps "
-    alt += f"{len(trace.stage.kept)} of its {trace.stage.channels} channels."
-    figure = style.canvas(title, subtitle, alt, height=3.1 + 0.78 * len(networks), **TIGHT)
-    outer = figure.add_gridspec(2, 1, height_ratios=[2.3, 0.78 * len(networks)])
-    upper, lower = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3]), outer[1].subgridspec(len(networks), columns)
+    networks = list(trace.maps)
+    alt = f"{title}. Below, {len(trace.channels)} channels behind {trace.stage.layer} in {len(networks)} networks; "
+    alt += f"removal keeps {len(trace.stage.kept)} of its {trace.stage.channels} channels."
+    figure = style.canvas(title, subtitle, alt, height=3.1 + 0.72 * len(networks), **TIGHT)
+    outer = figure.add_gridspec(2, 1, height_ratios=[2.3, 0.72 * len(networks)])
+    upper = outer[0].subgridspec(1, 2, width_ratios=[1, 2.3])
     text = f"channels behind {trace.stage.layer}: blue positive, orange negative, hatched removed"
     figure.supxlabel(text, color=style.MUTED)
     picture = figure.add_subplot(upper[0])
     _draw_image(picture, trace.image)
     picture.set_xlabel(f"label: {truth}")
     _draw_scores(figure.add_subplot(upper[1]), trace)
-    limits = np.max([np.abs(trace.maps[name]).max(axis=(1, 2)) for name in (FLOAT, QUANTIZED)], axis=0)  # (K,)
-    for row, name in enumerate(networks):
-        for column, channel in enumerate(trace.channels):
-            axes, values, limit = (
-                figure.add_subplot(lower[row, column]),
-                trace.maps[name][column],
-                limits[column] or 1.0,
-            )
-            axes.set(xticks=[], yticks=[], box_aspect=1)
-            if np.isnan(values).all():
-                axes.set_facecolor(style.FAINT)
-                axes.patch.set(hatch="////", edgecolor=style.GREY)
-            else:
-                axes.imshow(values, cmap=style.BALANCED, vmin=-limit, vmax=limit, interpolation="nearest")
-            if row == 0:
-                _caption(axes, str(channel))
-            if column == 0:
-                axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    _draw_maps(figure.add_subplot(outer[1]), trace)
     return figure
 
 
@@ -160,6 +145,29 @@ def _caption(axes: Axes, text: str) -> None:
 
 def _short(name: str) -> str:
     return name if len(name) <= 12 else f"{name[:11]}…"
+
+
+def _draw_maps(axes: Axes, trace: ImageTrace) -> None:
+    """A row a network, a column a channel with its own scale; all in one axes, of which each takes its time."""
+    maps = np.stack(list(trace.maps.values()))  # (N, K, H, W)
+    limits = np.abs(maps[:2]).max(axis=(0, 2, 3))  # of float and quantized
+    gap = 1 + maps.shape[3] // 6
+    padded = np.pad(maps, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    rows, columns, high, wide = padded.shape
+    flat = (padded / np.where(limits, limits, 1.0)[:, None, None]).swapaxes(1, 2).reshape(rows * high, columns * wide)
+    look: dict[str, Any] = {"cmap": style.BALANCED, "vmin": -1, "vmax": 1, "interpolation": "nearest"}
+    axes.imshow(flat, extent=(0, columns, rows, 0), aspect=high / wide, **look)
+    side = 1 - gap / wide
+    for (row, column), gone in np.ndenumerate(np.isnan(maps).all(axis=(2, 3))):
+        ground, hatch = (style.FAINT, "////") if gone else ("none", None)
+        axes.add_patch(
+            Rectangle((column, row), side, side, facecolor=ground, hatch=hatch, edgecolor=style.GREY, lw=0.8)
+        )
+    axes.set_xticks(np.arange(columns) + side / 2, trace.channels.tolist())
+    axes.set_yticks(np.arange(rows) + side / 2, list(trace.maps))
+    axes.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
 
 
 def _draw_scores(axes: Axes, trace: ImageTrace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,11 @@ def draw_cells(
     axes.grid(False)
     axes.set_facecolor(style.FAINT)
     axes.patch.set(hatch="////", edgecolor=style.PALE)
-    for at, row in enumerate(values):
-        axes.pcolormesh(borders[: len(row) + 1], [at - 0.5, at + 0.5], row[None], **look)
+    top = 0
+    for length, alike in groupby(values, key=len):  # rows of one length are one artist, which is soon drawn
+        block = np.stack(list(alike))
+        axes.pcolormesh(borders[: length + 1], np.arange(top, top + len(block) + 1) - 0.5, block, **look)
+        top += len(block)
     axes.set(xlim=(borders[0], borders[-1]), ylim=(max(len(values), 1) - 0.5, -0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
 

@@ -83,11 +83,9 @@ def staircase_explorer_figure(
     stairs.set_ylabel("quantized weight q(w)")
     difference.plot(w, q - w, color=style.STAIRS, lw=1.6)
     difference.set_ylabel("q(w) − w")
-    share = np.full(len(values), 100 / len(values))
-    bins = np.linspace(-limit, limit, 62).tolist()
-    before.hist(values, bins=bins, weights=share, color=style.WEIGHTS)
-    pruned = np.abs(values) <= dead_zone_half
-    before.hist(values[pruned], bins=bins, weights=share[pruned], color=style.PRUNED, label="weights that become 0")
+    bins, pruned = np.linspace(-limit, limit, 62), values[np.abs(values) <= dead_zone_half]
+    for some, color in ((values, style.WEIGHTS), (pruned, style.PRUNED)):
+        before.stairs(100 * np.histogram(some, bins)[0] / len(values), bins, fill=True, color=color)
     shares = 100 * held / len(quantized)
     colors = np.where(used == 0, style.PRUNED, style.STAIRS).tolist()
     after.vlines(used, 0, shares, color=colors, lw=3 if len(used) < 40 else 1)
@@ -164,8 +162,7 @@ def sparsity_map(weight: NDArray[np.floating], name: str, *, subtitle: str = "")
     axes.set(xlabel="input channel", ylabel="output channel (filter)", xlim=(-0.5 - 0.035 * inputs, inputs - 0.5))
     edge = np.full(len(dead), -0.5 - 0.018 * inputs)
     axes.plot(edge, dead, ls="", marker=">", ms=5, color=style.INK, label="dead filter")
-    if len(dead):
-        style.legend_above(axes)
+    style.legend_above(axes)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.spines[:].set_visible(False)

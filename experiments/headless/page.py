@@ -2,10 +2,10 @@ r"""An executed notebook as one HTML file that needs no network and no server.
 
 What the stock template would fetch or lose is replaced: TeX becomes MathML, a PNG keeps the alt text of its
 metadata (`{"image/png": {"alt": ...}}`), images beside the notebook are embedded. A figure that comes with an SVG is
-shown as that; an explorer that comes with its numbers works in the page, any other widget becomes a note. Code is
-folded in <details>. Without scripts all is there but the explorers, of which the saved figure stays. A content security
-policy in the page keeps every browser from fetching anything, and from running any script but the page's own. The
-page's structure, look and scripts are in template/.
+shown as that; an explorer that comes with its numbers or its pictures works in the page, any other widget is left out,
+and what it has shown stays. Code is folded in <details>. Without scripts all is there but the explorers, of which the
+saved figure stays. A content security policy in the page keeps every browser from fetching anything, and from running
+any script but the page's own. The page's structure, look and scripts are in template/.
 
 About its run a page says what the notebook has published beside outputs that it shows anyway, under a type that only
 the page reads: it travels with the executed notebook and is never of another run. What was not published is said to

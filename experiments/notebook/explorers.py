@@ -29,6 +29,7 @@ from utils_quantization import default_tensors, latent_weight, quantized_layers
 SAMPLE = 18_432  # as many weights as a 64 x 32 layer of 3 x 3 kernels
 QUANTILES = 801  # of each sample, for a page
 MOST_SNAPSHOTS = 800  # layers times epochs, for a page: about 400 kB
+PICTURES = 8  # for a page, of an explorer that has no numbers for it: each takes 0.1 s
 WIDE = {"width": "min(48em, 98%)"}  # of a control: room to aim at one of hundreds of epochs or images, or for a fault
 layer_menus: dict[str, tuple[widgets.Dropdown, str]] = {}  # by explorer: its menu, what stands before a layer's name
 
@@ -150,9 +151,10 @@ def kernels(model: nn.Module) -> None:
     convolutions = {name: one for name, one in quantized_layers(model).items() if isinstance(one, nn.Conv2d)}
     weights = {name: one.weight.float().cpu().numpy() for name, one in convolutions.items()}
     dead = {name: int((~weight.any(axis=(1, 2, 3))).sum()) for name, weight in weights.items()}
-    most = max(dead, key=lambda name: dead[name])
-    menu = _layer_menu("kernels", _dropdown("layer", weights, most))
-    live.explorer(lambda layer: figures.sparsity_map(weights[layer], layer), layer=menu)
+    by_dead = sorted(weights, key=lambda name: -dead[name])
+    menu = _layer_menu("kernels", _dropdown("layer", weights, by_dead[0]))
+    kept = sorted(by_dead[:PICTURES], key=list(weights).index)
+    live.explorer(lambda layer: figures.sparsity_map(weights[layer], layer), pictures=("layer", kept), layer=menu)
 
 
 def images(model: nn.Module, data: ImageData) -> None:
@@ -175,7 +177,7 @@ def images(model: nn.Module, data: ImageData) -> None:
 
     button.on_click(jump)
     menu = _layer_menu("images", _dropdown("layer", networks.stages, most.layer))
-    live.explorer(draw, image=image, layer=menu, helpers=[button])
+    live.explorer(draw, pictures=("image", range(min(images, PICTURES))), image=image, layer=menu, helpers=[button])
 
 
 def faults(breaks: Mapping[str, str], diagnose: Callable[[str], Report]) -> None:

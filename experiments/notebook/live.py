@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import html
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self, TextIO
 
@@ -204,6 +205,7 @@ def explorer(
     *views: View,
     busy: str = "drawing ...",
     page: Mapping[str, Any] | None = None,
+    pictures: tuple[str, Iterable[Any]] | None = None,
     helpers: Sequence[Widget] = (),
     **controls: Any,
 ) -> None:
@@ -211,21 +213,24 @@ def explorer(
 
     controls: ipywidgets with a `value`; they act while they are moved, and ipywidgets waits for each answer. helpers:
     buttons that move them. busy: shown while the views are drawn again. page: with `kind`, the numbers with which
-    template/explorers.js of the page answers the same controls. What a view returns is an ordinary display that starts
-    with the controls' present values, so a saved notebook or page holds it also where no kernel answers the controls.
-    It is below them, so that they do not move when it changes its height.
+    template/explorers.js of the page answers the same controls; pictures: instead of it, the one control that the
+    page has, and the values for which it holds the figure of the only view. What a view returns is an ordinary display
+    that starts with the controls' present values, so a saved notebook or page holds it also where no kernel answers
+    the controls. It is below them, so that they do not move when it changes its height.
     """
     note = HTML(layout={"min_height": "2em"})  # its place is kept, so that nothing jumps
     if in_notebook():
+        if pictures:
+            page = _pictures(views[0], controls, *pictures)
         shown = VBox([*controls.values(), HBox(list(helpers)), note])._repr_mimebundle_()
         display({**shown, **({EXPLORER: page} if page else {})}, raw=True)
 
-    def draw(view: View, bundle: Callable[[Figure], Bundle]) -> Bundle:
+    def draw(view: View, bundle: Callable[[Figure], Any]) -> Bundle:
         shown = view(**{name: control.value for name, control in controls.items()})
         return bundle(shown) if isinstance(shown, Figure) else shown
 
     handles = [put(*draw(view, page_bundle)) for view in views]
-    quick = [QuickFigure() for _ in views]
+    quick = [QuickFigure(functools.partial(figure_bundle, quick=True)) for _ in views]
 
     def redraw(_: object) -> None:
         note.value = busy
@@ -240,19 +245,32 @@ def explorer(
         control.observe(redraw, names="value")
 
 
-class QuickFigure:
-    """`figure_bundle` for figures that follow each other: where the charts are is worked out once for each size."""
+def _pictures(
+    view: Callable[..., Any], controls: Mapping[str, Any], name: str, values: Iterable[Any]
+) -> dict[str, Any]:
+    """What a page shows for each value of the control `name`; the others are as they are."""
+    svg, found = QuickFigure(svg_text), {}
+    for value in values:
+        figure = view(**{other: one.value for other, one in controls.items()} | {name: value})
+        found[str(value)] = {"svg": svg(figure), "alt": figure.get_label()}
+    control = controls[name]
+    return {"kind": "pictures", "control": control.description, "start": str(control.value), "pictures": found}
 
-    def __init__(self) -> None:
+
+class QuickFigure:
+    """`render` for figures that follow each other: where the charts are is worked out once for each size."""
+
+    def __init__(self, render: Callable[[Figure], Any]) -> None:
+        self._render = render
         self._places: dict[tuple[Any, ...], list[Any]] = {}
 
-    def __call__(self, figure: Figure) -> Bundle:
-        """Data and metadata of `figure` for a notebook."""
+    def __call__(self, figure: Figure) -> Any:
+        """What `render` makes of `figure`."""
         key = (*figure.get_size_inches(), len(figure.axes))
         if key in self._places:
             figure.set_layout_engine("none")
             for axes, place in zip(figure.axes, self._places[key], strict=True):
                 axes.set_position(place)
-        bundle = figure_bundle(figure, quick=True)
+        rendered = self._render(figure)
         self._places[key] = [axes.get_position() for axes in figure.axes]
-        return bundle
+        return rendered

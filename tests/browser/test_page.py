@@ -217,17 +217,18 @@ def test_only_what_scrolls_is_a_stop_of_the_tab_key(opened: Callable[..., Page])
 
 @pytest.fixture
 def explorers_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two explorers and a curve as a notebook saves them, in a page."""
+    """Three explorers and a curve as a notebook saves them, in a page."""
     outputs: list[NotebookNode] = []
     monkeypatch.setattr(live, "in_notebook", lambda: True)
     monkeypatch.setattr(live, "put", lambda data, meta, handle=None: outputs.append(shown(data, meta)))
     monkeypatch.setattr(live, "display", lambda data, raw: outputs.append(shown(data, {})))
     explorers.quantizer(explorers.weight_samples(0))
     explorers.layers(small_snapshots())
+    explorers.kernels(small_resnet((8, 4, 2)))
     live.show(figures.accuracy_curve(make_history(12), chance=0.1))
-    cells = [new_code_cell("quantizer()", outputs=outputs[:2]), new_code_cell("layers()", outputs=outputs[2:4])]
+    cells = [new_code_cell("quantizer()", outputs=outputs[:2]), new_code_cell("layers()", outputs=outputs[2:6])]
     file = tmp_path / "explorers.html"
-    book = new_notebook(cells=[new_markdown_cell("# Lesson"), *cells, new_code_cell("curve()", outputs=outputs[4:])])
+    book = new_notebook(cells=[new_markdown_cell("# Lesson"), *cells, new_code_cell("curve()", outputs=outputs[6:])])
     file.write_text(to_html(book), encoding="utf-8")
     return file
 
@@ -298,9 +299,30 @@ def test_the_epoch_slider_of_a_page_shows_every_snapshot_and_plays(
     assert page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 768, 390])
+def test_the_kernels_of_a_page_follow_their_menu_and_the_layers(
+    opened: Callable[..., Page], explorers_page: Path, width: int, scheme: str
+) -> None:
+    page = opened(width, address=explorers_page, color_scheme=scheme)
+    box, layers = page.locator(".explorer").nth(2), page.locator(".explorer").nth(1)
+    names = box.locator("option").all_inner_texts()
+    for name in names:
+        box.locator("select").select_option(name)
+        picture = box.get_by_role("img", name=f"kernels of {name}: ")
+        picture.wait_for()
+        assert picture.evaluate("(one) => one.decode().then(() => one.naturalWidth)") > 0
+        assert layers.locator("select").input_value() == name
+    layers.locator("select").select_option(names[0])
+    box.get_by_role("img", name=f"kernels of {names[0]}: ").wait_for()
+    assert page.locator("figure img:visible").count() == 1, "the curve; the saved figures made room"
+    assert violations(page) == []
+    assert page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
 def test_without_scripts_the_saved_figures_stay(opened: Callable[..., Page], explorers_page: Path) -> None:
     page = opened(address=explorers_page, java_script_enabled=False)
-    assert page.locator("figure img:visible").count() == 3
+    assert page.locator("figure img:visible").count() == 4
     assert page.locator(".explorer:visible").count() == 0
 
 

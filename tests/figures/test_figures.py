@@ -14,6 +14,7 @@ import pytest
 from matplotlib import colors as mcolors
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
+from matplotlib.patches import StepPatch
 
 from experiments import figures
 from experiments.figures import style
@@ -32,12 +33,13 @@ def lines_of(axes: Axes) -> dict[str, np.ndarray]:
 
 def cells_of(axes: Axes) -> list[np.ndarray]:
     """The rows of a map of channels, (C,) each."""
-    return [np.asarray(row.get_array()).ravel() for row in axes.collections]
+    return [row for block in axes.collections for row in np.asarray(block.get_array())]
 
 
 def colours_of(axes: Axes) -> list[str]:
     """The colours of all cells of a map of channels, row by row."""
-    return [mcolors.to_hex(cell).upper() for row in axes.collections for cell in row.to_rgba(row.get_array()[0])]
+    blocks = [block.to_rgba(block.get_array()).reshape(-1, 4) for block in axes.collections]
+    return [mcolors.to_hex(cell).upper() for block in blocks for cell in block]
 
 
 def bars_of(axes: Axes) -> list[list[float]]:
@@ -159,11 +161,10 @@ def test_sparsity_map_puts_every_kernel_in_its_place() -> None:
     np.testing.assert_array_equal(np.ma.filled(drawn, 0), np.array(expected))
     rgb = image.to_rgba(drawn)
     assert rgb[0, 0, 3] == 0, "zero is blank"
-    assert mcolors.same_color(rgb[0, 2], style.PALE)
+    assert 0 < rgb[0, 2, 3] < 0.5, "grey through which the ground is seen, light or dark"
     assert rgb[0, 3, 2] > rgb[0, 3, 0], "positive is blue"
     assert rgb[0, 4, 0] > rgb[0, 4, 2], "negative is orange"
-    assert rgb[7, 1, 3] == 1
-    assert rgb[7, 1].min() < 0.9, "the smallest weight has a colour"
+    assert rgb[7, 1, 3] > 0.3, "the smallest weight has a colour"
     assert list(axes.get_lines()[0].get_ydata()) == [1], "filter 1 is marked dead"
     assert "83.3 % zeros, 1 of 3 filters dead; 4 of 6 kernels are all zero" in figure.get_label()
 
@@ -189,11 +190,9 @@ def test_staircase_family_and_explorer_read_the_curves() -> None:
     stairs, before, error, after = figure.axes
     np.testing.assert_array_equal(stairs.get_lines()[-1].get_ydata(), Q)
     np.testing.assert_allclose(error.get_lines()[-1].get_ydata(), Q - W)
-    shares = [
-        (mcolors.to_hex(bar.get_facecolor()), bar.get_height()) for bar in before.patches if bar.get_width() < 0.1
-    ]
-    assert sum(share for color, share in shares if color == style.WEIGHTS.lower()) == pytest.approx(100)
-    assert sum(share for color, share in shares if color == style.PRUNED.lower()) == pytest.approx(50)
+    bars = [part for part in before.patches if isinstance(part, StepPatch)]
+    shares = {mcolors.to_hex(one.get_facecolor()).upper(): one.get_data().values.sum() for one in bars}
+    assert shares == {style.WEIGHTS: pytest.approx(100), style.PRUNED: pytest.approx(50)}
     (held,) = after.collections
     tops = {round(float(segment[1][0]), 3): segment[1][1] for segment in held.get_segments()}
     assert tops == {-0.5: 25.0, 0.0: 50.0, 0.5: 25.0}

@@ -244,7 +244,6 @@ def test_success_with_parameters_widget_and_stderr(tmp_path: Path, monkeypatch: 
     assert all("outputs" not in cell or not cell.outputs for cell in nbformat.read(lesson, as_version=4).cells)
     page = to_html(result.notebook)
     assert re.search(r'<pre class="output stderr *" tabindex="0">be warned', page)
-    assert "interactive control: open the notebook" in page
     assert "IntSlider(value" not in page
 
 

@@ -51,7 +51,7 @@ def controls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     explorer = live.explorer
 
     def keeping(*views: Any, **options: Any) -> None:
-        kept.update({name: one for name, one in options.items() if name not in ("busy", "page", "helpers")})
+        kept.update({name: one for name, one in options.items() if name not in ("busy", "page", "pictures", "helpers")})
         kept["helpers"] = options.get("helpers", ())
         explorer(*views, **options)
 

@@ -127,21 +127,23 @@ def test_the_float_network_has_the_latent_weights_and_statistics_of_its_own(netw
 def test_the_image_figure_shows_answers_maps_and_what_is_gone(networks: ThreeNetworks) -> None:
     trace = networks.trace(3, "layer1.0.conv1")
     figure = figures.image_figure(trace, subtitle="a note")
-    picture, scores, *maps = figure.axes
+    picture, scores, maps = figure.axes
     assert "channels behind layer1.0.conv1: " in figure.get_supxlabel()
     np.testing.assert_array_equal(picture.get_images()[0].get_array(), trace.image.transpose(1, 2, 0))
     drawn = {str(line.get_label()): np.asarray(line.get_xdata()) for line in scores.get_lines()}
     for network in (FLOAT, QUANTIZED, COMPACTED):
         np.testing.assert_allclose(drawn[network], trace.scores[network])
-    assert len(maps) == 3 * len(trace.channels)
-    for place, axes in enumerate(maps):
-        network, column = list(trace.maps)[place // len(trace.channels)], place % len(trace.channels)
-        values = trace.maps[network][column]
-        if np.isnan(values).all():
-            assert not axes.get_images()
-            assert axes.patch.get_hatch()
-        else:
-            np.testing.assert_allclose(axes.get_images()[0].get_array(), values)
+    shown = np.asarray(maps.get_images()[0].get_array().filled(np.nan))
+    grounds = {patch.get_xy(): patch for patch in maps.patches}
+    side = shown.shape[0] // 3
+    for row, network in enumerate((FLOAT, QUANTIZED, COMPACTED)):
+        for column, values in enumerate(trace.maps[network]):
+            high, wide = values.shape
+            drawn_map = shown[row * side : row * side + high, column * side : column * side + wide]
+            limit = max(np.abs(trace.maps[name][column]).max() for name in (FLOAT, QUANTIZED))
+            np.testing.assert_allclose(drawn_map * limit, values, rtol=1e-6)
+            assert bool(grounds[column, row].get_hatch()) == np.isnan(values).all()
+    assert [text.get_text() for text in maps.get_xticklabels()] == [str(channel) for channel in trace.channels]
     answer, share = trace.said(COMPACTED)
     assert f"compacted “{answer}” {100 * share:.0f} %" in figure.get_label()
     assert f"removal keeps {len(trace.stage.kept)} of its 4 channels" in figure.get_label()

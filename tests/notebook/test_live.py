@@ -106,7 +106,7 @@ def test_an_explorer_draws_every_view_again_and_says_what_failed(screen: Screen)
 
 
 def test_a_quick_figure_keeps_its_charts_in_their_places() -> None:
-    quick, places = live.QuickFigure(), []
+    quick, places = live.QuickFigure(live.figure_bundle), []
     for _ in range(2):
         figure = figures.accuracy_curve(make_history(4), chance=0.1)
         _, metadata = quick(figure)

@@ -148,13 +148,24 @@ const layers = (box, { layers: courses, start, reach }) => {
   return [[layer, epoch], draw];
 };
 
+const pictures = (box, { control, start, pictures: kept }) => {
+  const { inputs: [which], charts: [place] } = panel(box, [[control, menu(Object.keys(kept), start)]], ["picture"], "");
+  const draw = () => {
+    const { svg, alt } = kept[which.value];
+    place.innerHTML = `<img alt="${escaped(alt)}" src="data:image/svg+xml,${encodeURIComponent(svg)}">`;
+  };
+  chosen.push((name) => { if (kept[name]) { which.value = name; draw(); } });
+  which.addEventListener("input", () => show(which.value, draw));
+  return [[which], draw];
+};
+
 // The same layer in all explorers.
 const show = (layer, own) => { own(); for (const follow of chosen) follow(layer); };
 
 for (const box of document.querySelectorAll(".explorer")) {
   const data = JSON.parse(box.querySelector("script").textContent);
-  const [inputs, draw] = { quantizer, layers }[data.kind](box, data);
-  box.parentElement.querySelector("figure.output").hidden = true;
+  const [inputs, draw] = { quantizer, layers, pictures }[data.kind](box, data);
+  box.nextElementSibling.hidden = true; // the saved figure
   let waiting = false;
   const soon = () => {
     if (waiting) return;
