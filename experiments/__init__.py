@@ -19,6 +19,11 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Figures are files here, whatever would show them in a window; matplotlib refuses to load where the name is one that
+# it no longer knows. A module, such as Jupyter's, it looks up later, if at all.
+if not os.environ.get("MPLBACKEND", "module:").startswith("module:"):
+    os.environ["MPLBACKEND"] = "agg"
+
 ROOT = Path(__file__).resolve().parent.parent
 # What only the commands, the page and the server need.
 ELSEWHERE = frozenset({"jupyter-client", "jupyterlab", "nbclient", "nbconvert", "nbformat"})

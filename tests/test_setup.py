@@ -296,6 +296,15 @@ def test_packages_that_the_notebook_does_without_are_still_dependencies() -> Non
     assert {"torch", "numpy", "safetensors", "matplotlib"} <= {*map(experiments.name_of, experiments.required())}
 
 
+@pytest.mark.parametrize("backend", ["qt4agg", "module://backend_interagg"])
+def test_a_backend_that_is_gone_does_not_matter(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes seconds: a process that loads matplotlib."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    code = "from experiments import figures; figure = figures.style.canvas('a', 'b', 'c', height=1)"
+    done = set_up(ROOT, code=f"{code}; print(len(figures.png_bytes(figure)) > 0)")
+    assert done.stdout == "True\n", done.stderr
+
+
 WITHOUT = """
 import sys
 import IPython

@@ -112,7 +112,7 @@ def image_figure(trace: ImageTrace, *, subtitle: str = "") -> Figure:
     figure.supxlabel(text, color=style.MUTED)
     picture = figure.add_subplot(upper[0])
     _draw_image(picture, trace.image)
-    picture.set_xlabel(f"label: {truth}")
+    picture.set_xlabel(f"label: {_short(truth)}")
     _draw_scores(figure.add_subplot(upper[1]), trace)
     _draw_maps(figure.add_subplot(outer[1]), trace)
     return figure

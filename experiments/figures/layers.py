@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import ListedColormap
@@ -191,4 +192,5 @@ def _number(
     if len(bars) > most:
         return []
     axes.bar_label(bars, texts, padding=3)
-    return [Line2D([], [], ls="", marker="$n$", ms=7, color=style.INK, label=meaning)]
+    with rc_context({"text.parse_math": True}):  # matplotlib's only marker that is a letter
+        return [Line2D([], [], ls="", marker="$n$", ms=7, color=style.INK, label=meaning)]

@@ -92,14 +92,16 @@ def canvas(title: str, subtitle: str, alt: str, *, height: float, **pads: float)
     """
     space = "\N{NO-BREAK SPACE}"
     title, subtitle = (
-        space.join(re.sub(r"(?<=\d) (?=%|million|billion)", space, text).rsplit(" ", 2)) for text in (title, subtitle)
+        space.join(re.sub(r"(?<=\d) (?=%|million|billion)", space, text).rsplit(" ", 2)).replace("$", r"\$")
+        for text in (title, subtitle)
     )
     engine = ConstrainedLayoutEngine()
     figure = Figure(figsize=(WIDTH, height), layout=engine)
     figure.set_label(alt)
+    look: dict[str, Any] = {"wrap": True, "va": "top", "parse_math": True}  # wrapping knows only escaped dollar signs
     parts = [
-        figure.text(0.018, 0.5, title, wrap=True, va="top", fontsize=TITLE, fontweight="bold"),
-        figure.text(0.018, 0.5, subtitle, wrap=True, va="top", color=MUTED),
+        figure.text(0.018, 0.5, title, fontsize=TITLE, fontweight="bold", **look),
+        figure.text(0.018, 0.5, subtitle, color=MUTED, **look),
     ]
     heights = [part.get_window_extent().height / figure.dpi for part in parts]
     total = height + 0.2 + sum(heights)

@@ -16,7 +16,7 @@ from experiments.pipeline import stages
 from experiments.pipeline.config import RunConfig, asked, configure, suited_to
 from experiments.pipeline.run import Run
 from resnet import NETWORKS, ResNet
-from src.data import ImageData, load_data
+from src.data import DataError, ImageData, load_data
 from src.runs import (
     CHECKPOINT,
     SNAPSHOTS,
@@ -121,12 +121,17 @@ class SavedRun:
     def load_data(self, data_root: str | Path | None = None) -> ImageData:
         """The images it was trained and tested on. Downloads nothing.
 
-        data_root: where they are, by default where they were. Raises RunError where others are there, DataError where
-        they are absent or damaged.
+        data_root: where they are, by default where they were; of an image folder, the folder itself. Raises RunError
+        where others are there, DataError where they are absent or damaged.
         """
         # "auto" takes CIFAR-10 where it is present and never downloads it
         source = {"digits": "digits", "cifar10": "auto"}.get(self.data_name, self.config.data)
-        data = load_data(source, str(data_root or self.config.data_root), self.config.limit)
+        if data_root and source.startswith("folder:"):
+            source = f"folder:{data_root}"
+        try:
+            data = load_data(source, str(data_root or self.config.data_root), self.config.limit)
+        except DataError as error:
+            raise DataError(f"{error}; name the folder of the run's images with data_root") from error
         if self.data_digest and data.digest != self.data_digest:
             raise RunError(
                 f"the run in {str(self.folder)!r} was trained on other images than the {data.title} found here (digest "

@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from src.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD, obtain, read_images
-from src.data.image_sources import NEEDED_PARTS, SIZE, DataError, Statistics, read_digits, read_folder, statistics
+from src.data.image_sources import (
+    NEEDED_PARTS,
+    SIZE,
+    DataError,
+    Statistics,
+    printable,
+    read_digits,
+    read_folder,
+    statistics,
+)
 from src.storage import Notify
 
 SOURCES = ("auto", "cifar10", "digits")
@@ -122,7 +131,7 @@ def load_data(
     if data.startswith("folder:"):
         path = data.removeprefix("folder:")
         name, found = "folder", read_folder(path, notify)
-        title = f"images of {Path(path).expanduser().resolve().name}"
+        title = f"images of {printable(Path(path).expanduser().resolve().name)}"
     elif data in ("auto", "cifar10") and obtain(root, notify, download=data == "cifar10"):
         name, title, found = "cifar10", "CIFAR-10", read_images(root)
     else:

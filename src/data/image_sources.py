@@ -5,21 +5,29 @@ Axis letters: N images, H = W = 32 pixels, 3 colour channels (RGB). Images are u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+import os
+import unicodedata
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from src.storage import Notify
 
 SIZE = 32
-# Pillow would hand PostScript to another program, whatever the file's name says. These it decodes itself:
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Pillow hands PostScript and WMF to other programs, whatever a file's name says, and knows only the header of the rest.
+NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+# What systems leave in a folder, besides all names that begin with a dot.
+SYSTEM_NAMES = {"@eadir", "__macosx", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"}
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # of a PNG
+# The EXIF orientations 2 to 8: mirrored, half a turn, mirrored and that, transposed, a quarter, transversed, three.
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
 TEST_DIGITS = (36, 37, 35, 37, 36, 36, 36, 36, 35, 36)  # of each class, 360 in proportion to its size
 Statistics = tuple[float, float, float]
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -58,34 +66,35 @@ def read_digits() -> ImageSet:
 def read_folder(path: str, notify: Notify) -> ImageSet:
     """An ImageFolder tree: train/ and test/ (or val/), one folder a class. As RGB, the centre square at 32 x 32.
 
-    What is hidden, such as .ipynb_checkpoints, counts neither as a class nor as an image.
+    Every file in a class folder, at any depth, that Pillow decodes is an image of the class. Hidden names, and those of
+    the system such as __MACOSX, do not count; all else that is not read is counted in one notice, by kind. Raises
+    DataError for a damaged image, and where the parts or their classes do not fit.
     """
-    from torchvision.datasets import DatasetFolder
-
     folder = Path(path).expanduser()
+    notes: Counter[str] = Counter()
+    train = _classes(folder / "train", notes)
+    held_out = "test"
+    if (folder / "val").is_dir():  # a test/ without labels, as competitions have it, is no test part
+        labelled = (folder / "test").is_dir() and train.keys() & _classes(folder / "test", Counter()).keys()
+        held_out = "test" if labelled else "val"
+    test = _classes(folder / held_out, notes)
+    if len(train) < 2:
+        raise DataError(f"{folder / 'train'} has {', '.join(train) or 'no folder'}: need at least 2, one a class")
+    if differing := sorted(train.keys() ^ test.keys()):
+        differ = ", ".join(differing)
+        raise DataError(f"only one of train/ and {held_out}/ in {folder} has {differ}: need the same folders")
+    files = [{name: _files(folders, notes) for name, folders in part.items()} for part in (train, test)]
+    count = sum(len(paths) for part in files for paths in part.values())
+    notify(f"reading {count} files in train/ and {held_out}/ of {folder}")
+    parts = [_part(part, notes) for part in files]
+    if notes:
+        notify(f"NOTICE: not read, or not as it is, in {folder}: {_counted(notes)}")
+    return parts[0], parts[1], list(train)
 
-    class VisibleFolder(DatasetFolder):
-        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-            return names, {name: label for label, name in enumerate(names)}
 
-    def is_image(path: str) -> bool:
-        hidden = any(name.startswith(".") for name in Path(path).relative_to(folder).parts)
-        return not hidden and path.lower().endswith(EXTENSIONS)
-
-    held_out = "val" if (folder / "val").is_dir() and not (folder / "test").is_dir() else "test"
-    try:
-        train, test = (
-            VisibleFolder(folder / part, _read_image, is_valid_file=is_image) for part in ("train", held_out)
-        )
-    except (OSError, ValueError) as error:
-        raise DataError(f"folder:{path}: {error}; {NEEDED_PARTS}") from error
-    if len(train.classes) < 2:
-        raise DataError(f"{train.root} has one class folder ({train.classes[0]}): need at least 2")
-    if differing := sorted(set(train.classes) ^ set(test.classes)):
-        raise DataError(f"only one of {train.root} and {test.root} has {', '.join(differing)}: need the same folders")
-    notify(f"reading {len(train) + len(test)} images in {folder}")
-    return _part(train), _part(test), train.classes
+def printable(name: str) -> str:
+    """A file's name in composed Unicode; a byte that is not UTF-8 is written as \\xe9."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def statistics(images: NDArray[np.uint8]) -> tuple[Statistics, Statistics]:
@@ -100,20 +109,119 @@ def statistics(images: NDArray[np.uint8]) -> tuple[Statistics, Statistics]:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _part(dataset: Iterable[tuple[NDArray[np.uint8], int]]) -> Part:
-    images, labels = zip(*dataset, strict=True)
+def _classes(part: Path, notes: Counter[str]) -> dict[str, list[str]]:
+    """The folders of each class, in the order of the names."""
+    classes: dict[str, list[str]] = {}
+    try:
+        for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                classes.setdefault(printable(entry.name), []).append(entry.path)
+            else:
+                notes["beside the class folders"] += 1
+    except OSError as error:
+        raise DataError(f"folder:{part.parent}: {error}; {NEEDED_PARTS}") from error
+    return dict(sorted(classes.items()))
+
+
+def _files(folders: list[str], notes: Counter[str]) -> list[str]:
+    """All files in the folders of a class that are not hidden; a link is followed where it leads to something new."""
+    found: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for start in folders:
+        for root, inside, names in os.walk(start, onerror=lambda _: notes.update(["closed folders"]), followlinks=True):
+            real = os.path.realpath(root)
+            if real in seen or os.path.realpath(start).startswith(os.path.join(real, "")):
+                notes["links to a folder that is read already"] += 1
+                inside[:], names = [], []
+            seen.add(real)
+            inside[:] = sorted(name for name in inside if not _is_hidden(name))
+            found += [(root, name) for name in names if not _is_hidden(name)]
+    return [os.path.join(*place) for place in sorted(found)]
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _part(files: dict[str, list[str]], notes: Counter[str]) -> Part:
+    """The images and labels of a part. notes: counts what was not read, and what was changed, by kind."""
+    images, labels = [], []
+    for label, (name, paths) in enumerate(files.items()):
+        for path in paths:
+            if not os.path.isfile(path):
+                notes["links that lead nowhere, or no files"] += 1
+                continue
+            try:
+                images.append(_read_image(path, notes))
+                labels.append(label)
+            except DataError as error:
+                suffix = Path(path).suffix.lower()
+                known = Image.registered_extensions().get(suffix, "EPS") not in NOT_DECODED
+                if known or not isinstance(error.__cause__, UnidentifiedImageError):
+                    raise
+                notes[printable(suffix) or "without extension"] += 1
+        if label not in labels[-1:]:
+            raise DataError(f"no image of class {name} (not read: {_counted(notes) or 'nothing'}): need at least one")
     return np.stack(images), np.asarray(labels, dtype=np.int64)
 
 
-def _read_image(path: str) -> NDArray[np.uint8]:
+def _counted(kinds: Counter[str]) -> str:
+    """ ".heic (10), beside the class folders (1)"."""
+    return ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+
+
+def _read_image(path: str | Path, notes: Counter[str] | None = None) -> NDArray[np.uint8]:
     """One file as (32, 32, 3). Shorter side to 32 and centre crop, in one resampling of the centre square."""
+    notes = Counter() if notes is None else notes
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode in ("I", "F"):  # a plain conversion clips them, mostly to black or to white
-                raise ValueError("it has 32 bits a pixel, need 8, or a PNG or TIFF of 16")
-            upright: Image.Image = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # 16 bits a pixel: keep the upper 8; a plain conversion clips them
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        return np.asarray(ImageOps.fit(upright.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC))
+        try:
+            picture = _decoded(path, notes)
+        except Exception:  # also where only what stands beside the pixels is damaged
+            content = Path(path).read_bytes()
+            if not content.startswith(b"\x89PNG"):
+                raise
+            picture = _decoded(io.BytesIO(_pixels_alone(content)), notes)
+        return np.asarray(ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # Pillow's decoders fail in many ways; all mean that this file is not usable
         raise DataError(f"{path} is not a readable image: {error}; convert, shrink or remove it") from error
+
+
+def _decoded(source: str | Path | io.BytesIO, notes: Counter[str]) -> Image.Image:
+    """The first picture of a file as RGB, upright, as a viewer shows it on white."""
+    Image.init()
+    with Image.open(source, formats=[name for name in Image.ID if name not in NOT_DECODED]) as image:
+        is_deep = any(mark in str(image.tile) for mark in (";16", ", 65535)"))  # the latter of a PPM
+        image.load()
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # Pillow scales a PGM to 16 bits
+            raise ValueError("its pixels are fractions, signed or of 32 bits; need 8 bits, or 16 without a sign")
+        turn = None
+        with suppress(Exception):  # EXIF may be damaged in many ways
+            turn = TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+        picture: Image.Image = image.transpose(turn) if turn is not None else image
+    if picture.mode.startswith("I"):  # 16 bits a pixel; a plain conversion clips them
+        values = np.asarray(picture)
+        bits = max(8, 2 * -(-int(values.max()).bit_length() // 2))  # 8, 10, 12, 14 or 16 that are in use
+        if bits < 16:
+            notes["of 16 bits that use fewer, made brighter"] += 1
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    if is_deep and np.asarray(picture.convert("RGB")).max() < 64:  # its upper 8 bits
+        raise ValueError("its 16 bits a channel use fewer and would be nearly black; need 8 bits a channel")
+    if picture.has_transparency_data:
+        overlay = picture.convert("RGBA")
+        picture = Image.new("RGBA", overlay.size, "white")
+        picture.alpha_composite(overlay)
+        if np.asarray(overlay)[..., 3].min() < 255:
+            notes["transparent, drawn on white"] += 1
+    return picture.convert("RGB")
+
+
+def _pixels_alone(png: bytes) -> bytes:
+    """A PNG without what is not needed to draw it, such as texts, EXIF and colour profiles."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])  # length, name, content, checksum
+        kept += [png[at:end]] if png[at + 4 : at + 8] in PIXEL_CHUNKS else []
+        at = end
+    return b"".join(kept)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from experiments.doctor import Pipeline, Report, Watcher, before, first_steps, report_figure, report_table
@@ -19,7 +22,7 @@ from experiments.doctor.demonstration import small_config, small_data, small_net
 from experiments.doctor.examine import examine, main
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
 from resnet import NETWORKS
-from src.data import ImageData
+from src.data import ImageData, load_data
 from src.runs import CHECKPOINT, RunFolder, load_checkpoint
 from src.runs.checkpoint import state_bytes
 
@@ -107,6 +110,21 @@ def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.Ca
     exec(code, place)
     assert not place["report"].faulty, capsys.readouterr().out
     assert "DOCTOR: no fault found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("levels", [1, 16], ids=["black", "12 bits read as 16"])
+def test_blank_images_are_named_before_their_labels_are_blamed(
+    levels: int, prepared: tuple[RunConfig, ImageData], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    for part, name, number in itertools.product(("train", "test"), "ab", range(120)):
+        path = tmp_path / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, levels, (32, 32, 3), dtype=np.uint8)).save(path)
+    data = load_data(f"folder:{tmp_path}")
+    report = before(build_pipeline(prepared[0], data, replace(PipelineParts(), network=small_network)))
+    assert keys(report, "images differ")[0] == "images-blank"
+    assert report.diagnosis[0].key == "images-blank", report.text()
 
 
 def test_another_kind_of_optimizer_than_promised_is_a_finding(pipeline: Pipeline) -> None:

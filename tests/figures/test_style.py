@@ -182,6 +182,18 @@ def test_a_long_title_gets_its_lines_and_numbers_keep_their_units() -> None:
         assert whole.replace(" ", "\N{NO-BREAK SPACE}") in long.texts[0].get_text()
 
 
+@pytest.mark.parametrize("name", ["a$b_$c", "Ba$$in", r"$\frac$", r"US\$ 5_0 to US$ 10 and $\frac$ more"])
+def test_names_are_drawn_as_they_are_written(name: str) -> None:
+    """Not as formulas: everywhere as wide as with digits for the dollars, which are of one width in this font."""
+
+    def widths(name: str) -> list[float]:
+        figure = figures.image_grid(np.zeros((2, 3, 8, 8), np.uint8), [0, 1], [name, "b"], title=name, subtitle=name)
+        figures.png_bytes(figure)
+        return [text.get_window_extent().width for text in figure.findobj(matplotlib.text.Text)]
+
+    np.testing.assert_allclose(widths(name), widths(name.replace("$", "0")), atol=1.5)
+
+
 def test_no_word_of_a_subtitle_is_left_alone_on_its_line() -> None:
     figure = style.canvas("title", SUBTITLE, "alt", height=3)
     assert figure.texts[1].get_text().endswith("smoke, seed 0".replace(" ", "\N{NO-BREAK SPACE}"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from experiments import pipeline
-from experiments.pipeline import configure, load_run
+from experiments.pipeline import RunConfig, SavedRun, configure, load_run
+from src.data import DataError, load_data
 from src.runs import CHECKPOINT, SNAPSHOTS, SUMMARY, RunError, RunFolder, Snapshots, load_checkpoint
 from src.runs.checkpoint import state_bytes
 from src.training import layer_records
@@ -46,6 +49,23 @@ def test_a_folder_gives_back_the_run(folder: Path) -> None:
     assert mine.keys() == state.keys()
     assert all(torch.equal(mine[name].cpu(), state[name]) for name in state)
     assert not loaded.model.training
+
+
+def test_the_same_images_in_another_place_are_the_same_data(tmp_path: Path) -> None:
+    for part, name, number in itertools.product(("train", "test"), "ab", range(3)):
+        path = tmp_path / "pets" / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, ord(name), len(part))).save(path)
+    config = RunConfig("smoke", data=f"folder:{tmp_path}/pets/")
+    saved = SavedRun("a", tmp_path, config, make_history(1), {}, load_data(config.data).digest, {})
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"No such file.*pets.*; name the folder of the run's images with data_root"):
+        saved.load_data()
+    assert saved.load_data(tmp_path / "moved").digest == saved.data_digest
+    assert saved.resumed(data=f"folder:{tmp_path / 'moved'}").data != config.data
+    Image.new("RGB", (32, 32)).save(tmp_path / "moved/train/a/0.png")
+    with pytest.raises(RunError, match="trained on other images"):
+        saved.load_data(tmp_path / "moved")
 
 
 def test_what_cannot_be_loaded_is_told(folder: Path, tmp_path: Path) -> None:

@@ -243,6 +243,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "a part of the data holds the same images more than once.",
         "count distinct images by a hash of their bytes; look at how the part was indexed",
     ),
+    "images-blank": (
+        "images are blank or nearly so, so there is nothing to learn from them.",
+        "show some images; look for transparency, 16 bits with small values, a division by 255 too many",
+    ),
     "channels-swapped": (
         "the colour channels are in another order than they should be (BGR for RGB).",
         "show an image; OpenCV reads BGR, PIL and torchvision RGB",

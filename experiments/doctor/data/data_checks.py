@@ -24,7 +24,8 @@ from src.data import ImageData
 
 PROBED = 2000  # images that the probe of the labels learns from
 SURE, UNSURE = 4.0, 2.6  # standard deviations above chance
-MOST_REPEATED = 0.05  # share of a part's images that may be there already
+MOST_REPEATED = 0.05  # share of a part's images that may be there already, or show nothing
+BLANK = 8.0  # grey levels: no channel of a blank image deviates by so many; the flattest of CIFAR-10 by 11
 LOOKS = ("brightness", "contrast", "red over green", "blue over green")
 
 
@@ -35,7 +36,7 @@ def data_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     augmentation_checks(runner, pipeline)
     blame = {"blame": "loader-raises"}
     runner.check("training and test part", "no test image is trained on", _disjoint, pipeline, **blame)
-    runner.check("images differ", "neither part holds its images more than once", _repeated, pipeline, **blame)
+    runner.check("images differ", "neither part holds an image twice, or blank ones", _repeated, pipeline, **blame)
     runner.check("like parts", "training and test images are of one kind", _alike, pipeline, **blame)
     runner.check("labels of the source", "the labels are those the data set came with", _source, pipeline, **blame)
     runner.check(
@@ -109,7 +110,18 @@ def _repeated(pipeline: Pipeline) -> Outcome:
         parts.append(f"{different} of {len(images)} {name} images differ")
         worst = max(worst, 1 - different / len(images))
     expected = f"at least {100 * (1 - MOST_REPEATED):g}% of each part"
-    return Outcome(expected, ", ".join(parts), worst <= MOST_REPEATED, ["images-repeated"], worst / MOST_REPEATED)
+    blank = _blank(data)
+    if blank > MOST_REPEATED:
+        parts.append(f"{100 * blank:.0f}% are blank or nearly so")
+    worst = max(worst, blank)
+    likely = ["images-blank" if blank > MOST_REPEATED else None, "images-repeated"]
+    return Outcome(expected, ", ".join(parts), worst <= MOST_REPEATED, likely, worst / MOST_REPEATED)
+
+
+def _blank(data: ImageData) -> float:
+    """The share of blank images in the part that has more of them, of at most 2,000 images each."""
+    chosen = (images[:: max(1, len(images) // PROBED)].float() for images in (data.train_images, data.test_images))
+    return max(float((some.std((2, 3)).amax(1) < BLANK).float().mean()) for some in chosen)
 
 
 def _information(pipeline: Pipeline) -> Outcome:
@@ -131,6 +143,8 @@ def _information(pipeline: Pipeline) -> Outcome:
     if not (ok_train and ok_test) and (unsure or half < max(15 * classes, 100)):
         raise NotApplicable(f"{measured}: {len(x)} images are too few to tell")
     likely = ["labels-shuffled", "test-labels-wrong"] if not ok_train else ["test-labels-wrong", "labels-shuffled"]
+    if pipeline.data is not None and _blank(pipeline.data) > MOST_REPEATED:
+        likely.insert(0, "images-blank")
     expected = f"clearly above chance, {100 / classes:.0f}%, on both"
     return Outcome(expected, measured, ok_train and ok_test, likely)
 
