@@ -54,7 +54,7 @@ def test_auto_without_cifar10_warns_that_it_uses_the_digits(tmp_path: Path) -> N
     lines: list[str] = []
     root = tmp_path / "empty"
     data = load_data("auto", root, limit=50, notify=lines.append)
-    assert data.notice.startswith(f"CIFAR-10 is not under '{root}', so this run uses the handwritten digits")
+    assert data.notice.startswith(f"CIFAR-10 is not under '{root}', so this run uses scikit-learn's handwritten digits")
     assert "--data cifar10" in data.notice
     assert lines == [f"NOTICE: {data.notice}"]
     assert list(tmp_path.iterdir()) == []
