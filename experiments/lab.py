@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nbformat
+from nbformat.sign import NotebookNotary
 
 from experiments.headless import execute, fill_in, parameter_defaults, read_notebook
 from src.storage import BAD_INPUT, CommandParser, fail, log_info, write_atomic
@@ -120,6 +121,7 @@ def execute_copy(copy: Path, parameters: Mapping[str, object], summary: Path) ->
     if execution.failure:
         log_info(execution.failure)
     write_atomic(copy, nbformat.writes(execution.notebook).encode())
+    NotebookNotary().sign(execution.notebook)  # trusted: JupyterLab then shows its SVG and the colours of its tables
     return execution.exit_status if execution.exit_status == INTERRUPTED else 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jupyterlab.labapp
 import nbformat
 import pytest
+from nbformat.sign import NotebookNotary
 from nbformat.v4 import new_code_cell, new_notebook
 
 from experiments import debug_run, lab
@@ -132,14 +133,16 @@ def test_a_run_that_was_stopped_is_to_be_finished_first(tmp_path: Path) -> None:
 
 
 def test_copy_is_executed_anew_for_a_newer_run_unless_its_cells_were_edited(
-    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     copy, summary = Path("copy.ipynb"), tmp_path / "run.json"
     summary.touch()
     os.utime(summary, (0, 0))
     for given, executed in ((3, 1), (3, 1), (4, 2)):
         assert lab.execute_copy(copy, {"EPOCHS": given}, summary) == 0
         assert len(project.executed) == executed
+    assert NotebookNotary().check_signature(nbformat.read(copy, as_version=4)), "JupyterLab does not trust its outputs"
     assert capsys.readouterr().err.count("0:00  a chapter") == 2
     os.utime(copy, (0, 0))
     lab.execute_copy(copy, {"EPOCHS": 4}, summary)
