@@ -223,6 +223,7 @@ def explorer(
         if pictures:
             page = _pictures(views[0], controls, *pictures)
         shown = VBox([*controls.values(), HBox(list(helpers)), note])._repr_mimebundle_()
+        shown["text/plain"] = "Run → Run All Cells shows the controls of this explorer."  # where no kernel has them
         display({**shown, **({EXPLORER: page} if page else {})}, raw=True)
 
     def draw(view: View, bundle: Callable[[Figure], Any]) -> Bundle:
