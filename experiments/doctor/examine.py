@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("experiments.doctor", (__doc__ or "").partition("\n\nEach stage")[0])
     parser.add_argument("--preset", default="smoke", help=f"{PRESETS_HELP} (default: smoke)")
     parser.add_argument("--data", help="auto, cifar10, digits or folder:PATH (default: the preset's)")
-    parser.add_argument("--data-root", help="where CIFAR-10 is (default: data)")
+    parser.add_argument("--data-root", help="where CIFAR-10 is (default: data); with --run, where the run's images are")
     parser.add_argument("--epochs", type=int, help=f"epochs to train (default: {QUICK['epochs']})")
     parser.add_argument("--limit", type=int, help="at most this many training and test images (default: all)")
     parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")

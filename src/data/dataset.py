@@ -122,7 +122,8 @@ def load_data(
 
     auto: CIFAR-10 where it is complete under `root` (unpacked, or as its tar.gz), else the digits with a notice.
     cifar10: CIFAR-10, downloaded to `root` where missing. digits: scikit-learn's handwritten digits.
-    folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class.
+    folder:PATH: PATH/train and PATH/test (or PATH/val), one folder of images a class; what is in it and not read, or
+    changed as transparency is, `notify` is told in one line.
     Raises DataError for an unknown name, damaged or missing files, or a limit out of range.
     """
     check_source(data)

@@ -237,6 +237,6 @@ def test_hover_values_are_those_of_the_history_and_lie_where_its_charts_are() ->
     panels = figures.hover_values(figures.dashboard(SHORT))
     assert [
         {line["name"] for line in one["lines"]} >= names
-        for one, names in zip(panels, ({"loss", "accuracy"}, {"zeros", "coefficient"}, {"mean"}), strict=True)
+        for one, names in zip(panels, ({"total", "accuracy"}, {"zeros", "coefficient"}, {"mean"}), strict=True)
     ] == [True] * 3
     assert max(len(line["x"]) for one in figures.hover_values(figures.dashboard(LONG)) for line in one["lines"]) <= 300
