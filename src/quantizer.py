@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -83,14 +83,13 @@ class DeadZoneLDZCompander(nn.Module):
         check_range("max_bits", max_bits, MIN_BITS, LARGEST_BITS, remedy=BITS_REMEDY)
         check_range("init_bit_logit", init_bit_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
         check_range("init_deadzone_logit", init_deadzone_logit, -math.inf, whole=False, remedy=LOGIT_REMEDY)
-        scalar = partial(torch.tensor, dtype=torch.float32)  # whatever the default type is
-        self.logit_dz = nn.Parameter(scalar(init_deadzone_logit), requires_grad=bool(learnable_deadzone))
-        self.logit_bit = nn.Parameter(scalar(init_bit_logit), requires_grad=bool(learnable_bit))
-        self.register_buffer("fixed_bit", scalar(fixed_bit_val))
-        self.register_buffer("max_bits", scalar(max_bits))
-        self.register_buffer("min_bits", scalar(MIN_BITS))
-        self.register_buffer("learnable_bit", scalar(learnable_bit))
-        self.register_buffer("learnable_deadzone", scalar(learnable_deadzone))
+        self.logit_dz = nn.Parameter(torch.tensor(float(init_deadzone_logit)), requires_grad=bool(learnable_deadzone))
+        self.logit_bit = nn.Parameter(torch.tensor(float(init_bit_logit)), requires_grad=bool(learnable_bit))
+        self.register_buffer("fixed_bit", torch.tensor(float(fixed_bit_val)))
+        self.register_buffer("max_bits", torch.tensor(float(max_bits)))
+        self.register_buffer("min_bits", torch.tensor(float(MIN_BITS)))
+        self.register_buffer("learnable_bit", torch.tensor(float(learnable_bit)))
+        self.register_buffer("learnable_deadzone", torch.tensor(float(learnable_deadzone)))
         # The flag is also kept as a Python bool: reading a buffer in the forward pass would wait for the device.
         self._learns_bits = bool(learnable_bit)
         self.register_load_state_dict_post_hook(DeadZoneLDZCompander._follow_loaded_flags)
