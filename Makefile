@@ -36,7 +36,7 @@ FLAG_BASELINE := --baseline
 SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
 FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
 
-.PHONY: help walkthrough test test-all lab html lint debug doctor doctor-power torture bench venv clean
+.PHONY: help walkthrough test test-all lab html lint debug sweep doctor doctor-power torture bench venv clean
 
 help:
 	@echo 'make walkthrough   run the notebook, write build/codeq_walkthrough.html'
@@ -45,6 +45,7 @@ help:
 	@echo 'make lab           open the notebook in JupyterLab with a trained run (OUTPUT_DIR=... names another)'
 	@echo 'make html          write the page again from the notebook that was run last'
 	@echo 'make debug         the same pipeline as a script, one line an epoch'
+	@echo 'make sweep         three strengths of the penalty, three seeds each, on the digits (within half an hour)'
 	@echo 'make doctor        examine a short run of the pipeline, check by check'
 	@echo 'make doctor-power  break the pipeline in every known way, write docs/measured/doctor.md (within an hour)'
 	@echo 'make torture       kill, damage and starve runs, write docs/measured/reliability.md (about 20 minutes)'
@@ -78,6 +79,9 @@ lint: venv
 
 debug: venv
 	@$(PYTHON_IN_VENV) -m experiments.debug_run $(FLAGS)
+
+sweep: venv
+	@$(PYTHON_IN_VENV) -m experiments.sweep --preset smoke --set peak=0.005,0.01,0.02 --seeds 0,1,2
 
 doctor: venv
 	@$(PYTHON_IN_VENV) -m experiments.doctor

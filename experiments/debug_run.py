@@ -19,28 +19,34 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from experiments import pipeline
 from experiments.doctor import Examination
+from experiments.headless import parse_settings
 from experiments.notebook import ProgressBar
-from experiments.pipeline import BUDGETS, PRESETS_HELP, configure
+from experiments.pipeline import BUDGETS, PRESETS_HELP, RunConfig, configure
 from src.data import steps_per_epoch
 from src.runs import CHECKPOINT, SUMMARY, RunFolder
 from src.storage import CommandParser, check_writable, fail, folder_lock, log_info, prepare_streams, print_result
 from src.training import DEVICES, Terminated, TrainingError, is_out_of_memory, pick_device, terminations
 
 HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
+SETTINGS = {
+    each.name: each.default for each in fields(RunConfig) if each.name not in ("preset", "continued_from", "given")
+}
 RESUME_HINT = "the same command with --resume continues"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     prepare_streams()
-    options = _parser().parse_args(arguments)
     try:
         with terminations(), warnings.catch_warnings():
             warnings.showwarning = _say_warning
-            return _run(options)
+            options, config, settings = read_arguments(arguments)
+            return _run(options, config, settings)
     except ValueError as error:  # every error of the library that bad input can cause is one
         return fail(str(error))
     except OSError as error:
@@ -54,13 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _status(stopped)
 
 
-def _run(options: argparse.Namespace) -> int:
+def read_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig, dict[str, Any]]:
+    """The options, the configuration that they ask for, and the settings among them. Raises ValueError."""
+    options = _parser().parse_args(arguments)
     names = ("data", "data_root", "epochs", "batch_size", "limit", "seed", "device")
     settings = {name: getattr(options, name) for name in names}
     for kind in BUDGETS:
         if amount := getattr(options, f"target_{kind}"):
             settings["target"] = f"{kind} {amount}"
-    config = configure(options.preset or "debug", **settings)  # what is typed wrong is said wherever it is to be run
+    settings |= parse_settings(options.set, SETTINGS)
+    return options, configure(options.preset or "debug", **settings), settings
+
+
+def _run(options: argparse.Namespace, config: RunConfig, settings: dict[str, Any]) -> int:
     pick_device(config.device)
     check_writable(options.output)  # before minutes of work, and without creating anything
     folder_lock.check_free(options.output)
@@ -165,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("--target-bops", metavar="SHARE", help="a budget: at most 3%% of the dense network's BOPs")
     targets.add_argument("--target-macs", metavar="SHARE", help="at most 50%% of the dense network's MACs, say")
     targets.add_argument("--target-bytes", metavar="FACTOR", help="a packed file 20x smaller than the FP32 state, say")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of `RunConfig` (experiments/pipeline/config.py), such as peak=0.02",
+    )
     parser.add_argument("--device", help=f"one of {', '.join(DEVICES)} (default: auto)")
     parser.add_argument("--output", default="debug_output", help="folder for the results (default: debug_output)")
     parser.add_argument(

@@ -66,6 +66,7 @@ SHORTER = {
     "make debug": "EPOCHS=1 LIMIT=60",
     "python -m experiments.debug_run --resume": "",
     "python -m experiments.debug_run": "--epochs 1 --limit 60",
+    "python -m experiments.sweep": "--set limit=60 --set epochs=1 --set batch_size=20",
     "python -m experiments.bench": "--rounds 1 --batch-sizes 1",
 }
 NOT_HERE = ("make test", "make test-all", "make walkthrough DATA=cifar10")  # this test again, and a download

@@ -5,6 +5,7 @@ Shares (0 to 1) are drawn in per cent. Axis letters: E epochs, S steps.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,47 @@ def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     axes.minorticks_off()
     formula = "density × MACs × bits × 32; unquantized layers at 32 bits"
     axes.set_xlabel(f"BOPs relative to dense FP32 (log scale)\n{formula}")
+    axes.xaxis.set_major_formatter(style.PERCENT)
+    axes.yaxis.set_major_formatter(style.PERCENT)
+    style.legend_above(axes, columns=2)
+    return figure
+
+
+@style.styled
+def frontier(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    published: Mapping[str, tuple[float, float]],
+    *,
+    subtitle: str = "",
+) -> Figure:
+    """Accuracy against relative BOPs, both as shares: every run a dot, of every setting mean and standard deviation.
+
+    points: (accuracy, relative BOPs) of the runs of each setting. published: of others, by name.
+    """
+    means = {name: np.mean(runs, axis=0) for name, runs in points.items()}
+    best = max(means, key=lambda name: means[name][0])
+    accuracy, cost = means[best]
+    title = (
+        f"“{best}” is the most accurate: {percent(accuracy)} at {percent(cost)} of the dense network's bit operations"
+    )
+    alt = f"Test accuracy over relative bit operations, a dot for each run. {title}."
+    figure = style.canvas(title, subtitle, alt, height=4.7 + 0.12 * len(points))
+    axes = figure.subplots()
+    axes.grid(True, axis="both")
+    axes.margins(0.08)
+    for (name, runs), color, marker in zip(points.items(), itertools.cycle(style.RUNS), itertools.cycle("osD^vP")):
+        values = 100 * np.array(runs)  # (N, 2): accuracy, cost
+        axes.plot(values[:, 1], values[:, 0], ls="", marker=marker, ms=5, color=color, alpha=0.5, mew=0)
+        spread = values.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
+        center = values.mean(axis=0)
+        axes.errorbar(
+            center[1], center[0], yerr=spread[0], xerr=spread[1], color=color, marker=marker, ms=9, mec=style.INK,
+            mew=1, capsize=3, lw=1.2, ls="", label=f"{name} (n = {len(runs)})",
+        )  # fmt: skip
+    for name, (accuracy, cost) in published.items():
+        axes.plot(100 * cost, 100 * accuracy, ls="", marker="*", ms=12, color=style.INK, label=f"{name}, published")
+    formula = "density × MACs × bits × 32; unquantized layers at 32 bits"
+    axes.set(ylabel="test accuracy", xlabel=f"BOPs relative to dense FP32\n{formula}")
     axes.xaxis.set_major_formatter(style.PERCENT)
     axes.yaxis.set_major_formatter(style.PERCENT)
     style.legend_above(axes, columns=2)

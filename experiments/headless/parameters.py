@@ -83,8 +83,9 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
         if not equals:
             raise NotebookInputError(f"--set {setting}: need NAME=VALUE, such as --set EPOCHS=3")
         if name not in defaults:
-            nearest = difflib.get_close_matches(name.upper(), defaults, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            known = {each.upper(): each for each in defaults}
+            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {known[nearest[0]]}? " if nearest else ""
             allowed = ", ".join(defaults) or "none: the notebook has no cell tagged 'parameters'"
             raise NotebookInputError(f"unknown parameter {name!r}: {hint}allowed are {allowed}")
         default, value = defaults[name], text
@@ -92,7 +93,8 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
             value = ast.literal_eval(text.strip())
         if isinstance(default, str) and not isinstance(value, str):
             value = text  # a folder may be called 2024
-        types = (int, float, type(None)) if default is None else (type(default),)
+        numbers = (int, float)
+        types = (*numbers, type(None)) if default is None else numbers if type(default) is float else (type(default),)
         if type(value) not in types:
             wanted = "a number or None" if default is None else f"a value of the kind of the default, {default!r}"
             raise NotebookInputError(f"{name}={value!r}: need {wanted}")

@@ -7,7 +7,7 @@ Axis letters: E epochs, L quantized layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,22 @@ from metrics import FULL_PRECISION_BITS, QuantizationComparison
 from resnet import NETWORKS
 from src.runs import NOT_SHAPING, PREVIOUS, RunError, RunFolder
 from src.training import History
+
+# What `over_seeds` takes of run.json's results, all as shares but the bits. BOPs both ways: of the non-zero weights,
+# and after exact channel removal; file: the packed one over the FP32 state.
+QUANTITIES: Mapping[str, Callable[[Mapping[str, float]], float]] = {
+    "accuracy": lambda results: results["accuracy_float32"],
+    "zeros": lambda results: results["unstructured_sparsity"],
+    "dead filters": lambda results: results["structured_sparsity"],
+    "bits": lambda results: results["mean_bits"],
+    "relative BOPs": lambda results: results["relative_bops"],
+    "BOPs after removal": lambda results: 1 / results["structured_bops_ratio"],
+    "file": lambda results: 1 / results["packed_ratio"],
+}
+# Accuracy and relative BOPs on CIFAR-10, stem and head and all activations at 32 bits: docs/compression.md.
+PUBLISHED: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "resnet20": {"CoDeQ": (0.9186, 0.0261), "CoDeQ, 4 bits": (0.9188, 0.0295)}
+}
 
 
 def read_run(folder: str | Path, label: str = "") -> SavedRun:
@@ -46,7 +62,8 @@ def find_runs(folder: str | Path) -> dict[str, Path]:
 def tables(runs: Sequence[SavedRun]) -> dict[str, list[dict[str, str]]]:
     """Rows of the tables by heading; a single run has no settings that differ."""
     settings = {"Settings that differ": differing_settings(runs)} if len(runs) > 1 else {}
-    return {**settings, "Results": results(runs)}
+    repeated = len(by_setting(runs)) < len(runs)
+    return {**settings, "Results": results(runs), **({"Over seeds": over_seeds_text(runs)} if repeated else {})}
 
 
 def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
@@ -86,6 +103,66 @@ def results(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
         }
         for run in runs
     ]
+
+
+def by_setting(runs: Sequence[SavedRun]) -> dict[str, list[SavedRun]]:
+    """Runs that differ in the seed alone, by the settings that tell them from the others."""
+    differing = [row for row in differing_settings(runs) if row["setting"] != "seed"]
+    groups: dict[str, list[SavedRun]] = {}
+    for run in runs:
+        name = ", ".join(f"{row['setting']}={row[run.label]}" for row in differing)
+        groups.setdefault(name or run.config.preset, []).append(run)
+    return groups
+
+
+def over_seeds(runs: Sequence[SavedRun]) -> pd.DataFrame:
+    """Mean and standard deviation (n - 1; NaN for one run) of every setting's finished runs, a row each."""
+    rows = []
+    for name, members in by_setting(runs).items():
+        found = [run.summary["results"] for run in members if run.summary]
+        row: dict[str, object] = {"setting": name, "n": len(found)}
+        for quantity, read in QUANTITIES.items():
+            values = pd.Series([read(results) for results in found], dtype=float)
+            row |= {f"{quantity} mean": values.mean(), f"{quantity} sd": values.std()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def over_seeds_text(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
+    """Rows of the same table for a reader: mean ± standard deviation."""
+    rows = []
+    for _, found in over_seeds(runs).iterrows():
+        row = {"setting": str(found["setting"]), "n": str(found["n"])}
+        for quantity in QUANTITIES:
+            mean, deviation = found[f"{quantity} mean"], found[f"{quantity} sd"]
+            unit, factor = ("", 1) if quantity == "bits" else (" %", 100)
+            spread = "" if np.isnan(deviation) else f" ± {factor * deviation:.2f}"
+            row[quantity] = f"{factor * mean:.2f}{spread}{unit}"
+        rows.append(row)
+    return rows
+
+
+def points(runs: Sequence[SavedRun]) -> dict[str, list[tuple[float, float]]]:
+    """Accuracy and relative BOPs of every finished run, by setting."""
+    accuracy, cost = QUANTITIES["accuracy"], QUANTITIES["relative BOPs"]
+    return {
+        name: [(accuracy(run.summary["results"]), cost(run.summary["results"])) for run in members if run.summary]
+        for name, members in by_setting(runs).items()
+    }
+
+
+def published(runs: Sequence[SavedRun]) -> Mapping[str, tuple[float, float]]:
+    """Points of `PUBLISHED` that the runs can be compared with: of their network, where all are on CIFAR-10."""
+    networks = {run.config.model for run in runs}
+    same = len(networks) == 1 and {run.data_name for run in runs} == {"cifar10"}
+    return PUBLISHED.get(networks.pop(), {}) if same else {}
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in Markdown."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def as_text(runs: Sequence[SavedRun]) -> str:
