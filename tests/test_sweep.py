@@ -81,7 +81,7 @@ def test_killed_workers_and_drivers_change_no_bit_and_no_run_is_trained_twice(tm
     assert f"4 runs, of which {len(finished)} are finished" in told
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     found = {place: differences(output / place, tmp_path / "unbroken" / place) for place in places}
-    assert found == dict.fromkeys(places, [])
+    assert not any(found.values()), found
     table = pd.read_csv(output / "sweep.csv")
     assert list(table["n"]) == [2, 2]
     assert (output / "frontier.png").stat().st_size > 10_000

@@ -18,7 +18,8 @@ every layer still costs more than a. What remains is trimmed by dead zones: wher
 alone. Below 0, zeros come back.
 For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
 mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
-fall far below the budget. f = 1, g = 1, and nu is at least the peak.
+fall far below the budget. f = 1, g = 1, and nu is at least the peak. Where the path has ended and the cost is still
+above the budget, the chosen channels are set to zero, and the epochs that are left recover what that costs.
 The control is a function of the history alone, so a resumed run continues it.
 Axis letters: G groups.
 """
@@ -41,7 +42,7 @@ from metrics import QuantizationComparison
 from src.export import pack
 from src.pruning import channel_groups
 from src.training import History, Objective, squared_logits
-from utils_quantization import eval_mode, quantized_layers, shared_quantized_weights
+from utils_quantization import eval_mode, latent_weight, quantized_layers, shared_quantized_weights
 
 AIM = 0.96  # of the budget: the cost moves by some per cent in an epoch
 GAIN, INTEGRAL_GAIN = 6.0, {"bops": 0.3, "macs": 1.0, "bytes": 0.3}
@@ -154,6 +155,19 @@ class BudgetControl:
             counts, True, key=lambda count: self._macs_without(smallest_first[:count]) <= self.aim
         )
         return tuple(sorted(smallest_first[:fewest].tolist()))
+
+    @torch.no_grad()
+    def enforce(self, model: nn.Module, history: History) -> None:
+        """For macs, once the path has ended: set the chosen channels of a network above the budget to zero."""
+        last = history.last
+        ended = len(history) - self.begin >= self.length
+        if self.budget.kind != "macs" or not ended or (last.cost or 1.0) <= self.budget.share:
+            return
+        for member in self._groups.members:
+            layer = model.get_submodule(member.module)
+            values = latent_weight(layer) if member.parameter == "weight" else getattr(layer, member.parameter)
+            chosen = np.flatnonzero(np.isin(member.groups, last.penalised))
+            values.index_fill_(member.dim, torch.from_numpy(chosen).to(values.device), 0.0)
 
     def _macs_without(self, groups: NDArray[np.int64]) -> float:
         """MACs without these groups, as a share of the dense network's: of a layer, filters left x slices left."""

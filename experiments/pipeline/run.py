@@ -198,6 +198,8 @@ class Run:
             cost, penalised = self.control.cost(self.model), self.control.choose(self.model)
             record = replace(record, cost=cost, penalised=penalised)
         self.history.append(record)
+        if self.control:
+            self.control.enforce(self.model, self.history)
         self.means, self.seconds = EpochMeans(), 0.0
         return record
 

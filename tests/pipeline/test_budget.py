@@ -154,6 +154,26 @@ def test_the_smallest_groups_that_do_not_fit_are_chosen() -> None:
     assert share_without(chosen) <= 0.96 * 0.6 < share_without(tuple(set(chosen) - {largest}))
 
 
+def test_a_network_above_the_budget_when_the_path_has_ended_loses_the_chosen_channels() -> None:
+    """The path of 20 epochs ends 0.75 * 19 + 1 = 15.25 epochs in. At 16 a network of 100 % is brought to the aim."""
+    config = configure("debug", target="macs 60%", delay=1)
+    torch.manual_seed(1)
+    model = resnet20()
+    pipeline.attach(config, model)
+    macs = BudgetControl(config, model, resnet20())
+    chosen = macs.choose(model)
+    for epochs, before, after in ((15, 1.0, 1.0), (16, 0.6, 1.0), (16, 0.601, 0.57)):
+        history = history_of([1.0] * (epochs - 1) + [before])
+        history.records[-1] = replace(history.last, penalised=chosen)
+        macs.enforce(model, history)
+        assert macs.cost(model) == pytest.approx(after, abs=0.006)
+    assert macs.cost(model) <= 0.576
+    with quantization(model, False), torch.no_grad():
+        smaller = compact(model.eval())
+        images = torch.randn(4, 3, 32, 32)
+        assert torch.allclose(smaller(images), model(images), atol=1e-4)
+
+
 def small(target: str) -> RunConfig:
     return configure(
         "smoke", target=target, epochs=3, delay=1, limit=60, batch_size=30, device="cpu", peak=0.05, seed=3
