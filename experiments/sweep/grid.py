@@ -141,7 +141,7 @@ def _train_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, st
         log_info("Ray is not installed (python -m pip install ray): the runs are trained one after the other")
         return _one_after_the_other(jobs)
     os.environ.setdefault("RAY_task_oom_retries", "1")  # Ray's own default is to try for ever
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
     ray.init(options.address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     gpus = options.gpus_per_run if options.gpus_per_run is not None else float(torch.cuda.is_available())
     task = ray.remote(num_cpus=options.cpus_per_run, num_gpus=gpus, max_calls=1, max_retries=ATTEMPTS)(train)
@@ -230,7 +230,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpus-per-run", type=float, default=1, help="cores of a run (default: 1)")
     parser.add_argument("--gpus-per-run", type=float, help="GPUs of a run, 0.25 to share one among four (default: 1)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
