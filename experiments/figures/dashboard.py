@@ -31,11 +31,11 @@ def dashboard(history: History, *, coefficient_plan: Sequence[float] = (), subti
     title = f"Waiting for the first of {history.epochs} epochs"
     headings = ["Task loss and accuracy", "Zeros and dead", "Bits of every layer", "Filters: black is dead"]
     if record:
-        title = f"Epoch {len(history)} of {history.epochs}"
+        title, bits = f"Epoch {len(history)} of {history.epochs}", [layer.bits for layer in record.layers] or [0]
         headings[:3] = [
             f"Task loss {record.task_loss:.2f}, accuracy {percent(record.accuracy)}",
             f"Zeros {percent(record.unstructured_sparsity)}, dead {percent(record.structured_sparsity)}",
-            f"Bits: {record.mean_bits:.1f} on average",
+            f"Bits: {min(bits):.3g} to {max(bits):.3g}, mean {record.mean_bits:.1f}",
         ]
     alt = f"Four charts of the run. {title}. {'. '.join(headings)}."
     panels_height = 5.8  # inches
@@ -50,7 +50,7 @@ def dashboard(history: History, *, coefficient_plan: Sequence[float] = (), subti
     coefficient.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     style.legend_above(panels[1], coefficient, **legend)
     _draw_bits(panels[2], history)
-    style.legend_above(panels[2], **legend)
+    style.legend_above(panels[2], **{**legend, "columns": 4})
     _draw_channels(panels[3], record.layers if record else ())
     for axes in figure.axes:
         axes.set_ylabel("")  # the headings and the legends say it, the colours which side is meant
@@ -77,9 +77,11 @@ def _draw_bits(axes: Axes, history: History) -> None:
     bits = history.layer_column("bits").reshape(len(history), len(history.layer_names))  # (E, L)
     count = bits.shape[1]
     dot = "." if len(history) == 1 else ""
+    lowest = int(bits[-1].argmin()) if bits.size else 0
+    labels = {lowest: f"{lowest + 1} (lowest)", 0: "layer 1", count - 1: f"{count}"}
     for i in range(count):
         depth = i / max(count - 1, 1)
-        label = "first layer" if i == 0 else "last" if i == count - 1 else "_layer"
+        label = labels.get(i, "_layer")
         style.epoch_line(axes, bits[:, i], color=style.DEPTH(depth), lw=6.0 - 4.6 * depth, marker=dot, label=label)
     style.epoch_line(axes, history.column("mean_bits"), color=style.INK, ls=style.DASHED, marker="", label="mean")
     low, high = min(2.0, bits.min(initial=2.0)), max(8.0, bits.max(initial=8.0))

@@ -96,7 +96,7 @@ def canvas(title: str, subtitle: str, alt: str, *, height: float, **pads: float)
         for text in (title, subtitle)
     )
     engine = ConstrainedLayoutEngine()
-    figure = Figure(figsize=(WIDTH, height), layout=engine)
+    figure = Figure(figsize=(WIDTH, height), dpi=2 * SCREEN_DPI, layout=engine)  # lines break as in the PNG
     figure.set_label(alt)
     look: dict[str, Any] = {"wrap": True, "va": "top", "parse_math": True}  # wrapping knows only escaped dollar signs
     parts = [

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import TICKDOWN
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -176,23 +177,22 @@ def _mark_range(axes: Axes) -> None:
 
 
 def _draw_weights(axes: Axes, now: LayerSnapshot) -> None:
-    """The histogram with dead zone, range and levels; a column of zeros that would dwarf the others is cut and said."""
+    """The histogram with dead zone, range and levels; columns of zeros that would dwarf the others are cut off."""
     share = 100 * now.counts[1:-1] / max(int(now.counts.sum()), 1)
-    middle = len(share) // 2
     axes.axvspan(-now.zone_share, now.zone_share, color=style.DEAD_ZONE, lw=0, label="dead zone")
     axes.stairs(share, EDGES, fill=True, color=style.WEIGHTS, label="weights")
     inside = np.abs(EDGES[:-1] + EDGES[1:]) / 2 <= now.zone_share
     axes.stairs(np.where(inside, share, 0.0), EDGES, fill=True, color=style.PRUNED, label="become 0")
     _mark_range(axes)
-    around = np.delete(share, slice(middle - 1, middle + 2)).max(initial=0.0)
-    top = max(1.2 * min(float(share.max()), 3 * around), 1e-9) if around else 1.2 * float(share.max(initial=1.0))
+    most, others = float(share.max(initial=0.0)), float(share[~inside].max(initial=0.0))
+    top = 1.2 * (min(most, 5 * others) or most or 1.0)
     axes.set(xlim=(-REACH, REACH), ylim=(0, top), xlabel="weight, in units of the layer's range R", ylabel="share")
     axes.yaxis.set_major_formatter(style.PERCENT)
-    if share[middle] > top:
-        text = f"↑ {share[middle]:.0f} % of the weights\nare within {EDGES[middle + 1]:.2f} R of 0"
-        axes.annotate(text, (0.03, top), (10, -5), textcoords="offset points", va="top")
+    if most > top:
+        text = f"↑ {percent(now.sparsity)}\nbecome 0"
+        axes.annotate(text, (now.zone_share, top), (4, -5), textcoords="offset points", va="top")
     levels, label = now.levels, f"{len(now.levels)} levels"
-    axes.plot(levels, 0 * levels, ls="", marker="|", ms=10, mew=1.6, color=style.INK, clip_on=False, label=label)
+    axes.plot(levels, 0 * levels, ls="", marker=TICKDOWN, ms=5, mew=1, color=style.INK, clip_on=False, label=label)
     style.legend_above(axes, columns=5, columnspacing=0.8)
 
 

@@ -203,21 +203,21 @@ def most_compressed(result: EvalResult, count: int = 3) -> str:
 def ratio_table(result: EvalResult) -> Styler:
     """Two ways of counting: how many times fewer multiply-adds and bit operations than the dense FP32 network.
 
-    Times fewer BOPs = times fewer MACs x 32 / weight bits a MAC, the mean over all MACs that count.
+    Times fewer BOPs = times fewer MACs x 32 / weight bits per MAC, the mean over all MACs that count.
     """
     structured, unstructured = result.structured_stats, result.unstructured_stats
     table = pd.DataFrame(
         {
             "what counts": [
-                "non-zero weights (hardware that skips zeros)",
-                "channels left after exact removal (any hardware)",
+                "unstructured: non-zero weights (hardware that skips zeros)",
+                "structured: channels left after exact removal (any hardware)",
             ],
             "MACs per image": [unstructured.total_macs, structured.total_macs],
             "fewer MACs": [result.unstructured_mac_ratio, result.structured_mac_ratio],
             "fewer BOPs": [result.unstructured_bops_ratio, result.structured_bops_ratio],
         }
     )
-    table.insert(3, "weight bits a MAC", 32 * table["fewer MACs"] / table["fewer BOPs"])
+    table.insert(3, "weight bits per MAC", 32 * table["fewer MACs"] / table["fewer BOPs"])
     table["share of FP32 BOPs"] = 1 / table["fewer BOPs"]
     formats = dict(zip(table.columns[1:], ("{:,}", "{:.2f}x", "{:.2f}", "{:.2f}x", "{:.2%}"), strict=True))
     return names_left(table.style.hide(axis="index").format(formats))
@@ -254,7 +254,7 @@ def dead_filter_account(model: nn.Module, result: EvalResult, images: Tensor) ->
     removed = sum(int(channels.sum()) for channels in gone.values())
     account = f"{removed} channels removed, {went} of dead filters; {moving} are constants other than 0"
     return [
-        {"count": f"{counted} dead filters taken for zeros", "MACs": f"{claim:,}", "outputs": note},
+        {"count": f"{counted} dead filters, their constants ignored", "MACs": f"{claim:,}", "outputs": note},
         {"count": account, "MACs": f"{result.structured_stats.total_macs:,}", "outputs": "unchanged"},
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def obtain_baseline(
     if wish == "false":
         return None
     if found := find_baseline(run, output):
-        notify(f"accuracy without compression: from {found.folder}")
+        notify(f"the run without compression was trained before: {os.path.relpath(found.folder)}")
         return found
     seconds = sum(record.seconds for record in run.history) / max(len(run.history), 1) * run.config.epochs
     if wish == "auto" and (seconds > AUTO_SECONDS or (Path(output) / SUMMARY).exists()):

@@ -94,7 +94,6 @@ def results(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
             "run": run.label,
             "epochs": f"{len(run.history)} of {run.history.epochs}",
             "accuracy": f"{run.history.last.accuracy:.1%}",
-            "best accuracy": f"{run.history.column('accuracy').max():.1%}",
             "zeros": f"{run.history.last.unstructured_sparsity:.1%}",
             "dead filters": f"{run.history.last.structured_sparsity:.1%}",
             "bits": f"{run.history.last.mean_bits:.1f}",

@@ -35,7 +35,7 @@ from src.runs import RunFolder
 from src.training import predict
 
 Take = Callable[[], object]
-ROUNDS, WARM_UP, STEPS_A_TURN = 15, 2, {"cpu": 1, "mps": 5, "cuda": 20}
+BATCH, ROUNDS, WARM_UP, STEPS_A_TURN = 64, 15, 2, {"cpu": 1, "mps": 5, "cuda": 20}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Compression:
         styled = self.stages.rename_axis("stage").reset_index().style.hide(axis="index")
         formats: dict[str, Any] = dict.fromkeys(("parameters", "MACs", "bytes"), "{:,}") | {"accuracy": "{:.2%}"}
         formats |= {"BOPs": lambda number: f"{number / 1e9:.2f} G", "time / FP32's": _ratio}
-        styled = styled.format(formats, na_rep="-")
+        styled = styled.format(formats, na_rep="-").set_caption(
+            f"Time: batches of {BATCH} images, {torch.get_num_threads()} CPU threads"
+        )
         return names_left(styled.set_properties(**{"text-align": "right", "white-space": "nowrap"}))
 
     def proof(self) -> str:
@@ -89,7 +91,7 @@ def compress(
         file = Path(path or f"{temporary}/model.cdq")
         report, unpacked = pack(model, file, force=True), unpack(file).to(run.device)
     trained = {"quantized": model, "compacted": network, "packed": unpacked}
-    images = next(test_batches(run.data, 64))[0]
+    images = next(test_batches(run.data, BATCH))[0]
     takes = {name: partial(each, images) for name, each in {"FP32": dense.eval(), **trained}.items()}
     with torch.inference_mode():
         seconds = time_in_turns(takes, ROUNDS, run.device)
@@ -114,8 +116,9 @@ def compress(
     }
     same = all(torch.equal(found, predictions[0]) for found in predictions)
     stages = pd.DataFrame(columns, index=list(seconds))
-    report = report if path else replace(report, path="the file is not kept")
-    return Compression(stages, network, report, differences(model, network, next(test_batches(run.data, 256))[0]), same)
+    kept = str(path or "a temporary file; `python -m experiments.export` writes one to keep")
+    change = differences(model, network, next(test_batches(run.data, 256))[0])
+    return Compression(stages, network, replace(report, path=kept), change, same)
 
 
 def differences(model: nn.Module, network: CompactNetwork, images: Tensor) -> dict[str, float]:

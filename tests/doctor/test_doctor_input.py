@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.doctor import Pipeline, Report, before, first_steps
 from experiments.doctor.core.expected import Expected
-from experiments.doctor.core.findings import NOT_APPLICABLE, PASSED
+from experiments.doctor.core.findings import NOT_JUDGED, PASSED
 from experiments.doctor.demonstration import healthy, small_config, small_data
 from experiments.doctor.examine import examine, while_training
 from src.data import ImageData
@@ -110,7 +110,7 @@ def test_a_pipeline_of_ones_own_passes_and_is_left_as_it_was(optimizer: Callable
     assert {"gradients", "one batch", "toggling", "loss at the start"} <= passed
     assert own.unchanged
     if isinstance(own.optimizer, SignDescent):
-        assert found["kind of optimizer"] == NOT_APPLICABLE
+        assert found["kind of optimizer"] == NOT_JUDGED
         assert own.optimizer.calls == 0
     else:
         assert {"update", "only what it should"} <= passed
@@ -137,7 +137,7 @@ def test_no_optimizer_is_not_applicable(optimizer: Any) -> None:
     own = Own()
     report = before(Pipeline.of_parts(own.model, optimizer, own.batches, own.step))
     assert not report.faulty, report.text(passed=False)
-    assert statuses(report)["every parameter once"] == NOT_APPLICABLE
+    assert statuses(report)["every parameter once"] == NOT_JUDGED
 
 
 def test_an_endless_loader_does_not_hang() -> None:

@@ -127,7 +127,7 @@ def examine_case(case: Case) -> Outcome:
         fired=fired,
         causes=tuple(cause.key for cause in report.diagnosis),
         checks=tuple((f.stage, f.name) for f in report.findings),
-        judged=sum(f.status != "not applicable" for f in report.findings),
+        judged=sum(f.status != "not judged" for f in report.findings),
         said=tuple(f"{f.name}: expected {f.expected}; measured {f.measured}" for f in report.failed),
     )
 

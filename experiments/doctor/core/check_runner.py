@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.causes.causes import CAUSES, causes
-from experiments.doctor.core.findings import FAILED, NOT_APPLICABLE, PASSED, Finding, Report
+from experiments.doctor.core.findings import FAILED, NOT_JUDGED, PASSED, Finding, Report
 from experiments.doctor.core.pipeline import Pipeline
 
 RAISED = (Exception, SystemExit)
@@ -57,7 +57,7 @@ class CheckRunner:
         try:
             out = run(*arguments)
         except NotApplicable as reason:
-            self.findings.append(Finding(name, proves, self.stage, "", str(reason), NOT_APPLICABLE))
+            self.findings.append(Finding(name, proves, self.stage, "", str(reason), NOT_JUDGED))
             return
         except PartFailed as broken:
             self.add(name, proves, Outcome("no error", _short(str(broken)), False, [broken.cause]))

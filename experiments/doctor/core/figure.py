@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from experiments.doctor.core.findings import FAILED, NOT_APPLICABLE, PASSED, STAGES, Finding, Report
+from experiments.doctor.core.findings import FAILED, NOT_JUDGED, PASSED, STAGES, Finding, Report
 from experiments.figures import plain_table, result_css, style
 
-COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, NOT_APPLICABLE: style.FAINT}
-WORDS = {PASSED: "passed", FAILED: "failed", NOT_APPLICABLE: "not applicable"}
+COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, NOT_JUDGED: style.FAINT}
+WORDS = {PASSED: "passed", FAILED: "failed", NOT_JUDGED: "not judged"}
 NAMED = 3  # failed checks named beside their stage, causes named of each
 TOP = "text-align: left; vertical-align: top; white-space: normal; overflow-wrap: break-word"
 
@@ -28,7 +28,7 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     passed = sum(finding.status == PASSED for finding in report.findings)
     title = f"{failed} of {len(report.findings)} checks failed" if failed else f"No fault found: {passed} checks passed"
     skipped = len(report.findings) - failed - passed
-    title += f", {skipped} not applicable" if skipped else ""
+    title += f", {skipped} not judged" if skipped else ""
     worst = ", ".join(finding.name for finding in report.failed[:NAMED])
     likely = f" Most likely: {report.diagnosis[0].text}" if report.diagnosis else ""
     alt = f"{title}{f', first {worst}' if worst else ''}.{likely}"
@@ -126,4 +126,4 @@ def _text(text: str) -> str:
 def _counted(findings: Sequence[Finding]) -> str:
     passed = sum(finding.status == PASSED for finding in findings)
     skipped = len(findings) - passed
-    return f"{passed} passed" + (f", {skipped} not applicable" if skipped else "")
+    return f"{passed} passed" + (f", {skipped} not judged" if skipped else "")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PASSED, FAILED, NOT_APPLICABLE = "passed", "FAILED", "not applicable"
+PASSED, FAILED, NOT_JUDGED = "passed", "FAILED", "not judged"
 BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS = "before training", "first steps", "while training", "afterwards"
 STAGES = (BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS)
 LINE = 118
@@ -31,7 +31,7 @@ class Cause:
 class Finding:
     """One check and its outcome.
 
-    stage: one of STAGES. status: PASSED, FAILED or NOT_APPLICABLE, where `measured` says why. causes: what most likely
+    stage: one of STAGES. status: PASSED, FAILED or NOT_JUDGED, where `measured` says why. causes: what most likely
     broke it, in order of the evidence; empty unless it failed. error: how far the measurement is from what was
     expected, as a multiple of what is tolerated (above 1 fails); 0 where there is no such number.
     """
@@ -91,9 +91,9 @@ class Report:
 
     @property
     def worst_first(self) -> tuple[Finding, ...]:
-        """Failed, then passed, then not applicable; within each the earlier stage first, because a fault that shows
+        """Failed, then passed, then not judged; within each the earlier stage first, because a fault that shows
         before training explains what shows after it."""
-        order = {FAILED: 0, PASSED: 1, NOT_APPLICABLE: 2}
+        order = {FAILED: 0, PASSED: 1, NOT_JUDGED: 2}
         return tuple(sorted(self.findings, key=lambda f: (order[f.status], STAGES.index(f.stage))))
 
     @property
@@ -122,19 +122,19 @@ class Report:
     def headline(self) -> str:
         """One line: the most likely cause where something failed, else how many checks passed."""
         passed = sum(finding.status == PASSED for finding in self.findings)
-        skipped = sum(finding.status == NOT_APPLICABLE for finding in self.findings)
+        skipped = sum(finding.status == NOT_JUDGED for finding in self.findings)
         if not self.findings:
             return "DOCTOR: nothing was examined"
         if self.failed:
             likely = self.diagnosis[0].text if self.diagnosis else self.failed[0].measured
             return f"DOCTOR: {len(self.failed)} of {len(self.findings)} checks failed. Most likely: {likely}"
-        rest = f", {skipped} not applicable" if skipped else ""
+        rest = f", {skipped} not judged" if skipped else ""
         return f"DOCTOR: no fault found; {passed} checks passed{rest}"
 
     @property
     def line(self) -> str:
         """`38 checks, 1 failed; most likely: ...`, for progress."""
-        count = sum(finding.status != NOT_APPLICABLE for finding in self.findings)
+        count = sum(finding.status != NOT_JUDGED for finding in self.findings)
         likely = f"; most likely: {self.diagnosis[0].text}" if self.diagnosis else ""
         return f"{count} checks, {len(self.failed)} failed{likely}"
 

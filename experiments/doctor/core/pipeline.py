@@ -3,7 +3,7 @@
 `Pipeline.of_run(run)` is the project's own pipeline. `Pipeline.of_parts(...)` is anybody's: any model, optimizer,
 loader and step function. The doctor reaches a pipeline through these fields alone, so
 `dataclasses.replace(pipeline, step=...)` examines the same pipeline with another step. A part that is None is absent:
-what needs it is "not applicable".
+what needs it is "not judged".
 Axis letters: N batch.
 """
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from experiments.doctor.causes.causes import causes
 from experiments.doctor.core.check_runner import CheckRunner
-from experiments.doctor.core.findings import FAILED, NOT_APPLICABLE, PASSED, Finding
+from experiments.doctor.core.findings import FAILED, Finding
 from experiments.doctor.core.pipeline import Pipeline
-from experiments.pipeline import FAILED as JUDGED_FAILED
-from experiments.pipeline import NOT_JUDGED, judge
+from experiments.pipeline import judge
 from src.data import steps_per_epoch
 from src.training import History
 
@@ -32,10 +31,9 @@ def verdict_checks(runner: CheckRunner, pipeline: Pipeline, history: History | N
     layers = quantized if quantized is not None else history.layer_names
     steps = len(history) * steps_per_epoch(pipeline.data, config.batch_size)
     for found in judge(history, config, pipeline.data.num_classes, layers, steps).expectations:
-        failed = found.status == JUDGED_FAILED
-        status = FAILED if failed else NOT_APPLICABLE if found.status == NOT_JUDGED else PASSED
+        failed = found.status == FAILED
         likely = causes(*LIKELY.get(found.name, ())) if failed else ()
         proves = f"a healthy run shows it; otherwise look at {found.look_at}"
         runner.findings.append(
-            Finding(found.name, proves, runner.stage, found.expected, found.measured, status, likely)
+            Finding(found.name, proves, runner.stage, found.expected, found.measured, found.status, likely)
         )

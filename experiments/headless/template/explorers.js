@@ -122,16 +122,16 @@ const layers = (box, { layers: courses, start, reach }) => {
     said.textContent = `${layer.value} ${now.epoch ? `after epoch ${now.epoch}` : "before training"}: ${percent(now.zeros)} zeros, ${killed(now)} of ${filters} filters dead, ${now.bits} bits`;
     const inner = now.counts.slice(1, -1), total = now.counts.reduce((a, b) => a + b) || 1, wide = 2 * reach / inner.length;
     const shares = inner.map((count) => 100 * count / total), middle = (inner.length - 1) / 2;
-    const around = Math.max(...shares.filter((_, i) => Math.abs(i - middle) > 1)), most = Math.max(...shares);
-    const top = 1.2 * (around ? Math.min(most, 3 * around) : most) || 1;
     const dead = (i) => Math.abs(i - middle) * wide <= now.zone;
+    const most = Math.max(...shares), others = Math.max(0, ...shares.filter((_, i) => !dead(i)));
+    const top = 1.2 * (Math.min(most, 5 * others) || most || 1);
     const levels = 2 ** (now.bits - 1) - 1, step = (1 - now.zone) / (levels - 0.5);
     const sides = Array.from({ length: levels }, (_, i) => now.zone + (i + 0.5) * step);
     chart(charts[0], { title: `Weights, and ${2 * levels + 1} levels`, x: [-reach, reach], y: [0, top], height: 250, unit: " %", xlabel: "weight, in units of the layer's range R", draw: (X, Y) =>
       rect("zone", -now.zone, now.zone, 0, top, X, Y) +
       ["inside", "outside"].map((kind) => `<path class="${kind}" d="${shares.map((share, i) => (dead(i) === (kind === "inside") ? bar(-reach + i * wide, -reach + (i + 1) * wide, Math.min(share, top), X, Y) : "")).join("")}"/>`).join("") +
-      `<path class="range" d="M${X(-1)} ${Y(0)}V${Y(top)}M${X(1)} ${Y(0)}V${Y(top)}"/><path class="level" d="${[0, ...sides, ...sides.map((w) => -w)].map((w) => `M${X(w)} ${Y(0) - 5}v10`).join("")}"/>` +
-      (shares[middle] > top ? `<text x="${X(wide) + 6}" y="${Y(top) + 12}">↑ ${shares[middle].toFixed(0)} % of the weights are within ${tidy(wide / 2)} R of 0</text>` : "") });
+      `<path class="range" d="M${X(-1)} ${Y(0)}V${Y(top)}M${X(1)} ${Y(0)}V${Y(top)}"/><path class="level" d="${[0, ...sides, ...sides.map((w) => -w)].map((w) => `M${X(w)} ${Y(0)}v5`).join("")}"/>` +
+      (most > top ? `<text x="${X(now.zone) + 6}" y="${Y(top) + 12}">↑ ${percent(now.zeros)} become 0</text>` : "") });
     const edges = epochs.map((at, i) => (i ? (at + epochs[i - 1]) / 2 : at - 0.5)).concat(epochs[last] + 0.5), span = [edges[0], edges[last + 1]];
     const here = (X, Y, low, high) => `<path class="here" d="M${X(now.epoch)} ${Y(low)}V${Y(high)}"/>`;
     const cell = (X, Y, i, row) => `M${X(edges[i])} ${Y(row - 0.5)}H${X(edges[i + 1])}V${Y(row + 0.5)}H${X(edges[i])}Z`;
