@@ -56,7 +56,7 @@ def before_after(names: Sequence[str], before: Sequence[int], after: Sequence[in
     title = f"MACs: {old.sum():.3g} million before, {new.sum():.3g} million after"
     title += f", {old.sum() / new.sum():.3g} times fewer" if 0 < new.sum() < old.sum() else ""
     alt = f"Paired bars, one pair a layer. {title}."
-    figure, axes = _upright(title, subtitle, alt, names, "million MACs an image", old)
+    figure, axes = _upright(title, subtitle, alt, names, "million MACs per image", old)
     x = np.arange(len(names))
     pairs = axes.bar(x - 0.2, old, width=0.4, color=style.PALE, edgecolor=style.GREY, lw=0.6, label="before")
     axes.bar(x + 0.2, new, width=0.4, color=style.BLUE, label="after")
