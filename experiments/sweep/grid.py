@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,7 +142,8 @@ def _train_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, st
         return _one_after_the_other(jobs)
     os.environ.setdefault("RAY_task_oom_retries", "1")  # Ray's own default is to try for ever
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
-    ray.init(options.address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+    own: dict[str, Any] = {} if options.address else {"include_dashboard": False}
+    ray.init(options.address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **own)
     gpus = options.gpus_per_run if options.gpus_per_run is not None else float(torch.cuda.is_available())
     task = ray.remote(num_cpus=options.cpus_per_run, num_gpus=gpus, max_calls=1, max_retries=ATTEMPTS)(train)
     started = {task.remote(job, os.getcwd()): job for job in jobs}
