@@ -144,6 +144,8 @@ def _caption(axes: Axes, text: str) -> None:
 
 
 def _short(name: str) -> str:
+    """At most 12 characters; what no font can draw, a byte that is not UTF-8, is written as \\udce9."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 12 else f"{name[:11]}…"
 
 

@@ -112,7 +112,7 @@ def source_beside(equations: Mapping[Callable[..., Any], str]) -> Markdown:
 
 def folded(summary: str, shown: Styler | str) -> HTML:
     """A table, or lines, shown on a click."""
-    inner = f"<pre>{html.escape(shown)}</pre>" if isinstance(shown, str) else shown.to_html()
+    inner = f'<pre tabindex="0">{html.escape(shown)}</pre>' if isinstance(shown, str) else shown.to_html()
     return HTML(f'<details class="stage"><summary>{html.escape(summary)}</summary>{inner}</details>')
 
 
