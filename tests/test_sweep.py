@@ -17,6 +17,7 @@ import pytest
 
 from experiments import debug_run, sweep
 from experiments.pipeline import comparison
+from src.storage import folder_lock
 from tests.reliability.small_run import differences
 
 SMALL = ["--preset=smoke", "--set=limit=60", "--set=batch_size=15", "--set=epochs=3"]
@@ -69,13 +70,11 @@ def test_killed_workers_and_drivers_change_no_bit_and_no_run_is_trained_twice(tm
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in output.rglob("run.json")}
 
+    with folder_lock.hold(output):
+        second = start(output, *GRID)
+        assert second.wait() == 2
+        assert "in use by another run" in second.communicate()[0]
     process = start(output, *GRID)
-    wait_for(
-        lambda: any(holder(output / place) for place in places if output / place / "run.json" not in finished), process
-    )
-    second = start(output, *GRID)
-    assert second.wait() == 2
-    assert "in use by another run" in second.communicate()[0]
     told = process.communicate()[0]
     assert process.returncode == 0, told
     assert f"4 runs, of which {len(finished)} are finished" in told
