@@ -125,7 +125,8 @@ class SavedRun:
         where others are there, DataError where they are absent or damaged.
         """
         # "auto" takes CIFAR-10 where it is present and never downloads it
-        source = {"digits": "digits", "cifar10": "auto"}.get(self.data_name, self.config.data)
+        known = self.summary.get("config", vars(self.config))["data"]  # a resumed run may have found them elsewhere
+        source = {"digits": "digits", "cifar10": "auto"}.get(self.data_name, known)
         if data_root and source.startswith("folder:"):
             source = f"folder:{data_root}"
         try:

@@ -63,6 +63,8 @@ def test_the_same_images_in_another_place_are_the_same_data(tmp_path: Path) -> N
         saved.load_data()
     assert saved.load_data(tmp_path / "moved").digest == saved.data_digest
     assert saved.resumed(data=f"folder:{tmp_path / 'moved'}").data != config.data
+    written = {"config": {"data": f"folder:{tmp_path / 'moved'}"}}  # by the resumed run, into run.json
+    assert replace(saved, summary=written).load_data().digest == saved.data_digest
     Image.new("RGB", (32, 32)).save(tmp_path / "moved/train/a/0.png")
     with pytest.raises(RunError, match="trained on other images"):
         saved.load_data(tmp_path / "moved")
