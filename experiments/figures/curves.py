@@ -21,6 +21,7 @@ from src.training import History
 
 Array = NDArray[np.floating]
 
+FORMULA = "density × MACs × bits × 32; unquantized layers at 32 bits"  # of relative BOPs
 PANELS = (
     ("accuracy", "Test accuracy", 100.0),
     ("unstructured_sparsity", "Zero weights", 100.0),
@@ -199,8 +200,7 @@ def run_plane(runs: Sequence[Series], *, subtitle: str = "") -> Figure:
     axes.set(xscale="log", xlim=(left, 105), ylim=(0, style.FULL), ylabel="test accuracy")
     axes.set_xticks([tick for tick in (0.1, 0.3, 1, 2, 3, 5, 10, 20, 30, 50, 100) if tick >= left])
     axes.minorticks_off()
-    formula = "density × MACs × bits × 32; unquantized layers at 32 bits"
-    axes.set_xlabel(f"BOPs relative to dense FP32 (log scale)\n{formula}")
+    axes.set_xlabel(f"BOPs relative to dense FP32 (log scale)\n{FORMULA}")
     axes.xaxis.set_major_formatter(style.PERCENT)
     axes.yaxis.set_major_formatter(style.PERCENT)
     style.legend_above(axes, columns=2)
@@ -233,15 +233,14 @@ def frontier(
         values = 100 * np.array(runs)  # (N, 2): accuracy, cost
         axes.plot(values[:, 1], values[:, 0], ls="", marker=marker, ms=5, color=color, alpha=0.5, mew=0)
         spread = values.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
-        center = values.mean(axis=0)
+        center = 100 * means[name]
         axes.errorbar(
             center[1], center[0], yerr=spread[0], xerr=spread[1], color=color, marker=marker, ms=9, mec=style.INK,
             mew=1, capsize=3, lw=1.2, ls="", label=f"{name} (n = {len(runs)})",
         )  # fmt: skip
     for name, (accuracy, cost) in published.items():
         axes.plot(100 * cost, 100 * accuracy, ls="", marker="*", ms=12, color=style.INK, label=f"{name}, published")
-    formula = "density × MACs × bits × 32; unquantized layers at 32 bits"
-    axes.set(ylabel="test accuracy", xlabel=f"BOPs relative to dense FP32\n{formula}")
+    axes.set(ylabel="test accuracy", xlabel=f"BOPs relative to dense FP32\n{FORMULA}")
     axes.xaxis.set_major_formatter(style.PERCENT)
     axes.yaxis.set_major_formatter(style.PERCENT)
     style.legend_above(axes, columns=2)

@@ -63,7 +63,8 @@ def tables(runs: Sequence[SavedRun]) -> dict[str, list[dict[str, str]]]:
     """Rows of the tables by heading; a single run has no settings that differ."""
     settings = {"Settings that differ": differing_settings(runs)} if len(runs) > 1 else {}
     repeated = len(by_setting(runs)) < len(runs)
-    return {**settings, "Results": results(runs), **({"Over seeds": over_seeds_text(runs)} if repeated else {})}
+    seeds = {"Over seeds": over_seeds_text(over_seeds(runs))} if repeated else {}
+    return {**settings, "Results": results(runs), **seeds}
 
 
 def differing_settings(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
@@ -127,10 +128,10 @@ def over_seeds(runs: Sequence[SavedRun]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def over_seeds_text(runs: Sequence[SavedRun]) -> list[dict[str, str]]:
-    """Rows of the same table for a reader: mean ± standard deviation."""
+def over_seeds_text(table: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows of the table of `over_seeds` for a reader: mean ± standard deviation."""
     rows = []
-    for _, found in over_seeds(runs).iterrows():
+    for _, found in table.iterrows():
         row = {"setting": str(found["setting"]), "n": str(found["n"])}
         for quantity in QUANTITIES:
             mean, deviation = found[f"{quantity} mean"], found[f"{quantity} sd"]

@@ -46,7 +46,7 @@ from src.training import terminations
 LOG, START = "log.txt", "--- started\n"
 ATTEMPTS = 3  # after a worker was killed
 SECONDS_TO_STOP = 60.0
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, TERMINATED = debug_run.INTERRUPTED, 143
 
 
 class Job(NamedTuple):
@@ -206,7 +206,7 @@ def _conclude(finished: Sequence[Job], failed: Mapping[str, str], output: Path) 
     if finished:
         runs = [comparison.read_run(job.folder, job.name) for job in finished]
         table = comparison.over_seeds(runs)
-        text = comparison.markdown(comparison.over_seeds_text(runs))
+        text = comparison.markdown(comparison.over_seeds_text(table))
         write_atomic(output / "sweep.csv", table.to_csv(index=False).encode())
         write_atomic(output / "frontier.png", png_bytes(frontier(comparison.points(runs), comparison.published(runs))))
         lines = [text, "", *lines, *comparison.notices(runs)]
