@@ -15,7 +15,7 @@ gives them; g = 0.3, and f = 4 t (1 - t) in the middle of the epoch, so that nu 
 after e1. Bits fall by whole numbers in many layers at once, so the bit widths are pressed only while one bit less in
 every layer still costs more than a. What remains is trimmed by dead zones: where s = log c - log a is at most 0.05, or
 0.25 after e1, nu is peak max(s / 0.25, -1) and acts, as +-peak, on the dead zones' logits of that share of the layers
-alone. Below 0, zeros come back.
+alone; twice that share after e1 while c is above the budget. Below 0, zeros come back.
 For macs, nu weights the group lasso of those channels alone that do not fit, the ones of smallest norm relative to the
 mean of the layer that makes them, chosen anew after every epoch: the others are not drawn to zero, so the cost cannot
 fall far below the budget. f = 1, g = 1, and nu is at least the peak. Where the path has ended and the cost is still
@@ -101,7 +101,7 @@ class BudgetControl:
         if self.budget.kind == "macs":
             return self.peak * max(strength, 1.0)
         if self._trims(history):
-            return self.peak * max(self._surplus(history) / NEAR, -1.0)
+            return self.peak * self._share_to_trim(history)
         middle = (done + 0.5 - self.begin) / self.length
         return self.peak * strength * (4 * middle * (1 - middle) if middle < 1 else 1.0)
 
@@ -109,9 +109,17 @@ class BudgetControl:
         """log c - log a after the last epoch."""
         return math.log(float(history.last.cost or 1.0) / self.aim)
 
+    def _ended(self, history: History) -> bool:
+        return len(history) - self.begin >= self.length
+
     def _trims(self, history: History) -> bool:
         """Whether dead zones alone bring the cost to the aim."""
-        return self._surplus(history) <= (NEAR if len(history) - self.begin >= self.length else CLOSE)
+        return self._surplus(history) <= (NEAR if self._ended(history) else CLOSE)
+
+    def _share_to_trim(self, history: History) -> float:
+        """The share of the layers whose dead zones grow, below 0: shrink."""
+        late = self._ended(history) and float(history.last.cost or 1.0) > self.budget.share
+        return max(min(self._surplus(history) / NEAR * (2 if late else 1), 1.0), -1.0)
 
     def apply(self, history: History) -> None:
         """Let the objective be that of the epoch that follows `history`."""
@@ -123,7 +131,7 @@ class BudgetControl:
             self._chosen[list(last.penalised)] = 1
             return
         surplus, trims = self._surplus(history), self._trims(history)
-        share = min(abs(surplus) / NEAR, 1.0)
+        share = abs(self._share_to_trim(history))
         fits = math.log(last.mean_bits / (last.mean_bits - 1)) < surplus  # one bit less in every layer
         self._lasso.fill_(not trims)
         self._bits.fill_(fits and not trims)
@@ -160,8 +168,7 @@ class BudgetControl:
     def enforce(self, model: nn.Module, history: History) -> None:
         """For macs, once the path has ended: set the chosen channels of a network above the budget to zero."""
         last = history.last
-        ended = len(history) - self.begin >= self.length
-        if self.budget.kind != "macs" or not ended or (last.cost or 1.0) <= self.budget.share:
+        if self.budget.kind != "macs" or not self._ended(history) or (last.cost or 1.0) <= self.budget.share:
             return
         for member in self._groups.members:
             layer = model.get_submodule(member.module)
