@@ -36,7 +36,7 @@ FLAG_BASELINE := --baseline
 SETTINGS = $(foreach p,$(GIVEN),--set "$p=$$$p")
 FLAGS = $(foreach p,$(GIVEN),$(FLAG_$p)="$$$p")
 
-.PHONY: help walkthrough test test-all lab html lint debug sweep doctor doctor-power torture bench venv clean
+.PHONY: help walkthrough test test-all lab html lint debug sweep doctor doctor-power torture networks bench venv clean
 
 help:
 	@echo 'make walkthrough   run the notebook, write build/codeq_walkthrough.html'
@@ -49,6 +49,7 @@ help:
 	@echo 'make doctor        examine a short run of the pipeline, check by check'
 	@echo 'make doctor-power  break the pipeline in every known way, write docs/measured/doctor.md (within an hour)'
 	@echo 'make torture       kill, damage and starve runs, write docs/measured/reliability.md (about 20 minutes)'
+	@echo 'make networks      lead networks of torchvision and timm through every step, write docs/measured/networks.md (about an hour)'
 	@echo 'make bench         time a training step'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make clean         remove build/ and caches (.venv, data and runs stay)'
@@ -91,6 +92,9 @@ doctor-power: venv
 
 torture: venv
 	@$(PYTHON_IN_VENV) -m tests.reliability
+
+networks: venv
+	@$(PYTHON_IN_VENV) -m tests.zoo
 
 bench: venv
 	@$(PYTHON_IN_VENV) -m experiments.bench
