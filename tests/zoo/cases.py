@@ -11,12 +11,8 @@ CLASSES = 7  # no inner layer of any network here has as many channels, so this 
 
 
 class Case(NamedTuple):
-    """build: a new network, in training mode. size: (C, H, W) of one image. groups: removable channels, by hand.
-
-    peer: whether Torch-Pruning can be tried; on some networks its graph takes more memory than a machine has.
-    """
+    """build: a new network, in training mode. size: (C, H, W) of one image. groups: removable channels, by hand."""
 
     build: Callable[[], nn.Module]
     size: tuple[int, int, int]
     groups: int | None = None
-    peer: bool = True

@@ -6,7 +6,9 @@ all that belongs to them, or in their filters alone, when what a normalization o
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +20,13 @@ from tests.zoo.cases import Case
 from tests.zoo.walk import EXACT, difference, output_channels, settle_
 from utils_quantization import CANDIDATES
 
+SECONDS = 100
+
 
 class Peer(NamedTuple):
     """share: of the output channels that are in its groups; None where it finds none.
 
-    whole, filters: "exact", "changed: ...", "error: ..." or "not run: ..." after removal of channels that are dead in that way.
+    whole, filters: "exact", "changed: ..." or "error: ..." after removal of channels that are dead in that way.
     """
 
     share: float | None
@@ -31,13 +35,28 @@ class Peer(NamedTuple):
 
 
 def peer(case: Case) -> Peer:
-    if not case.peer:
-        return Peer(None, *2 * ["not run: its graph of this network takes more than 12 GB of memory"])
     try:
-        found = _share(case)
+        with limited():
+            found = _share(case)
     except Exception as error:
         return Peer(None, *2 * [f"error: {type(error).__name__}: {error}"])
     return Peer(found, _removed(case, whole=True), _removed(case, whole=False))
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Ends what takes longer than SECONDS: on some networks its graph grows without end."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no result within {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _share(case: Case) -> float:
@@ -56,12 +75,13 @@ def _removed(case: Case, whole: bool) -> str:
     network, images = case.build().double(), torch.randn(4, *case.size).double()
     settle_(network, images)
     try:
-        for group in _pruner(network, images).step(interactive=True):
-            _zero_(group, whole)
-        with torch.no_grad():
-            dead = Recorded(network(images))
-        _pruner(network, images).step()
-        error = difference(dead, network, images)
+        with limited():
+            for group in _pruner(network, images).step(interactive=True):
+                _zero_(group, whole)
+            with torch.no_grad():
+                dead = Recorded(network(images))
+            _pruner(network, images).step()
+            error = difference(dead, network, images)
     except Exception as error:
         return f"error: {type(error).__name__}: {error}"
     return "exact" if error < EXACT else f"changed: {error:.0e}"

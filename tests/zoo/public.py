@@ -51,7 +51,7 @@ TORCHVISION = {
     "resnext50_32x4d": _torchvision("resnext50_32x4d"),
     "efficientnet_v2_s": _torchvision("efficientnet_v2_s"),
     "convnext_tiny": _torchvision("convnext_tiny"),
-    "swin_t": _torchvision("swin_t")._replace(peer=False),
+    "swin_t": _torchvision("swin_t"),
     "wide_resnet50_2": _torchvision("wide_resnet50_2"),
     "alexnet": _torchvision("alexnet"),
     "vit_b_16": _torchvision("vit_b_16", image_size=64),

@@ -8,6 +8,7 @@
     removal       every filter of a group that is dead as a whole is gone
     MACs          calculate_stats' number is what torch.utils.flop_counter counts in the compacted network
     state         saved and read as a state dictionary: outputs equal, bit for bit
+    second round  the smaller network with quantizers of its own, trained one step and compacted: outputs equal
     torch.export  exported: outputs equal
     packed file   read back, bit for bit
     ONNX          ONNX Runtime computes what PyTorch does
@@ -35,6 +36,7 @@ from src.export import check_onnx, export_onnx, pack, unpack
 from src.pruning import ChannelGroups, channel_groups, compact
 from src.quantizer import DeadZoneLDZCompander
 from src.storage import StorageError
+from src.training import Penalty
 from tests.zoo.cases import CLASSES, Case
 from utils_quantization import CANDIDATES, attach_weight_quantizers, latent_weight
 
@@ -52,7 +54,7 @@ class Walk:
 
     def __init__(self, case: Case, folder: Path) -> None:
         torch.manual_seed(0)
-        self.size, self.folder = case.size, folder
+        self.build, self.size, self.folder = case.build, case.size, folder
         self.network = case.build()
         self.images = torch.randn(4, *case.size)
         self.groups: ChannelGroups | None = None
@@ -70,6 +72,7 @@ class Walk:
 
     def attach(self) -> str:
         attach_weight_quantizers(self.network, [], DeadZoneLDZCompander, {"max_bits": 8})
+        check(not any(module.training for module in self.network.modules()), "eval mode, but not of the quantizers")
         return "ok"
 
     def penalty(self) -> str:
@@ -81,15 +84,7 @@ class Walk:
         return "ok"
 
     def training(self) -> str:
-        penalty = group_lasso(self.groups) if self.groups else lambda network: torch.zeros(())
-        optimizer = torch.optim.SGD(self.network.parameters(), lr=1e-3)
-        self.network.train()
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = sum((task_loss(output) for output in tensors(self.network(self.images))), torch.zeros(()))
-            (loss + 1e-4 * penalty(self.network)).backward()
-            optimizer.step()
-        self.network.eval()
+        train_(self.network, self.images, 3, group_lasso(self.groups) if self.groups else None)
         check(finite(self.network.state_dict().values()), "training left numbers that are not finite")
         return "ok"
 
@@ -97,10 +92,11 @@ class Walk:
         settle_(self.network, self.images)
         if self.groups:
             zero_third_(self.network, self.groups)
-        exact = copy.deepcopy(self.network).double()
-        error = difference(exact, compact(exact, self.size), self.images.double())
-        check(error < EXACT, f"outputs differ by {error:.1e} of their spread")
-        self.smaller = compact(self.network, self.size)
+        before = copy.deepcopy(self.network)
+        compacted_exactly(self.network, self.size, self.images)
+        smaller = compact(self.network, self.size)
+        check(same(before, self.network, self.images), "the network that was compacted is another one now")
+        self.smaller = smaller
         return "ok"
 
     def removal(self) -> str:
@@ -136,6 +132,15 @@ class Walk:
         check(same(self.smaller, other, self.images), "outputs differ")
         return "ok"
 
+    def second(self) -> str:
+        network = copy.deepcopy(self.smaller)
+        assert network is not None
+        attach_weight_quantizers(network, [], DeadZoneLDZCompander, {"max_bits": 8})
+        train_(network, self.images, 1)
+        QuantizationComparison(self.size).calculate_stats(network)
+        compacted_exactly(network, self.size, self.images)
+        return "ok"
+
     def export(self) -> str:
         assert self.smaller is not None
         exported = torch.export.export(self.smaller, (self.images,)).module()
@@ -153,7 +158,7 @@ class Walk:
         except StorageError as error:
             if "like=" not in str(error):
                 raise
-            network, said = unpack(path, like=self.network), "ok, with like="
+            network, said = unpack(path, like=self.build()), "ok, with like="
         ours, theirs = self.smaller.state_dict(), network.state_dict()
         check(ours.keys() == theirs.keys(), "other keys")
         check(all(torch.equal(ours[key], theirs[key]) for key in ours), "other numbers")
@@ -179,6 +184,7 @@ STEPS: dict[str, Callable[[Walk], str]] = {
     "removal": Walk.removal,
     "MACs": Walk.macs,
     "state": Walk.state,
+    "second round": Walk.second,
     "torch.export": Walk.export,
     "packed file": Walk.packed,
     "ONNX": Walk.onnx,
@@ -194,7 +200,7 @@ def walk(case: Case, folder: Path, steps: Iterable[str] = STEPS) -> tuple[Walk, 
 def outcome(walker: Walk, step: Callable[[Walk], str]) -> str:
     if step in (Walk.penalty, Walk.removal) and walker.groups is None:
         return "-"
-    if step in (Walk.macs, Walk.state, Walk.export, Walk.packed) and walker.smaller is None:
+    if step in (Walk.macs, Walk.state, Walk.second, Walk.export, Walk.packed) and walker.smaller is None:
         return "-"
     try:
         return step(walker)
@@ -221,7 +227,27 @@ def finite(values: Iterable[Tensor | None]) -> bool:
 
 def task_loss(output: Tensor) -> Tensor:
     """Cross-entropy with classes 0, 1, 2, ...; of what is no score, the mean square."""
-    return F.cross_entropy(output, torch.arange(len(output))) if output.dim() == 2 else output.square().mean()
+    if output.dim() != 2:
+        return output.square().mean()
+    return F.cross_entropy(output, torch.arange(len(output)) % output.shape[1])
+
+
+def train_(network: nn.Module, images: Tensor, steps: int, penalty: Penalty | None = None) -> None:
+    """Steps of SGD; in eval mode afterwards."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    network.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch.stack([task_loss(output) for output in tensors(network(images))]).sum()
+        (loss if penalty is None else loss + 1e-4 * penalty(network)).backward()
+        optimizer.step()
+    network.eval()
+
+
+def compacted_exactly(network: nn.Module, size: tuple[int, int, int], images: Tensor) -> None:
+    exact = copy.deepcopy(network).double()
+    error = difference(exact, compact(exact, size), images.double())
+    check(error < EXACT, f"outputs differ by {error:.1e} of their spread")
 
 
 def spread(output: Tensor) -> float:
