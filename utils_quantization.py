@@ -27,7 +27,7 @@ WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 
 
 class AttachmentError(ValueError):
-    """A pattern that names nothing, or a network to which no quantizer could be attached."""
+    """A pattern that names nothing, or a network that no quantizer can be attached to."""
 
 
 class FakeQuantParametrization(nn.Module):
@@ -59,7 +59,9 @@ def attach_weight_quantizers(
 ) -> list[str]:
     """Attach one `quantizer(**quantizer_kwargs)` to the weight of every convolution and linear layer not excluded.
 
-    Each is made with float32 and its weight's device as torch's defaults.
+    Each is made with float32 and its weight's device as torch's defaults, and takes the mode (training or eval) of its
+    layer. Attention's `out_proj` is a linear layer; embeddings, recurrent layers and attention's `in_proj_weight` are
+    never quantized. A wrapper (`unwrapped`) is looked through: names and patterns are the network's own.
 
     exclude_layers: patterns. A pattern names a module path from the root by whole components and includes everything
         below it: "conv1" is the stem and not layer1.0.conv1, "layer1" is the whole first stage. Shell wildcards are
@@ -68,8 +70,20 @@ def attach_weight_quantizers(
 
     Returns the names of the layers it attached to, in the network's order. Raises AttachmentError, before anything is
     changed, for a pattern that matches no module, where no layer is left, and for a layer whose weight is no parameter
-    of its own yet or any more (lazy, pruned, parametrized), or that `quantizer` refuses.
+    of its own yet or any more (lazy, pruned, parametrized), or that `quantizer` refuses; for a ScriptModule, and for
+    DistributedDataParallel, which would not synchronise the new parameters.
     """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise AttachmentError(
+            "DistributedDataParallel synchronises only the parameters that it was built with: attach to the network "
+            "first, then model = DistributedDataParallel(model)"
+        )
+    model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AttachmentError(
+            f"{model.original_name} is a ScriptModule, whose layers are compiled: attach to the network it was made "
+            "from, before torch.jit.script or torch.jit.trace"
+        )
     if isinstance(exclude_layers, str):
         raise AttachmentError(f"exclude_layers={exclude_layers!r} is one string: give a list, [{exclude_layers!r}]")
     modules = {name: module for name, module in model.named_modules() if name and ".parametrizations" not in name}
@@ -82,6 +96,9 @@ def attach_weight_quantizers(
         raise AttachmentError(
             f"nothing to quantize: the network's convolution and linear layers are {_listing(list(candidates))} and "
             f"exclude_layers={list(exclude_layers)} leaves none of them; exclude less"
+            if candidates
+            else f"nothing to quantize: {type(model).__name__} has no convolution and no linear layer, and no other "
+            "layer (embedding, recurrent, normalisation) is quantized"
         )
     fake_quants: dict[str, FakeQuantParametrization] = {}
     for name, module in chosen.items():
@@ -96,6 +113,7 @@ def attach_weight_quantizers(
         fake_quants[name] = made
     for name, module in chosen.items():
         parametrize.register_parametrization(module, "weight", fake_quants[name])
+        cast(nn.Module, module.parametrizations).train(module.training)
     return list(chosen)
 
 
@@ -166,8 +184,8 @@ def shared_quantized_weights(model: nn.Module) -> Iterator[None]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with a quantizer on their weight, by name, in the network's order."""
-    return {name: layer for name, layer in model.named_modules() if _fake_quant(layer) is not None}
+    """The layers with a quantizer on their weight, by name, in the network's order; a wrapper is looked through."""
+    return {name: layer for name, layer in unwrapped(model).named_modules() if _fake_quant(layer) is not None}
 
 
 def quantizer_of(layer: nn.Module) -> nn.Module:
@@ -215,7 +233,13 @@ def _fake_quants(model: nn.Module) -> dict[nn.Module, FakeQuantParametrization]:
 def _obstacle(layer: nn.Module) -> str:
     """Why no quantizer can be put on the layer's weight, and what to do about it; "" where one can."""
     if parametrize.is_parametrized(layer, "weight"):
-        return "has a parametrized weight already; attach once to a fresh network"
+        if _fake_quant(layer) is not None:
+            return "has a quantizer already; attach once to a fresh network"
+        kinds = ", ".join(type(each).__name__ for each in layer.parametrizations.weight)  # type: ignore[union-attr]
+        return (
+            f"has a weight that is parametrized already ({kinds}); make it permanent first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        )
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
     if weight is None:
         return (
@@ -230,7 +254,8 @@ def _check_pattern(pattern: str, modules: Sequence[str], candidates: Sequence[st
         return
     nested = sorted((name for name in modules if name.endswith("." + pattern)), key=lambda name: name.count("."))
     outermost = [name for name in nested if name.count(".") == nested[0].count(".")]
-    meant = outermost if len(outermost) == 1 else [f"*.{pattern}"] if nested else []
+    meant = sorted((name for name in modules if pattern.endswith("." + name)), key=len, reverse=True)
+    meant += outermost if len(outermost) == 1 else [f"*.{pattern}"] if nested else []
     meant += nested or difflib.get_close_matches(pattern, modules, n=len(modules) or 1, cutoff=0)
     left_out = {hint: sum(matches(name, hint) for name in candidates) for hint in meant}
     nearest = next((hint for hint, count in left_out.items() if count < max(len(candidates) / 2, 2)), "none")

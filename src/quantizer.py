@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 RANGE_QUANTILE = 0.99
 STEP_EPSILON = 1e-8
 MIN_BITS = 2
+BATCH_LIMIT = 2**20  # weights; up to here, an operation costs more to start than to compute
 LARGEST_BITS = 16  # beyond this, float32 no longer tells neighbouring levels apart reliably
 BITS_REMEDY = "2 means ternary"
 LOGIT_REMEDY = "3.0 starts at full width and almost no dead zone"
@@ -151,22 +152,16 @@ class DeadZoneLDZCompander(nn.Module):
 def quantize(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> list[Tensor]:
     """Quantize L weight tensors at once. logit_dz, bits: (L,). Returns tensors of the shapes and types given.
 
-    All weights are laid end to end, (T,), so that the number of operations does not grow with L: a small network on
-    a GPU is bound by launches, not by arithmetic. Raises QuantizerError on an empty or non-floating tensor.
+    Small layers are computed together, each large one alone (`_batches`). Raises QuantizerError on an empty or
+    non-floating tensor.
     """
     grid = lay_grids(weights, logit_dz, bits)
-    sizes = [w.numel() for w in weights]
-
-    def spread(field: Tensor) -> Tensor:
-        """(L,) to (T,): each layer's number for all of its weights. Backward sums layer by layer, in a fixed order."""
-        if len(sizes) == 1:
-            return field[0]
-        return torch.cat([number.expand(size) for number, size in zip(field.unbind(), sizes, strict=True)])
-
-    levels, step, shift = spread(grid.levels), spread(grid.step), spread(grid.shift)
-    flat = torch.cat([at_least_float32(w).flatten() for w in weights])
-    values = dequantize(grid_indices(flat, levels, step, shift), step, shift)
-    return [part.view_as(w).to(w.dtype) for part, w in zip(values.split(sizes), weights, strict=True)]
+    levels, steps, shifts = grid.levels.unbind(), grid.step.unbind(), grid.shift.unbind()
+    values: dict[int, Tensor] = {}
+    for batch in _batches(weights):
+        of_batch = ([field[i] for i in batch] for field in (weights, levels, steps, shifts))
+        values.update(zip(batch, _quantize_together(*of_batch), strict=True))
+    return [values[i] for i in range(len(weights))]
 
 
 def lay_grids(weights: Sequence[Tensor], logit_dz: Tensor, bits: Tensor) -> Grid:
@@ -195,15 +190,12 @@ def dequantize(q: Tensor, step: Tensor, shift: Tensor) -> Tensor:
 def weight_ranges(weights: Sequence[Tensor]) -> Tensor:
     """R of each tensor: the 0.99-quantile of |w| with linear interpolation, (L,). Not differentiated.
 
-    Only the largest 1 % has to be put in order, which `topk` does for all layers at once.
+    Only the largest 1 % has to be put in order, which `topk` does for all layers of a batch at once.
     """
-    flat = [at_least_float32(w.detach()).abs().flatten() for w in weights]
-    magnitudes = pad_sequence(flat, batch_first=True, padding_value=-1.0)
-    # what is not a plain tensor (FakeTensor) has numbers of its own kind, which nobody else may be given
-    ranks = _quantile_ranks if type(magnitudes) is Tensor else _quantile_ranks.__wrapped__
-    most, low, high, fraction = ranks(tuple(w.numel() for w in weights), magnitudes.device, magnitudes.dtype)
-    largest = magnitudes.topk(most, dim=1).values
-    return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
+    ranges: dict[int, Tensor] = {}
+    for batch in _batches(weights):
+        ranges.update(zip(batch, _ranges_together([weights[i] for i in batch]).unbind(), strict=True))
+    return torch.stack([ranges[i] for i in range(len(weights))])
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -249,8 +241,50 @@ def check_range(
     raise error(f"{name}={value!r:.80}: need {need}{kind}{'; ' if remedy else ''}{remedy}")
 
 
+def _batches(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Which layers are computed together: as many of similar size as stay below BATCH_LIMIT when all are padded to the
+    largest. A small network on a GPU is bound by launches, not by arithmetic; a large layer would pad all others."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(weights)), key=lambda i: weights[i].numel()):
+        if not batches or (len(batches[-1]) + 1) * weights[i].numel() > BATCH_LIMIT:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _quantize_together(
+    weights: Sequence[Tensor], levels: Sequence[Tensor], steps: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> list[Tensor]:
+    """Quantize the layers of a batch, all weights laid end to end, (T,)."""
+    sizes = [w.numel() for w in weights]
+
+    def spread(field: Sequence[Tensor]) -> Tensor:
+        """() a layer to (T,): its number for all of its weights. Backward sums layer by layer, in a fixed order."""
+        return _end_to_end([number.expand(size) for number, size in zip(field, sizes, strict=True)])
+
+    step, shift = spread(steps), spread(shifts)
+    flat = _end_to_end([at_least_float32(w).flatten() for w in weights])
+    values = dequantize(grid_indices(flat, spread(levels), step, shift), step, shift)
+    return [part.view_as(w).to(w.dtype) for part, w in zip(values.split(sizes), weights, strict=True)]
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _ranges_together(weights: Sequence[Tensor]) -> Tensor:
+    """The ranges of the layers of a batch, padded with zeros, which no |w| is below."""
+    flat = [at_least_float32(w).flatten() for w in weights]
+    magnitudes = flat[0].abs()[None] if len(flat) == 1 else pad_sequence(flat, batch_first=True).abs_()
+    # what is not a plain tensor (FakeTensor) has numbers of its own kind, which nobody else may be given
+    ranks = _quantile_ranks if type(magnitudes) is Tensor else _quantile_ranks.__wrapped__
+    most, low, high, fraction = ranks(tuple(w.numel() for w in weights), magnitudes.device, magnitudes.dtype)
+    largest = magnitudes.topk(most, dim=1).values
+    return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
+
+
 # Asked for in every step with the same sizes; to build the tensors there would make a GPU wait for the copies.
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _quantile_ranks(
     sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[int, Tensor, Tensor, Tensor]:

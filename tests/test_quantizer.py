@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from src.quantizer import (
     DeadZoneLDZCompander,
@@ -185,7 +187,7 @@ def test_one_case_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batched_equals_one_at_a_time(dtype: torch.dtype) -> None:
     """Values bit for bit; gradients but for the order of sums."""
-    shapes = [(16, 3, 3, 3), (5,), (1, 1), (64, 32, 3, 3), (10, 64)]
+    shapes = [(16, 3, 3, 3), (5,), (1, 1), (600, 900), (64, 32, 3, 3), (10, 64)]
     tensors = [torch.tensor(weights(shape, i), dtype=dtype, requires_grad=True) for i, shape in enumerate(shapes)]
     factors = [torch.tensor(weights(shape, 20 + i), dtype=dtype) for i, shape in enumerate(shapes)]
     tensors[1].data.zero_()
@@ -201,6 +203,36 @@ def test_batched_equals_one_at_a_time(dtype: torch.dtype) -> None:
     ]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+class Recorder(TorchDispatchMode):
+    """How often layers were put in order, and how many numbers the largest tensor made has."""
+
+    orderings = numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.orderings += function is torch.ops.aten.topk.default
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize(
+    ("sizes", "orderings", "numbers"),
+    [
+        ([2_000] * 100, 1, 200_000),
+        ([2_000] * 50 + [5_000_000] + [2_000] * 50, 2, 5_000_000),  # the large one pads no other
+        ([5_000_000, 9_000_000], 2, 9_000_000),
+    ],
+)
+def test_small_layers_are_computed_together_and_large_ones_alone(
+    sizes: list[int], orderings: int, numbers: int
+) -> None:
+    quantizers = [DeadZoneLDZCompander(learnable_bit=False).to("meta") for _ in sizes]
+    with Recorder() as recorder:
+        values = DeadZoneLDZCompander.quantize_many(quantizers, [torch.empty(size, device="meta") for size in sizes])
+    assert [value.numel() for value in values] == sizes
+    assert (recorder.orderings, recorder.numbers) == (orderings, numbers)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from experiments.sparsity import coupled_group_lasso, group_lasso_channels
@@ -130,7 +130,7 @@ def test_attaching_twice_is_refused_and_changes_nothing() -> None:
     attach_weight_quantizers(model, ["conv1", "linear", "layer2", "layer3"], Halver, enabled=False)
     assert enabled_states(model) == [False] * 2
     before = attached(model)
-    with pytest.raises(AttachmentError, match=r"'layer1\.0\.conv1' has a parametrized weight already"):
+    with pytest.raises(AttachmentError, match=r"'layer1\.0\.conv1' has a quantizer already; attach once"):
         attach_weight_quantizers(model, EXCLUDED, Halver)
     assert attached(model) == before
     assert attach_weight_quantizers(model, ["conv1", "linear", "layer1"], Halver) == [
@@ -166,6 +166,8 @@ def lazy(model: nn.Sequential) -> None:
     [
         (lambda model: prune.ln_structured(model[1], "weight", 0.5, 2, 0), Halver, "'1'.*computed.*prune.remove"),
         (lambda model: weight_norm(model[1]), Halver, "'1'.*computed.*remove_weight_norm"),
+        (lambda model: parametrizations.weight_norm(model[1]), Halver, "'1'.*_WeightNorm.*remove_parametrizations"),
+        (lambda model: parametrizations.spectral_norm(model[1]), Halver, "'1'.*_SpectralNorm.*remove_param"),
         (lazy, Halver, "'1' is lazy.*run the network once"),
         (lambda model: None, Third, "'2' cannot be quantized: no third one"),
         (lambda model: None, Wide, "'1' cannot be quantized: .*shape"),
@@ -191,17 +193,82 @@ WRAPPERS = (nn.DataParallel, compiled, AveragedModel, lambda model: AveragedMode
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
-def test_the_hint_for_a_wrapped_network_is_the_one_layer_that_was_meant(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    model = wrap(small())
-    prefix = next(name for name in dict(model.named_modules()) if name.endswith(".conv1")).removesuffix("conv1")
-    for pattern, meant in (("conv1", "conv1"), ("linear", "linear"), ("conv9", "conv1")):
-        with pytest.raises(AttachmentError, match=f"did you mean '{re.escape(prefix + meant)}'"):
-            attach_weight_quantizers(model, [pattern], Halver)
-    with pytest.raises(AttachmentError) as raised:  # not 'module', which is everything
-        attach_weight_quantizers(model, [prefix.rstrip(".") + "s"], Halver)
-    assert f"did you mean '{prefix}" in str(raised.value)
-    names = attach_weight_quantizers(model, [prefix + "conv1", "*.linear"], Halver)
-    assert [name.removeprefix(prefix) for name in names] == [f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2)]
+def test_a_wrapped_network_is_looked_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain, wrapped, x = quantized().eval(), wrap(small()).eval(), images()
+    wrapped(x)  # also where it has been compiled already
+    with pytest.raises(AttachmentError, match=r"'module\.conv1' matches no module; did you mean 'conv1'"):
+        attach_weight_quantizers(wrapped, ["module.conv1"], Halver)
+    names = attach_weight_quantizers(wrapped, EXCLUDED, DeadZoneLDZCompander, {"init_deadzone_logit": 0.8})
+    assert names == list(quantized_layers(wrapped)) == list(quantized_layers(plain))
+    for enabled in (True, False):
+        with quantization(wrapped, enabled), quantization(plain, enabled), shared_quantized_weights(wrapped):
+            assert torch.equal(wrapped(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_networks_that_quantizers_are_attached_to_earlier() -> None:
+    with pytest.raises(AttachmentError, match=r"Linear is a ScriptModule.*before torch\.jit\.script"):
+        attach_weight_quantizers(torch.jit.script(nn.Linear(2, 2)), [], Halver)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(small())
+        with pytest.raises(AttachmentError, match=r"attach to the network first, then model = DistributedDataP"):
+            attach_weight_quantizers(model, EXCLUDED, Halver)
+        assert not quantized_layers(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_embeddings_are_not_quantized_and_may_be_excluded() -> None:
+    words = nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4))
+    with pytest.raises(AttachmentError, match=r"Sequential has no convolution and no linear layer.*embedding"):
+        attach_weight_quantizers(words, [], Halver)
+    assert attach_weight_quantizers(nn.Sequential(words, nn.Linear(4, 2)), ["0.0"], Halver) == ["1"]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor:UserWarning")
+@pytest.mark.parametrize(("training", "gradients"), [(True, True), (False, True), (False, False)])
+def test_attention_computes_with_its_quantized_output_projection(
+    training: bool, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a network whose weights are replaced by hand; without gradients, torch runs one fused kernel."""
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
+    model = copy.deepcopy(plain)
+    names = attach_weight_quantizers(model, [], DeadZoneLDZCompander, {"init_deadzone_logit": 0.5})
+    assert names == ["self_attn.out_proj", "linear1", "linear2"]
+    x, fused, kernel = torch.randn(3, 5, 8), [], torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *given: fused.append(1) or kernel(*given))
+    with torch.set_grad_enabled(gradients):
+        unquantized, found = plain(x), model(x)
+        for name in names:
+            layer = plain.get_submodule(name)
+            layer.weight.data = DeadZoneLDZCompander(init_deadzone_logit=0.5)(layer.weight.detach())
+            if name == "self_attn.out_proj":
+                assert not torch.allclose(plain(x), unquantized)
+        assert torch.equal(found, plain(x))
+    assert len(fused) == (0 if training or gradients else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision(dtype: torch.dtype) -> None:
+    """Its quantized weights are those of the float32 network, rounded; every learnable has a gradient."""
+    model, single = small().to(dtype), small().to(dtype).float()
+    for network in (model, single):
+        attach_weight_quantizers(network, EXCLUDED, DeadZoneLDZCompander, {"init_deadzone_logit": 0.8})
+    with shared_quantized_weights(model):
+        model(images().to(dtype)).square().sum().backward()
+        for name, layer in quantized_layers(model).items():
+            assert layer.weight.dtype == dtype
+            torch.testing.assert_close(layer.weight, single.get_submodule(name).weight.to(dtype), rtol=1e-5, atol=1e-7)
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_quantizer_takes_the_mode_of_its_layer(training: bool) -> None:
+    model = small().train(training)
+    attach_weight_quantizers(model, EXCLUDED, DeadZoneLDZCompander)
+    assert {module.training for module in model.modules()} == {training}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
