@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from src.pruning import LayerLiveness, analyze_liveness, check_multiple
+from src.pruning import InputSize, LayerLiveness, analyze_liveness, check_multiple
 from src.quantizer import check_range
 from utils_quantization import quantized_layers, quantizer_of, shared_quantized_weights, unwrapped
 
@@ -97,7 +97,7 @@ class QuantizationComparison:
     network the structured numbers describe. Raises MetricsError for bits or multiples out of range.
     """
 
-    def __init__(self, input_size: tuple[int, int, int] = (3, 32, 32), b_a: int = 32, multiple_of: int = 1) -> None:
+    def __init__(self, input_size: InputSize = (3, 32, 32), b_a: int = 32, multiple_of: int = 1) -> None:
         check_range("b_a", b_a, 1, 64, remedy="bits of the activations", error=MetricsError)
         self.input_size = input_size
         self.b_a = b_a
@@ -116,7 +116,7 @@ class QuantizationComparison:
         """Structured: MACs and BOPs of the network that exact removal leaves, quantizers as they are switched."""
 
         def left(layer: LayerLiveness, weight: Tensor) -> int:
-            return len(layer.kept_out) * layer.inputs_after_removal * weight[0, 0].numel() * layer.pixels
+            return layer.weights_after_removal(weight[0, 0].numel()) * layer.pixels
 
         return self._matching(self._count(model, left))
 
@@ -145,7 +145,7 @@ class QuantizationComparison:
         with shared_quantized_weights(model):
             for live in liveness.layers:
                 layer = cast(Any, model.get_submodule(live.name))
-                weight: Tensor = layer.weight
+                weight: Tensor = getattr(layer, live.parameter)
                 on = live.name in quantized and bool(layer.parametrizations.weight[0].enabled)
                 bits = float(cast(Any, quantizer_of(layer)).get_bitwidth()) if on else float(FULL_PRECISION_BITS)
                 macs = macs_of(live, weight)

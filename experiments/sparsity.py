@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from src.pruning import ChannelGroups, channel_groups
+from src.pruning import ChannelGroups, InputSize, channel_groups
 from src.quantizer import at_least_float32, check_range
 from src.training import Penalty
 from utils_quantization import unwrapped
@@ -22,7 +22,7 @@ class PenaltyError(ValueError):
     """A penalty was given a network or an argument it has no meaning for."""
 
 
-def coupled_group_lasso(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> Penalty:
+def coupled_group_lasso(model: nn.Module, input_size: InputSize = (3, 32, 32)) -> Penalty:
     """sum over channels g of || all parameters that removing channel g takes away ||_2.
 
     The groups come from src.pruning: the filters that make the channel, their BatchNorm scale and shift, and the

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from src.pruning import CompactNetwork, LayerLiveness, analyze_liveness, compact
+from src.pruning import CompactNetwork, InputSize, LayerLiveness, analyze_liveness, compact
 from src.quantizer import DeadZoneLDZCompander, dequantize
 from utils_quantization import latent_weight, quantized_layers, quantizer_of, unwrapped
 
@@ -55,7 +55,7 @@ class IndexedNetwork:
 
 @torch.no_grad()
 def compact_with_indices(
-    model: nn.Module | IndexedNetwork, input_size: tuple[int, int, int] = (3, 32, 32), multiple_of: int = 1
+    model: nn.Module | IndexedNetwork, input_size: InputSize = (3, 32, 32), multiple_of: int = 1
 ) -> IndexedNetwork:
     """`model` compacted, with the indices of its quantized weights. What was compacted before is taken as it is.
     multiple_of: as in `compact`.
@@ -101,10 +101,9 @@ def _indexed(layer: nn.Module, liveness: LayerLiveness, weight: Tensor) -> Index
             "DeadZoneLDZCompander; exclude the layer from quantization to keep it in float32"
         )
     grid = quantizer.grid(latent)
-    rows, columns = torch.from_numpy(liveness.kept_out), torch.from_numpy(liveness.kept_in)
-    indices = quantizer.indices(latent).cpu()[rows][:, columns].contiguous()
+    indices = liveness.smaller_weight(quantizer.indices(latent).cpu()).contiguous()
     found = IndexedWeight(int(quantizer.get_bitwidth().item()), grid.step.cpu(), grid.shift.cpu(), indices)
-    if not torch.equal(found.values(), weight[:, : len(columns)]):
+    if not torch.equal(found.values(), weight[:, : indices.shape[1]]):
         raise IndexingError(
             f"layer {liveness.name!r}: its weights are not on its quantizer's grid; switch all quantizers on with "
             "toggle_quantization(model, True), and attach them alone, with no other parametrization of the weight"

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from src.export.integer_weights import IndexedNetwork, IndexedWeight, compact_with_indices, fp32_state_bytes
-from src.pruning import CompactNetwork
+from src.pruning import CompactNetwork, InputSize, own_calls
 from src.storage import (
     DamagedFileError,
     StorageError,
@@ -104,7 +104,7 @@ def pack(
     model: nn.Module | IndexedNetwork,
     path: str | Path,
     *,
-    input_size: tuple[int, int, int] = (3, 32, 32),
+    input_size: InputSize = (3, 32, 32),
     force: bool = False,
 ) -> PackReport:
     """Compact `model`, write it to `path`, and say what it takes. The model is left as it is, on its device.
@@ -154,9 +154,11 @@ def entropy_bits(q: NDArray[np.integer]) -> float:
 
 
 @torch.no_grad()
-def unpack(path: str | Path) -> CompactNetwork:
+def unpack(path: str | Path, like: nn.Module | None = None) -> CompactNetwork:
     """The network in a file that `pack` wrote, on the CPU, in eval mode, ready to run.
 
+    like: a network of the class that was packed, for one with operations that src/pruning/operations.py does not know:
+    a file holds no code. Raises CompactionError where it is needed and not given, or of another class.
     Raises StorageError for a file that is damaged, of another version or not a packed network, and where the file
     cannot be read.
     """
@@ -170,7 +172,10 @@ def unpack(path: str | Path) -> CompactNetwork:
     except StorageError as error:
         copy_it = "copy the file again, or " if isinstance(error, DamagedFileError) else ""
         raise StorageError(f"{error}; {copy_it}pack the network again") from error
-    network = CompactNetwork(described["network"])
+    description = described["network"]
+    further = [step["shape"][1:] for step in description["steps"] if step["op"] == "input"]
+    sizes = [description["input_size"], *further]
+    network = CompactNetwork(description, own_calls(like, sizes) if like is not None else None)
     state = network.state_dict()  # on the "meta" device: shapes, and no numbers yet
     layers = described["quantized"]
     shapes = [state[f"{layer['name']}.weight"][:, : layer["columns"]].shape for layer in layers]

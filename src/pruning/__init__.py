@@ -6,17 +6,19 @@ One description, read off the torch.fx graph, serves the penalty's groups, the l
 from __future__ import annotations
 
 from src.pruning.compact_network import CompactionError, CompactNetwork
-from src.pruning.compaction import compact
-from src.pruning.graph import GraphError, Op, trace
+from src.pruning.compaction import compact, own_calls
+from src.pruning.graph import Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
 from src.pruning.liveness import LayerLiveness, analyze_liveness, check_multiple
 from src.pruning.operations import Operation
+from src.pruning.tracing import GraphError, InputSize
 
 __all__ = [
     "ChannelGroups",
     "CompactNetwork",
     "CompactionError",
     "GraphError",
+    "InputSize",
     "LayerLiveness",
     "Member",
     "Op",
@@ -26,5 +28,6 @@ __all__ = [
     "check_multiple",
     "compact",
     "groups_of",
+    "own_calls",
     "trace",
 ]

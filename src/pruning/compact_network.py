@@ -1,7 +1,8 @@
 """A network built from a description (src/pruning/operations.py): ordinary layers and what joins them.
 
 A description may come out of a file that somebody else wrote: only operations of the table are built, with the fields
-they have, and on the "meta" device, so that no size in it allocates anything.
+they have, and on the "meta" device, so that no size in it allocates anything. What the table does not know is called as
+the user's network calls it; a description says its name alone, and the network itself has to come with it (`own`).
 Axis letters: N batch, C channels, H W space.
 """
 
@@ -14,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from src.pruning.operations import OPERATIONS, Operation
+from src.pruning.graph import Call, Ref
+from src.pruning.operations import OPERATIONS, Operation, fields_of
 from utils_quantization import default_tensors
 
-FORMAT = 2
+FORMAT = 3
 COMPACT_AGAIN = "compact the original network again"
 
 
@@ -26,17 +28,18 @@ class CompactionError(ValueError):
 
 
 class CompactNetwork(nn.Module):
-    """The network that `description` says: (N, C, H, W) images of its `input_size` -> the result of its `output`.
+    """The network that `description` says: (N, *size) images of its `input_size` -> the result of its `output`.
 
-    description: a copy, which `json.dumps` can write. shapes: of every value for one image, the image first.
+    description: a copy, which `json.dumps` can write. shapes: of every value for one image, the image first; None for a
+    value that is no tensor. own: the calls of operations that the table does not know, by their name.
     Layers keep the names they had in the network it was made from, and so do the keys of the state dictionary. Restore
     with `net = CompactNetwork(description); net.load_state_dict(state)`: until then its parameters are on the "meta"
     device and nothing is allocated; it takes over the state's tensors, with their device and dtype.
-    Raises CompactionError for a description that is damaged.
+    Raises CompactionError for a description that is damaged, or one with operations that are not in `own`.
     """
 
     @default_tensors()
-    def __init__(self, description: Mapping[str, Any]) -> None:
+    def __init__(self, description: Mapping[str, Any], own: Mapping[str, Call] | None = None) -> None:
         super().__init__()
         if description.get("format") != FORMAT:
             raise CompactionError(
@@ -45,60 +48,139 @@ class CompactNetwork(nn.Module):
             )
         self.description = copy.deepcopy(dict(description))
         self._module_names: dict[int, str] = {}
+        self._calls = dict(own or {})
+        self._check_own()
         try:
-            values = {0: torch.empty(1, *description["input_size"], device="meta")}
+            values: dict[int, Any] = {0: torch.empty(1, *description["input_size"], device="meta")}
             self._operations: list[Operation] = self.description["steps"]
             for number, operation in enumerate(self._operations, start=1):
-                inputs = [values[value] for value in operation["inputs"]] or [values[0]]
-                self._build(number, operation, inputs[0].shape[1])
+                inputs = [values[value] for value in operation["inputs"]]
+                self._build(number, operation, inputs)
                 self.eval()  # BatchNorm then takes a single image
-                values[number] = self._result(number, operation, inputs)
+                if "shape" in operation:
+                    shape = operation["shape"]
+                    values[number] = None if shape is None else torch.empty(shape, device="meta")
+                else:
+                    values[number] = self._result(number, operation, inputs or [values[0]])
             values[description["output"]]
             self.train()
         except Exception as error:  # whatever Python and torch say of fields and sizes that do not fit
             reason = f"{type(error).__name__}: {error}"
             raise CompactionError(f"the description is damaged ({reason:.200}); {COMPACT_AGAIN}") from error
-        self.shapes = [tuple(value.shape[1:]) for value in values.values()]
-        self.input_size = self.shapes[0]
+        self.shapes = [tuple(value.shape[1:]) if isinstance(value, Tensor) else None for value in values.values()]
+        self.input_size = cast(tuple[int, ...], self.shapes[0])
         # activations are large and most are read once: each goes after the operation that reads it last
         self._last_use = {value: number for number, each in enumerate(self._operations, 1) for value in each["inputs"]}
         self._last_use[description["output"]] = len(self._operations) + 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the output, usually (N, classes). Raises CompactionError for images of another size."""
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        """(N, *input_size) -> the output, usually (N, classes). more: further inputs of a network that has them.
+
+        Raises CompactionError for images of another size.
+        """
         if tuple(x.shape[1:]) != self.input_size:
             raise CompactionError(
                 f"got images of shape {tuple(x.shape[1:])}: this network was made for {self.input_size}; compact the "
                 "original network with the input_size you need"
             )
-        values = {0: x}
+        return self._run((x, *more), self._last_use)[self.description["output"]]
+
+    def results(self, *images: Tensor) -> dict[int, Any]:
+        """All values, by their number."""
+        return self._run(images, dict.fromkeys(self._last_use, len(self._operations) + 1))
+
+    def _run(self, images: tuple[Tensor, ...], last_use: Mapping[int, int]) -> dict[int, Any]:
+        """The values that are still needed in the end."""
+        values: dict[int, Any] = {0: images[0]}
         for number, operation in enumerate(self._operations, start=1):
-            inputs = [values[value] for value in operation["inputs"]] or [x]
-            values[number] = self._result(number, operation, inputs)
-            values = {value: held for value, held in values.items() if self._last_use.get(value, 0) > number}
-        return values[self.description["output"]]
+            if operation["op"] == "input":
+                values[number] = images[operation["number"]]
+            else:
+                inputs = [values[value] for value in operation["inputs"]]
+                values[number] = self._result(number, operation, inputs or [images[0]])
+            values = {value: held for value, held in values.items() if last_use.get(value, 0) > number}
+        return values
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = True) -> Any:
         """As nn.Module does, with `assign=True`, because the parameters of a new network are on the "meta" device."""
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _build(self, number: int, operation: Operation, channels: int) -> None:
-        """Add the module of an operation, if it has one. channels: of its input."""
-        kind = OPERATIONS[operation["op"]]
-        if kind.layer is not None:
-            fields = {field: operation[field] for field in kind.fields if field != "name"}
-            self._module_names[number] = operation.get("name", f"_{operation['op']}_{number}")
-            *path, leaf = self._module_names[number].split(".")
-            parent: nn.Module = self
-            for part in path:
-                if part not in dict(parent.named_children()):
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
-            parent.add_module(leaf, kind.layer(channels, **fields, device="meta"))
+    @property
+    def own_operations(self) -> list[str]:
+        """Names of the operations that the table does not know."""
+        return [step["name"] for step in self.description.get("steps", []) if step["op"] == "own"]
 
-    def _result(self, number: int, operation: Operation, inputs: list[Tensor]) -> Tensor:
+    def _check_own(self) -> None:
+        missing = [name for name in self.own_operations if name not in self._calls]
+        if missing:
+            names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+            raise CompactionError(
+                f"the network has operations of its own ({names}), whose code is not in the description; "
+                "give a network of that class: unpack(path, like=MyNetwork())"
+            )
+
+    def _build(self, number: int, operation: Operation, inputs: list[Tensor]) -> None:
+        """Add the module of an operation, if it has one, with as many channels as its input has."""
+        if operation["op"] == "own":
+            held, target = self._calls[operation["name"]].attribute, str(self._calls[operation["name"]].target)
+            if held is not None:
+                self._add(target, held)
+            return
+        make = OPERATIONS[operation["op"]].layer
+        if make is not None:
+            fields = fields_of(operation)
+            dim = fields.get("dim", -1 if operation["op"] == "linear" else 1)
+            self._module_names[number] = operation.get("name", f"_{operation['op']}_{number}")
+            self._add(self._module_names[number], make(inputs[0].shape[dim], **fields, device="meta"))
+
+    def _add(self, path: str, held: Any) -> None:
+        """Put a module, parameter or buffer at a path, unless it is there."""
+        *above, leaf = path.split(".")
+        parent: nn.Module = self
+        for part in above:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if isinstance(held, nn.Module):
+            if dict(parent.named_children()).get(leaf) is not held:
+                parent.add_module(leaf, held)
+        elif isinstance(held, nn.Parameter):
+            parent.register_parameter(leaf, held)
+        elif leaf not in dict(parent.named_buffers(recurse=False)):
+            parent.register_buffer(leaf, held)
+
+    def _result(self, number: int, operation: Operation, inputs: list[Any]) -> Any:
+        if operation["op"] == "own":
+            return self._called(self._calls[operation["name"]], inputs)
         if number in self._module_names:
-            return cast(Tensor, self.get_submodule(self._module_names[number])(*inputs))
+            return self.get_submodule(self._module_names[number])(*inputs)
         run = OPERATIONS[operation["op"]].run
         assert run is not None
-        return run(operation, *inputs)
+        return run(*inputs, **fields_of(operation))
+
+    def _called(self, call: Call, inputs: list[Any]) -> Any:
+        """What an operation of the user's network gives for these values."""
+        args, kwargs = _filled(call.args, inputs), _filled(call.kwargs, inputs)
+        if call.kind == "call_function":
+            return call.target(*args, **kwargs)
+        if call.kind == "call_method":
+            return getattr(args[0], call.target)(*args[1:], **kwargs)
+        if call.kind == "call_module":
+            return self.get_submodule(call.target)(*args, **kwargs)
+        if call.kind == "get_attr":
+            owner, _, name = call.target.rpartition(".")
+            return getattr(self.get_submodule(owner), name)
+        return args[0]  # an argument with its default, or what the network returns
+
+
+def _filled(template: Any, values: list[Any]) -> Any:
+    """The arguments of a call with the values in their places."""
+    if isinstance(template, Ref):
+        return values[template.number]
+    if isinstance(template, slice):
+        return slice(*(_filled(each, values) for each in (template.start, template.stop, template.step)))
+    if isinstance(template, dict):
+        return {name: _filled(each, values) for name, each in template.items()}
+    if isinstance(template, tuple):
+        return tuple(_filled(each, values) for each in template)
+    return [_filled(each, values) for each in template] if isinstance(template, list) else template

@@ -8,38 +8,53 @@ them. What constant channels contributed is kept in three places:
                                                  layer: weight[o, last] = sum over c of value_c * weight[o, c]
     any other convolution, a linear layer        its bias: bias[o] += sum over c, k of value_c * weight[o, c, k]
     an add                                       one constant per channel, added behind it
+    anything else that reads them                the constants themselves, put where the channels were
 
 Worked case. A 3x3 convolution with padding 1 reads a channel that is 2 everywhere with weights of 0.5: in the middle of
 the image it adds 9 * 0.5 * 2 = 9, at an edge 6, in a corner 4. No bias can do that; a channel of ones with weights
 0.5 * 2 = 1 does.
+An operation that is not understood is left exactly as it is, and all channels that touch it stay. A convolution of
+several groups keeps as many channels in each group as the widest of them needs.
 Axis letters: N batch, O output channels, I input channels, C channels, k kernel, H W space.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork
-from src.pruning.graph import LAYERS, Op
+from src.pruning.graph import LAYERS, Call, Op, Ref
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
-from src.pruning.operations import Operation
-from utils_quantization import shared_quantized_weights, unwrapped
+from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation
+from src.pruning.tracing import InputSize, recorded_graph
+from utils_quantization import eval_mode, shared_quantized_weights, unwrapped
 
 Indices = NDArray[np.int64]
+COMPARED = 2  # images on which the smaller network is compared with the original
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; half precision: HALF
+HALF = 5e-2
 
 
 @torch.no_grad()
-def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), multiple_of: int = 1) -> CompactNetwork:
+def compact(
+    model: nn.Module, input_size: InputSize = (3, 32, 32), multiple_of: int = 1, atol: float | None = None
+) -> CompactNetwork:
     """`model` without the channels that exact removal takes out, in eval mode, on its device and in its dtype.
 
     Logits agree to rounding (1e-10 relative in float64, 1e-4 in float32) and MACs are those that
     metrics.QuantizationComparison.calculate_stats counts. Quantized weights become plain parameters, bit for bit;
-    `model` is left as it is. input_size: (C, H, W) of one image.
+    `model` is left as it is. Every network that torch.fx can trace is compacted, at worst to itself: an operation that
+    is not in the table of src/pruning/operations.py stays as it is, with all channels it reads and makes.
+    input_size: (C, H, W) of one image, or one size for each input.
 
     multiple_of: above 1, a layer of which something is removed keeps the next multiple of that many output channels, or
     all it has. Layers tied by residual connections keep one set: what is live in any of them, rounded up; a branch of
@@ -48,10 +63,12 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), mu
     where constants of removed channels are left, takes the place of a kept constant channel; where there is none, it
     comes on top of the multiple.
 
+    atol: the result is compared with `model` on two random images, and may differ by so much, relative to the largest
+    output where that is above 1; None for 1e-8 in float64, 1e-3 in float32, 0.05 in half precision.
+
     Raises CompactionError for a `multiple_of` that is not a whole number from 1 to the widest layer's width; for a
-    network in training mode, with an operation that src/pruning/graph.py does not know,
-    with weights that are not finite, or whose output does not depend on the image; GraphError where the network cannot
-    be traced.
+    network in training mode, with weights that are not finite, or whose output does not depend on the image; and where
+    the outputs differ, with the first operation that does. GraphError where the network cannot be traced.
     """
     model = unwrapped(model)
     if any(module.training for module in model.modules()):
@@ -61,34 +78,44 @@ def compact(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32), mu
         )
     check_multiple(model, multiple_of, CompactionError)
     liveness = analyze_liveness(model, input_size, multiple_of)
-    _check_supported(liveness.ops)
+    first = next(model.parameters())
     modules = dict(model.named_modules())
     with shared_quantized_weights(model):
-        own = {layer.name: cast(Tensor, modules[layer.name].weight).detach() for layer in liveness.layers}
-    for name, weight in own.items():
-        if not weight.isfinite().all():
-            raise CompactionError(
-                f"layer {name!r} has weights that are not finite: the network diverged; train it again"
-            )
-    first = next(iter(own.values()))
-    writer = _Writer(liveness, modules, {name: weight.cpu() for name, weight in own.items()})
-    network = CompactNetwork(writer.description(input_size))
-    network.load_state_dict({name: value.detach().clone() for name, value in writer.state.items()})
-    return network.to(first.device, first.dtype).eval()  # counters and indices stay whole numbers
+        for layer in liveness.layers:
+            if not cast(Tensor, getattr(modules[layer.name], layer.parameter)).isfinite().all():
+                raise CompactionError(
+                    f"layer {layer.name!r} has weights that are not finite: the network diverged; train it again"
+                )
+        writer = _Writer(liveness, modules)
+        network = CompactNetwork(writer.description(), writer.own)
+    state = {name: value.detach().clone() for name, value in writer.state.items()}
+    network.load_state_dict(network.state_dict() | state)
+    network = network.to(first.device).eval()
+    _compare(model, network, writer, atol if atol is not None else TOLERANCE.get(first.dtype, HALF))
+    return network
 
 
-def _check_supported(ops: tuple[Op, ...]) -> None:
-    opaque = [op for op in ops if op.kind == "opaque"]
-    if opaque:
-        op = opaque[0]
-        raise CompactionError(
-            f"the network holds an operation that is not known: {op.module or op.name!r}; the metrics count everything "
-            "around it as not removable, and it cannot be rebuilt. Known are Conv2d (groups=1), Linear, BatchNorm2d, "
-            "ReLU, pooling without padding, flatten, dropout, add and option-A shortcuts"
-        )
-    inputs, output = [op for op in ops if op.kind == "input"], ops[-1]
-    if len(inputs) != 1 or output.kind != "output" or len(output.inputs) != 1 or not output.channels:
-        raise CompactionError("the network must take one image tensor and return one tensor; wrap it so that it does")
+def own_calls(model: nn.Module, input_size: InputSize) -> dict[str, Call]:
+    """The calls of the operations of `model` that the table does not know, by their name."""
+    network = unwrapped(model)
+    with eval_mode(network):
+        ops = analyze_liveness(network, input_size).ops
+    return {op.name: _own_copy(op.call) for op in ops if op.call}
+
+
+def _own_copy(call: Call) -> Call:
+    """A call with a copy of its module, whose quantized weights are plain parameters."""
+    held = call.attribute
+    if not isinstance(held, (nn.Module, Tensor)):
+        return call
+    if isinstance(held, Tensor):
+        copied = held.detach().clone()
+        return replace(call, attribute=nn.Parameter(copied) if isinstance(held, nn.Parameter) else copied)
+    held = copy.deepcopy(held)
+    for module in list(held.modules()):
+        for name in list(getattr(module, "parametrizations", ())):
+            parametrize.remove_parametrizations(module, name)
+    return replace(call, attribute=held)
 
 
 class _Writer:
@@ -98,79 +125,129 @@ class _Writer:
     moving: values that depend on the image; a padded convolution of constants alone varies in space, but not with it.
     """
 
-    def __init__(self, liveness: Liveness, modules: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
-        self.liveness, self.modules, self.weights = liveness, modules, weights
+    def __init__(self, liveness: Liveness, modules: Mapping[str, nn.Module]) -> None:
+        self.liveness, self.modules = liveness, modules
         self.layers = {layer.name: layer for layer in liveness.layers}
         self.kept: dict[str, Indices] = {name: np.flatnonzero(flags) for name, flags in liveness.kept.items()}
         self.ops = {op.name: op for op in liveness.ops}
         self.operations: list[Operation] = []
         self.state: dict[str, Tensor] = {}
+        self.own: dict[str, Call] = {}
         self.value: dict[str, int] = {}
         self.moving: set[int] = {0}
 
-    def description(self, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """The description of the smaller network; `self.state` is its state dictionary then."""
+        images = [op for op in self.liveness.ops if op.kind == "input"]
+        for number, op in enumerate(images):
+            self.value[op.name] = self._describe("input", number=number, shape=list(op.shape)) if number else 0
+        self.moving.update(self.value.values())
         for op in self.liveness.ops:
-            if op.kind == "input":
-                self.value[op.name] = 0
-            elif op.kind != "output" and len(self.kept[op.name]):
+            if op.kind == "output":
+                output = self._output(op)
+            elif op.kind == "opaque" or (op.kind != "input" and len(self.kept[op.name])):
                 self.value[op.name] = self._write(op)
-        output = self.value.get(self.liveness.ops[-1].inputs[0], -1)
         if output not in self.moving:
             cut = [layer.name for layer in self.liveness.layers if not len(layer.kept_out)]
             raise CompactionError(
                 "the network is dead: its output is the same for every image (layers of which nothing is left: "
                 f"{', '.join(cut) or 'none'}); train it with a smaller penalty or a later ramp"
             )
-        size = [int(side) for side in input_size]
+        size = list(images[0].shape[1:])
         return {"format": FORMAT, "input_size": size, "steps": self.operations, "output": output}
 
+    def _output(self, op: Op) -> int:
+        """The value that the network returns, or a step that collects several."""
+        call = cast(Call, op.call)
+        given = call.args[0]
+        if len(op.inputs) == 1 and not isinstance(given, (tuple, list, dict)):
+            return self.value[op.inputs[0]]
+        keys = list(given) if isinstance(given, dict) else None
+        entries = list(given.values()) if isinstance(given, dict) else list(given)
+        if not all(isinstance(each, Ref) for each in entries) or isinstance(given, list):
+            return self._own(op)
+        values = [self.value[op.inputs[each.number]] for each in entries]
+        return self._describe("collect", *values, keys=keys, shape=None)
+
+    def _own(self, op: Op) -> int:
+        """An operation that is left as it is."""
+        call = cast(Call, op.call)
+        self.own[op.name] = _own_copy(call)
+        shape = list(op.shape) if op.shape else None
+        return self._describe("own", *(self.value[name] for name in op.inputs), name=op.name, shape=shape)
+
     def _write(self, op: Op) -> int:
+        if op.kind == "opaque":
+            return self._own(op) if op.call else self.value[op.inputs[0]]
         if op.kind in LAYERS:
             return self._layer(op, self.layers[cast(str, op.module)])
         if op.kind == "add":
             return self._add(op)
-        source, kept = op.inputs[0], self.kept[op.name]
-        channels = op.channel_map(len(self.liveness.kept[source]))
+        if op.kind == "join":
+            return self._join(op)
+        kept = self.kept[op.name]
+        maps = op.channel_maps([self.ops[name].channels for name in op.inputs])
+        source = op.inputs[0]
         if op.kind == "flatten":  # of the features of a kept channel, the reader may need only some
-            features = np.flatnonzero(np.isin(channels, self.kept[source]))
+            features = np.flatnonzero(np.isin(maps[0], self.kept[source]))
             return self._chosen(self._describe("flatten", self.value[source]), features, kept)
-        value = self._select(source, channels[kept])
+        values = [self._select(name, channels[kept]) for name, channels in zip(op.inputs, maps, strict=True)]
         if op.kind in ("pass", "select"):
-            return value
-        if op.kind == "batchnorm":
+            return values[0]
+        if op.kind in ("scale", "shift"):
+            name = f"{op.kind}_{op.name}"
+            self.state[f"{name}.value"] = self._like_weights(cast(Tensor, op.values)[kept])
+            return self._describe(op.kind, *values, name=name, dim=op.axis)
+        if op.kind in ("batchnorm", "prelu"):
             name = cast(str, op.module)
             for entry, tensor in self.modules[name].state_dict().items():
-                self.state[f"{name}.{entry}"] = tensor.cpu() if tensor.dim() == 0 else tensor.cpu()[kept]
-            return self._describe("batchnorm", value, name=name, **op.settings)
-        return self._describe(op.kind, value, **op.settings)
+                whole = tensor.dim() == 0 or op.settings.get("shared")
+                self.state[f"{name}.{entry}"] = tensor.cpu() if whole else tensor.cpu()[kept]
+            return self._describe(op.kind, *values, name=name, **op.settings)
+        return self._describe(op.kind, *values, **op.settings)
 
     def _layer(self, op: Op, layer: LayerLiveness) -> int:
         """A convolution or linear layer: filters that stay, slices that stay, and the constants it reads."""
         module, source = self.modules[layer.name], op.inputs[0]
-        weight = self.weights[layer.name][layer.kept_out]  # (O, I, ...)
+        whole = cast(Tensor, module.weight).detach().cpu()
+        weight = layer.smaller_weight(whole)
         bias = None if module.bias is None else cast(Tensor, module.bias).detach().cpu()[layer.kept_out]
-        constants = np.nan_to_num(self.liveness.constant[source])
-        constants[layer.kept_in] = 0
-        carried = torch.tensordot(weight.double(), torch.from_numpy(constants), dims=([1], [0]))  # (O, ...)
-        weight = weight[:, layer.kept_in]
-        value = self._select(source, layer.kept_in) if len(layer.kept_in) else None
+        carried = self._carried(layer, whole, source)  # (O, ...)
+        wanted, made = layer.arrangement() if layer.groups > 1 else (layer.kept_in, np.arange(len(layer.kept_out)))
+        value = self._select(source, wanted.reshape(-1)) if wanted.size else None
         if layer.carries_constants:
             weight = torch.cat([weight, carried.unsqueeze(1).to(weight.dtype)], dim=1)
-            ones = self._describe("fill", value=1, size=[1, self.ops[source].height, self.ops[source].width])
-            value = ones if value is None else self._describe("join", value, ones)
-        elif not is_padded(module) and carried.any():
+            ones = self._describe("fill", value=1, size=[1, *self.ops[source].shape[2:]])
+            value = ones if value is None else self._describe("join", value, ones, dim=1)
+        elif not is_padded(op) and carried.any():
             folded = carried.reshape(len(carried), -1).sum(dim=1)
             bias = folded if bias is None else folded + bias
         if value is None:  # an output that must stay although its weights are zero: its bias is all there is
-            space = [op.height, op.width] if op.kind == "conv" else []
-            blank = self._describe("fill", value=0, size=[len(layer.kept_out), *space])
-            return blank if bias is None else self._shift(layer.name, blank, bias)
+            blank = self._blank(op, layer.kept_out)
+            return blank if bias is None else self._shift(layer.name, blank, bias, op.axis)
+        places = made.reshape(-1)
         self.state[f"{layer.name}.weight"] = weight.contiguous()
         if bias is not None:
-            self.state[f"{layer.name}.bias"] = bias
-        width = {"out_channels" if op.kind == "conv" else "out_features": len(layer.kept_out)}
-        return self._describe(op.kind, value, name=layer.name, **width, **op.settings, bias=bias is not None)
+            self.state[f"{layer.name}.bias"] = self._like_weights(
+                torch.where(torch.from_numpy(places) < 0, 0, bias[places])
+            )
+        fields = {field: op.settings[field] for field in OPERATIONS[op.kind].fields if field not in WRITTEN_ANEW}
+        fields["out_features" if op.kind == "linear" else "out_channels"] = len(places)
+        if layer.groups > 1:
+            fields["groups"] = len(made)
+        value = self._describe(op.kind, value, name=layer.name, **fields, bias=bias is not None)
+        return self._chosen(value, places, np.arange(len(layer.kept_out)))
+
+    def _carried(self, layer: LayerLiveness, weight: Tensor, source: str) -> Tensor:
+        """What the constants of removed input channels come to in each kept filter, a number for each tap, (O, ...)."""
+        constants = np.nan_to_num(self.liveness.constant[source])
+        constants[layer.kept_in] = 0
+        rows = (weight.transpose(0, 1) if layer.transposed else weight)[layer.kept_out].double()
+        group_of = layer.kept_out // (layer.out_channels // layer.groups)
+        read = torch.from_numpy(constants).view(layer.groups, -1)
+        if layer.groups == 1:
+            return torch.tensordot(rows, read[0], dims=([1], [0]))
+        return (rows * read[group_of].view(*rows.shape[:2], *[1] * (rows.dim() - 2))).sum(1)
 
     def _add(self, op: Op) -> int:
         """Each branch is put where its channels belong; what its constant channels add becomes one shift."""
@@ -180,15 +257,32 @@ class _Writer:
         for name in op.inputs:
             constants += self._removed(name)[kept]
             if np.isin(kept, self.kept[name]).any():
-                branches.append(self._chosen(self.value[name], self.kept[name], kept))
+                branches.append(self._chosen(self.value[name], self.kept[name], kept, op.axis))
         value = branches[0] if len(branches) == 1 else self._describe("add", *branches)
-        return self._shift(f"constant_{op.name}", value, torch.from_numpy(constants)) if constants.any() else value
+        if not constants.any():
+            return value
+        return self._shift(f"constant_{op.name}", value, torch.from_numpy(constants), op.axis)
+
+    def _join(self, op: Op) -> int:
+        """The kept channels of all parts, one part after the other."""
+        kept, parts = self.kept[op.name], []
+        maps = op.channel_maps([self.ops[name].channels for name in op.inputs])
+        for name, channels in zip(op.inputs, maps, strict=True):
+            wanted = channels[kept]
+            if (wanted >= 0).any():
+                parts.append(self._select(name, wanted[wanted >= 0]))
+        return parts[0] if len(parts) == 1 else self._describe("join", *parts, dim=op.axis)
 
     def _select(self, source: str, wanted: Indices) -> int:
-        value = self._chosen(self.value[source], self.kept[source], wanted)
+        """The channels `wanted` of a value, those that were removed as the constants they are, -1 for zeros."""
+        op = self.ops[source]
+        there = source in self.value
+        value = (
+            self._chosen(self.value[source], self.kept[source], wanted, op.axis) if there else self._blank(op, wanted)
+        )
         constants = np.append(self._removed(source), 0.0)[wanted]  # -1 takes the 0
-        name = f"constant_{source}_{len(self.operations)}"
-        return self._shift(name, value, torch.from_numpy(constants)) if constants.any() else value
+        name = f"constant_{source.replace(':', '_')}_{len(self.operations)}"
+        return self._shift(name, value, torch.from_numpy(constants), op.axis) if constants.any() else value
 
     def _removed(self, source: str) -> NDArray[np.float64]:
         """What the removed channels of a value are, 0 for those that are kept or that nothing needs."""
@@ -196,16 +290,27 @@ class _Writer:
         constants[self.kept[source]] = 0
         return constants
 
-    def _chosen(self, value: int, have: Indices, wanted: Indices) -> int:
+    def _chosen(self, value: int, have: Indices, wanted: Indices, axis: int = 1) -> int:
         """`value` has the channels `have`; give those of `wanted`, zeros where it has none."""
         if np.array_equal(have, wanted):
             return value
-        place = {int(channel): position for position, channel in enumerate(have)}
-        return self._describe("select", value, channels=[place.get(int(channel), -1) for channel in wanted])
+        place = {int(channel): position for position, channel in enumerate(have) if channel >= 0}
+        channels = [place.get(int(channel), -1) for channel in wanted]
+        return self._describe("select", value, channels=channels, dim=axis)
 
-    def _shift(self, name: str, value: int, constants: Tensor) -> int:
-        self.state[f"{name}.value"] = constants
-        return self._describe("shift", value, name=name)
+    def _shift(self, name: str, value: int, constants: Tensor, axis: int = 1) -> int:
+        self.state[f"{name}.value"] = self._like_weights(constants)
+        return self._describe("shift", value, name=name, dim=axis)
+
+    def _blank(self, op: Op, channels: Indices) -> int:
+        """Zeros in place of a value of which nothing is left."""
+        size = list(op.shape[1:])
+        size[op.axis - 1] = len(channels)
+        return self._describe("fill", value=0, size=size)
+
+    def _like_weights(self, values: Tensor) -> Tensor:
+        dtype = next((p.dtype for m in self.modules.values() for p in m.parameters()), torch.float32)
+        return values.detach().cpu().to(dtype)
 
     def _describe(self, kind: str, *inputs: int, **fields: Any) -> int:
         self.operations.append({"op": kind, "inputs": list(inputs), **fields})
@@ -213,3 +318,63 @@ class _Writer:
         if self.moving.intersection(inputs):
             self.moving.add(number)
         return number
+
+
+def _compare(model: nn.Module, network: CompactNetwork, writer: _Writer, atol: float) -> None:
+    """Raise CompactionError where the two networks differ on random images, with the first operation that does."""
+    first = next(model.parameters())
+    random = torch.Generator().manual_seed(0)
+    sizes = [op.shape[1:] for op in writer.liveness.ops if op.kind == "input"]
+    images = [torch.randn(COMPARED, *size, generator=random).to(first.device, first.dtype) for size in sizes]
+    expected, found = model(*copy.deepcopy(images)), network(*copy.deepcopy(images))
+    if _differ(expected, found, atol) is None:
+        return
+    graph = recorded_graph(model, sizes)
+    original = _Results(model, graph)
+    original.run(*copy.deepcopy(images))
+    results = network.results(*images)
+    for op in writer.liveness.ops:
+        number, whole = writer.value.get(op.name), original.found.get(op.name)
+        if number is None or not isinstance(whole, Tensor) or not op.channels:
+            continue
+        kept = torch.from_numpy(writer.kept[op.name]).to(whole.device)
+        if (difference := _differ(whole.index_select(op.axis, kept), results[number], atol)) is not None:
+            raise CompactionError(
+                f"the smaller network differs from {type(model).__name__} by {difference:.1e} of the largest value "
+                f"(allowed: {atol:g}), first behind {op.module or op.name!r} ({op.kind}): its forward pass does "
+                "something that its graph does not show; allow more by atol, or leave the network as it is"
+            )
+    raise CompactionError(f"the smaller network's output differs from {type(model).__name__}'s by more than {atol:g}")
+
+
+def _differ(expected: Any, found: Any, atol: float) -> float | None:
+    """By how much the tensors differ at most, relative to the largest number, where it is more than `atol`."""
+    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    worst = 0.0
+    for a, b in pairs:
+        scale = a.abs().amax().clamp(min=1) if a.numel() else 1
+        if a.shape != b.shape:
+            return float("inf")
+        worst = max(worst, float(((a - b).abs().nan_to_num(0) / scale).amax())) if a.numel() else worst
+    return worst if worst > atol else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All floating-point tensors in a network's output."""
+    if isinstance(value, Mapping):
+        return [tensor for each in value.values() for tensor in _tensors(each)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+class _Results(fx.Interpreter):
+    """Runs a network's graph and keeps what every node gave, by name."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule(model, graph))
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.found[n.name] = super().run_node(n)
+        return self.found[n.name]

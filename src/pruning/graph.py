@@ -2,256 +2,191 @@
 
 Each operation says which earlier values it reads and what it does to their channels; weights are looked up in the
 modules when they are needed. What is not recognised becomes an "opaque" operation, which every later analysis treats
-with caution: nothing that flows into it or out of it may be removed.
+with caution: nothing that flows into it or out of it may be removed, and compaction keeps it exactly as it is.
 Axis letters: N batch, C channels, H W space.
 """
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from src.pruning.operations import settings_of
-from utils_quantization import eval_mode, unwrapped
+from src.pruning.recognition import Reading, Recognizer, shape_of
+from src.pruning.tracing import InputSize, overwritten, recorded_graph
+from utils_quantization import unwrapped
 
-LAYERS = ("conv", "linear")
-CHANNELWISE = ("batchnorm", "relu", "pass", "pool", "stride", "select", "flatten", "add")
-AVERAGE = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-MAXIMUM = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-POOLING: dict[Any, tuple[str, ...]] = {F.avg_pool2d: AVERAGE, F.max_pool2d: MAXIMUM}
-
-Settings = dict[str, Any]
+LAYERS = ("conv", "conv_transpose", "linear")
+NOT_CHANNELWISE = (*LAYERS, "input", "output", "opaque", "fill")
+PARAMETRIC = ("batchnorm", "prelu")
 
 
-class GraphError(ValueError):
-    """The network cannot be read: wrong input size, or no torch.fx graph."""
+@dataclass(frozen=True)
+class Ref:
+    """In the arguments of a call: the value of its input number `number`."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation as the user's network has it: a node of its torch.fx graph, with `Ref`s for the values it reads.
+
+    attribute: the module that is called, or the parameter that is read. writes: whether it overwrites what it reads.
+    """
+
+    kind: str
+    target: Any
+    args: Any
+    kwargs: Any
+    attribute: Any = None
+    writes: bool = False
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. `inputs` are names of earlier operations; `channels`, `height`, `width` describe its output.
+    """One operation. `inputs` are names of earlier operations. `shape`: of its output for one image, () for no tensor.
 
     kind: a row of src/pruning/operations.py, with the fields of that row as `settings`, or one of
-        input     the image
+        input     an image
         pass      dropout or identity, nothing in eval mode
         output    what the network returns
-        opaque    anything else
+        opaque    anything else; `call` says what
+    channels: how many there are along dimension `axis` of the output. values: numbers of a scale or shift, (C,).
     """
 
     name: str
     kind: str
     inputs: tuple[str, ...]
     channels: int
-    height: int = 1
-    width: int = 1
+    shape: tuple[int, ...] = ()
+    axis: int = 1
     module: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    values: Tensor | None = None
+    call: Call | None = None
 
-    def channel_map(self, available: int) -> NDArray[np.int64]:
-        """The input channel that each output channel comes from, -1 for a channel of zeros, (channels,).
+    @property
+    def channelwise(self) -> bool:
+        """Whether every channel of the output is computed from one channel of each input, see `channel_maps`."""
+        return self.kind not in NOT_CHANNELWISE or self.is_depthwise
 
-        For the kinds in CHANNELWISE, which compute every channel of their output from one channel of each input.
-        available: how many channels the input has.
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether it is a convolution in which every output channel reads one input channel."""
+        return bool(self.settings.get("depthwise"))
+
+    def channel_maps(self, available: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Of each input, the channel that each output channel comes from, -1 for none, (channels,).
+
+        For channelwise operations. available: how many channels each input has.
         """
+        own = np.arange(self.channels)
         if self.kind == "select":
-            return np.array(self.settings["channels"], dtype=np.int64)
-        if self.kind == "flatten":  # the pixels of a channel become features beside each other
-            return np.arange(self.channels) // (self.channels // available)
-        return np.arange(self.channels)
+            return [np.array(self.settings["channels"], dtype=np.int64)]
+        if self.kind in ("flatten", "conv"):  # the pixels of a channel become features beside each other
+            return [own // (self.channels // available[0])]
+        if self.kind == "join":
+            starts = np.cumsum([0, *available])
+            return [np.where((own >= start) & (own < end), own - start, -1) for start, end in pairwise(starts)]
+        return [own] * len(self.inputs)
 
 
-def trace(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> list[Op]:
+def trace(model: nn.Module, input_size: InputSize = (3, 32, 32)) -> list[Op]:
     """The operations of `model` in the order they run, for one image of `input_size` (C, H, W).
 
-    The network is run once, in eval mode, on one blank image to learn the shapes; its state is left as it was. Raises
-    GraphError where torch.fx cannot follow the forward pass or the image does not fit.
+    The network is run once, in eval mode, on one blank image to learn the shapes; its state is left as it was.
+    input_size: for a network of several inputs, one size for each, or one that is that of all. Raises GraphError where
+    torch.fx cannot follow the forward pass or the image does not fit.
     """
     model = unwrapped(model)
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever the forward pass does to a proxy
-        raise GraphError(
-            f"{type(model).__name__} cannot be traced ({error}): its forward pass depends on values; channels can only "
-            "be followed through a fixed graph"
-        ) from error
-    _record_results(model, graph, input_size)
-    modules = dict(model.named_modules())
-    ops = [op for op in (_read(node, modules) for node in graph.nodes) if op is not None]
-    calls = Counter(op.module for op in ops)
-    # A module that is called twice shares its weights between two places: its channels cannot be changed in one.
-    return [replace(op, kind="opaque") if op.module and calls[op.module] > 1 else op for op in ops]
+    graph = recorded_graph(model, input_size)
+    opaque = overwritten(graph)
+    ops = _Reader(model, opaque).ops(graph)
+    shared = _shared_parameters(model, ops)
+    return _Reader(model, opaque | {n for n in graph.nodes if n.name in shared}).ops(graph) if shared else ops
 
 
-def _record_results(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> None:
-    """Leave with every node the shape of its tensor, or the value of what only asks for a size (`x.size(0)`)."""
-    parameter = next(model.parameters(), torch.zeros(()))
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    recorder = _Recorder(fx.GraphModule(model, graph))
-    try:
-        with eval_mode(model), torch.no_grad():
-            recorder.run(image)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GraphError(
-            f"{type(model).__name__} does not accept an image of size {input_size} ({reason}); give the input_size it "
-            "was built for"
-        ) from error
+class _Reader:
+    """Turns nodes into operations. opaque: nodes that are left as they are although they could be understood."""
+
+    def __init__(self, model: nn.Module, opaque: set[fx.Node]) -> None:
+        self.model, self.opaque = model, opaque
+        self.recognizer = Recognizer(model)
+        self.found: dict[str, Op] = {}
+
+    def ops(self, graph: fx.Graph) -> list[Op]:
+        """The operations that the output needs, and those that overwrite a value."""
+        for node in graph.nodes:
+            reading = None if node in self.opaque or not node.meta.get("image") else self.recognizer.read(node)
+            if node.op == "output" or reading is None:
+                self._enter_unknown(node)
+            else:
+                self._enter(node, reading)
+        needed: set[str] = set()
+        kept: list[Op] = []
+        for op in reversed(self.found.values()):
+            if op.name in needed or op.kind in ("input", "output") or (op.call and op.call.writes):
+                needed.update(op.inputs)
+                kept.append(op)
+        return kept[::-1]
+
+    def _enter(self, node: fx.Node, reading: Reading) -> None:
+        self.recognizer.axis[node] = reading.axis
+        settings = dict(reading.settings)
+        if reading.kind == "conv":
+            settings["depthwise"] = 1 < settings["groups"] == shape_of(reading.inputs[0])[1]
+        inputs = tuple(self._along(source, reading) for source in reading.inputs)
+        shape, module = shape_of(node), reading.module or None
+        self.found[node.name] = Op(
+            node.name, reading.kind, inputs, shape[reading.axis], shape, reading.axis, module, settings, reading.values
+        )
+
+    def _enter_unknown(self, node: fx.Node) -> None:
+        shape = tuple(value.shape) if isinstance(value := node.meta.get("value"), Tensor) else ()
+        image = node.op == "placeholder" and node.meta["image"]
+        axis = self.recognizer.axis_of(node) if shape and not image else 1
+        self.found[node.name] = Op(
+            name=node.name,
+            kind="output" if node.op == "output" else "input" if image else "opaque",
+            inputs=tuple(source.name for source in node.all_input_nodes),
+            channels=shape[axis] if len(shape) > axis else 0,
+            shape=shape,
+            axis=axis,
+            module=str(node.target) if node.op == "call_module" else None,
+            call=self._call(node),
+        )
+
+    def _along(self, source: fx.Node, reading: Reading) -> str:
+        """The name of a value, or of the same one read along the dimension where its channels are wanted."""
+        op = self.found[source.name]
+        wanted = op.axis if reading.kind in ("permute", "mean", "fill") else reading.axis
+        if wanted == op.axis:
+            return op.name
+        name = f"{op.name}:{wanted}"
+        self.found.setdefault(name, Op(name, "opaque", (op.name,), op.shape[wanted], op.shape, wanted))
+        return name
+
+    def _call(self, node: fx.Node) -> Call:
+        number: dict[fx.Node, Any] = {source: Ref(place) for place, source in enumerate(node.all_input_nodes)}
+        args, kwargs = (fx.map_arg(given, number.__getitem__) for given in (node.args, node.kwargs))
+        held = node.meta["value"] if node.op == "get_attr" else None
+        if node.op == "call_module":
+            held = self.model.get_submodule(str(node.target))
+        return Call(node.op, node.target, args, kwargs, held, bool(node.meta.get("written")))
 
 
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # an error's own message is enough, and comes seconds sooner
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
-            n.meta["shape"] = result.shape
-        elif isinstance(result, (int, torch.Size)):
-            n.meta["size"] = result
-        return result
-
-
-def _read(node: fx.Node, modules: Mapping[str, nn.Module]) -> Op | None:
-    shape = node.meta.get("shape", ())
-    if node.op == "get_attr" or "size" in node.meta or not (shape or node.all_input_nodes):
-        return None
-    inputs = tuple(source.name for source in node.all_input_nodes if "shape" in source.meta)
-    kind, settings = _recognised(node, modules)
-    module = str(node.target) if node.op == "call_module" and kind in (*LAYERS, "batchnorm", "opaque") else None
-    channels = shape[1] if len(shape) > 1 else 0
-    height, width = shape[2:] if len(shape) == 4 else (1, 1)
-    return Op(node.name, kind, inputs, channels, height, width, module, settings)
-
-
-def _recognised(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, Settings]:
-    """Kind and settings of an operation."""
-    if node.op in ("placeholder", "output"):
-        return {"placeholder": "input"}.get(node.op, node.op), {}
-    if any(source.op == "get_attr" for source in node.all_input_nodes) or _overwrites_shared(node, modules):
-        return "opaque", {}
-    found = _module_kind(modules[str(node.target)]) if node.op == "call_module" else _function_kind(node)
-    kind, settings = found or ("opaque", {})
-    if kind == "linear" and len(node.meta["shape"]) != 2:
-        return "opaque", {}
-    if kind == "flatten":
-        return {4: "flatten", 2: "pass"}.get(len(_source_shape(node)), "opaque"), {}
-    return kind, settings
-
-
-def _module_kind(module: nn.Module) -> tuple[str, Settings] | None:
-    if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-        return "conv", settings_of("conv", module)
-    if isinstance(module, nn.Linear):
-        return "linear", {}
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-        return "batchnorm", settings_of("batchnorm", module)
-    if isinstance(module, nn.ReLU):
-        return "relu", {}
-    if isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)):
-        return "pass", {}
-    if isinstance(module, nn.AdaptiveAvgPool2d) and _one(module.output_size) == 1:
-        return "pool", {"average": True, "kernel_size": None, "stride": None}
-    if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-        return _pooling(vars(module), isinstance(module, nn.AvgPool2d))
-    if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
-        return "flatten", {}
-    return None
-
-
-def _function_kind(node: fx.Node) -> tuple[str, Settings] | None:
-    target, arguments = node.target, node.args
-    given = dict(enumerate(arguments)) | node.kwargs
-    if target in (F.relu, torch.relu, "relu"):
-        return "relu", {}
-    if target in (operator.add, operator.iadd, torch.add, "add", "add_") and len(arguments) == 2 and not node.kwargs:
-        shapes = [argument.meta.get("shape") if isinstance(argument, fx.Node) else None for argument in arguments]
-        if arguments[0] is not arguments[1] and shapes[0] == shapes[1] is not None:
-            return "add", {}
-    if target is F.adaptive_avg_pool2d and _one(given.get(1, given.get("output_size"))) == 1:
-        return "pool", {"average": True, "kernel_size": None, "stride": None}
-    if target in (torch.flatten, "flatten") and arguments[1:] in ((1,), (1, -1)) and not node.kwargs:
-        return "flatten", {}
-    if target in ("view", "reshape", torch.reshape):
-        source, shape = _source_shape(node), node.meta["shape"]
-        # with one image in the batch, two dimensions and as many numbers can only be (N, C H W)
-        if len(shape) == 2 and len(source) == 4 and shape.numel() == source.numel() and shape[0] == 1:
-            return "flatten", {}
-    if target in POOLING:
-        named = dict(zip(POOLING[target], arguments, strict=False)) | node.kwargs
-        known = {name: v.meta.get("size") if isinstance(v, fx.Node) else v for name, v in named.items()}
-        return _pooling(known, target is F.avg_pool2d)
-    if target is operator.getitem:
-        return _stride(arguments[1])
-    if target is F.pad:
-        return _channel_padding(node)
-    return None
-
-
-def _source_shape(node: fx.Node) -> torch.Size:
-    return cast(torch.Size, node.all_input_nodes[0].meta["shape"])
-
-
-def _overwrites_shared(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the operation writes in place over a value that something else reads too, itself or a view of it."""
-    module = modules.get(node.target) if isinstance(node.target, str) else None
-    written = getattr(module, "inplace", False) or node.target in (operator.iadd, "add_")
-    if not (written or node.kwargs.get("inplace") or (node.target is F.relu and node.args[1:] == (True,))):
-        return False
-    source = node.all_input_nodes[0]
-    while len(source.users) == 1:
-        module = modules.get(str(source.target)) if source.op == "call_module" else None
-        viewed = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten))
-        called = source.target if source.op in ("call_function", "call_method") else None
-        if not (viewed or called in (operator.getitem, torch.flatten, "flatten")):
-            return False
-        source = source.all_input_nodes[0]
-    return True
-
-
-def _pooling(given: Mapping[str, Any], average: bool) -> tuple[str, Settings] | None:
-    """A pooling without padding, or None for one with a setting that would change constants."""
-    kernel = _one(given.get("kernel_size"))
-    stride = _one(given["stride"]) if given.get("stride") is not None else kernel
-    plain = _one(given.get("padding", 0)) == 0 and _one(given.get("dilation", 1)) == 1
-    # a divisor of its own changes constants, and indices come as a second output
-    unusual = any(given.get(name) for name in ("ceil_mode", "divisor_override", "return_indices"))
-    if kernel is None or stride is None or not plain or unusual:
-        return None
-    return "pool", {"average": average, "kernel_size": kernel, "stride": stride}
-
-
-def _stride(index: Any) -> tuple[str, Settings] | None:
-    """x[:, :, ::step, ::step], or None where the index is anything else."""
-    step = index[2].step if isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], slice) else None
-    steps, everything = slice(None, None, step), slice(None)
-    if index == (everything, everything, steps, steps) and isinstance(step, int) and step > 0:
-        return "stride", {"step": step}
-    return None
-
-
-def _channel_padding(node: fx.Node) -> tuple[str, Settings] | None:
-    """Zero channels by F.pad(x, (0, 0, 0, 0, before, after)), or None for any other padding."""
-    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    padding: Any = given.get("pad")
-    zeros = given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
-    plain = isinstance(padding, (tuple, list)) and all(isinstance(count, int) and count >= 0 for count in padding)
-    if not (zeros and plain and tuple(padding[:4]) == (0, 0, 0, 0) and len(padding) == 6):
-        return None
-    return "select", {"channels": [-1] * padding[4] + [*range(_source_shape(node)[1])] + [-1] * padding[5]}
-
-
-def _one(value: Any) -> int | None:
-    """The number in 3 or (3, 3), else None."""
-    if isinstance(value, (tuple, list)):
-        return value[0] if len(set(value)) == 1 and isinstance(value[0], int) else None
-    return value if isinstance(value, int) else None
+def _shared_parameters(model: nn.Module, ops: Sequence[Op]) -> set[str]:
+    """Operations that have a parameter in common: its channels cannot be changed in one of them alone."""
+    readers: dict[int, set[str]] = {}
+    for op in ops:
+        held = model.get_submodule(op.module) if op.module else op.call and op.call.attribute
+        parameters = held.parameters() if isinstance(held, nn.Module) else [held] if isinstance(held, Tensor) else []
+        for parameter in parameters:
+            readers.setdefault(id(parameter), set()).add(op.name)
+    return set().union(*(names for names in readers.values() if len(names) > 1))

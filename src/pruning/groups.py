@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from src.pruning.graph import CHANNELWISE, LAYERS, Op, trace
+from src.pruning.graph import LAYERS, PARAMETRIC, Op, trace
+from src.pruning.tracing import InputSize
 from utils_quantization import unwrapped
 
 
@@ -53,11 +55,25 @@ class ChannelGroups:
 
     def slices(self, group: int) -> list[tuple[str, str, int, NDArray[np.int64]]]:
         """What group `group` holds: (module, parameter, dimension, indices) for every member that takes part."""
-        found = [(m.module, m.parameter, m.dim, np.flatnonzero(m.groups == group)) for m in self.members]
-        return [entry for entry in found if len(entry[3])]
+        found = []
+        for member, (order, starts) in zip(self.members, self._sorted, strict=True):
+            indices = order[starts[group] : starts[group + 1]]
+            if len(indices):
+                found.append((member.module, member.parameter, member.dim, indices))
+        return found
+
+    @cached_property
+    def _sorted(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Of each member, its indices in the order of their groups, and where each group begins among them."""
+        orders = [np.argsort(member.groups, kind="stable") for member in self.members]
+        bounds = np.arange(len(self) + 1)
+        return [
+            (order, np.searchsorted(member.groups[order], bounds))
+            for member, order in zip(self.members, orders, strict=True)
+        ]
 
 
-def channel_groups(model: nn.Module, input_size: tuple[int, int, int] = (3, 32, 32)) -> ChannelGroups:
+def channel_groups(model: nn.Module, input_size: InputSize = (3, 32, 32)) -> ChannelGroups:
     """The groups of removable channels of `model`, from its structure alone (no weights are read).
 
     Channels that are added, element by element, are one channel; so are a channel and what the shortcut makes of it.
@@ -74,12 +90,17 @@ def groups_of(ops: Sequence[Op], modules: dict[str, nn.Module]) -> ChannelGroups
     for op in ops:
         own, name = numbers[op.name], op.module or ""
         if op.kind in LAYERS:
-            read = numbers[op.inputs[0]]
-            members += [Member(name, "weight", "filter", 0, own), Member(name, "weight", "slice", 1, read)]
+            made, read = (1, 0) if op.kind == "conv_transpose" else (0, 1)
+            members.append(Member(name, "weight", "filter", made, own))
+            if op.settings.get("groups", 1) == 1:  # otherwise a slice belongs to several channels
+                members.append(Member(name, "weight", "slice", read, numbers[op.inputs[0]]))
             if getattr(modules[name], "bias", None) is not None:
                 members.append(Member(name, "bias", "bias", 0, own))
-        elif op.kind == "batchnorm" and getattr(modules[name], "weight", None) is not None:
-            members += [Member(name, "weight", "scale", 0, own), Member(name, "bias", "shift", 0, own)]
+        elif op.kind in PARAMETRIC:
+            for parameter, role in (("weight", "scale"), ("bias", "shift")):
+                values = getattr(modules[name], parameter, None)
+                if isinstance(values, nn.Parameter) and len(values) == len(own):
+                    members.append(Member(name, parameter, role, 0, own))
     return ChannelGroups(tuple(member for member in members if (member.groups >= 0).any()), tuple(names))
 
 
@@ -101,21 +122,38 @@ def _labels(ops: Sequence[Op]) -> tuple[dict[str, NDArray[np.int64]], set[int]]:
     """A label for each channel of each operation's output, the same where channels are one; labels that must stay."""
     count = 0  # of labels: a channel that is made anew gets a new one
     labels: dict[str, NDArray[np.int64]] = {}
-    same: list[tuple[int, int]] = []  # labels of channels that are added to each other
-    fixed: list[int] = []
+    same: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]  # pairs of labels of channels that are one
+    fixed: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     for op in ops:
         sources = [labels[name] for name in op.inputs]
         own = np.arange(count, count + op.channels)
         count += op.channels
-        if op.kind in CHANNELWISE:
-            channels = op.channel_map(len(sources[0]))
-            own = np.where(channels < 0, own, sources[0][channels])
-            if op.kind == "add":
-                same += zip(sources[0].tolist(), sources[1].tolist(), strict=True)
+        if op.channelwise:
+            made = own.copy()
+            for source, channels in zip(sources, op.channel_maps([len(each) for each in sources]), strict=True):
+                known = channels >= 0
+                first = known & (made == own)
+                made[first] = source[channels[first]]
+                tied = known & ~first
+                same.append(np.stack([made[tied], source[channels[tied]]]))
+            own = made
         elif op.kind not in LAYERS:  # input, output, opaque
-            fixed += np.concatenate([own, *sources]).tolist()
+            fixed += [own, *sources]
         labels[op.name] = own
-    first = np.arange(count)  # of each label: the label that stands for all that are the same
-    for left, right in same:
-        first[first == first[right]] = first[left]
-    return {name: first[own] for name, own in labels.items()}, set(first[fixed].tolist())
+    first = _representatives(count, np.concatenate(same, axis=1))
+    return {name: first[own] for name, own in labels.items()}, set(first[np.concatenate(fixed)].tolist())
+
+
+def _representatives(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each label, the smallest of all that the pairs make one with it, (count,)."""
+    first = np.arange(count)
+    left, right = pairs
+    while True:
+        least = np.minimum(first[left], first[right])
+        before = first.copy()
+        for ends in (left, right):
+            np.minimum.at(first, first[ends], least)
+            np.minimum.at(first, ends, least)
+        first = first[first]
+        if np.array_equal(first, before):
+            return first

@@ -2,22 +2,20 @@
 
 A compact network is described by plain data (JSON): the image size, its operations in the order they run, and which one
 gives the output. Value 0 is the image, value i the result of operation i, so that `{"op": "add", "inputs": [3, 7]}`
-adds what operations 3 and 7 gave.
+adds what operations 3 and 7 gave. There are
 
-    conv, linear, batchnorm   nn.Conv2d, nn.Linear, nn.BatchNorm2d
-    shift                     x + one learnable constant per channel
-    relu, add, flatten        as named
-    pool                      average or maximum; kernel_size null: over all pixels
-    stride                    every step-th row and column
-    select                    channel j is input channel channels[j], zeros for -1
-    fill                      (N, *size) of one number, 0 or 1
-    join                      the channels of its two inputs, one after the other
+    layers          which mix channels: conv, conv_transpose (of 1 to 3 dimensions), linear
+    channelwise     every channel of the output comes from one channel of each input; `src/pruning/graph.py` says which:
+                    batchnorm, prelu, scale, shift     with parameters for each channel
+                    activations, add, sub, mul, ...    alike for all channels
+                    pools, mean, pad, resize, slice    within a channel
+                    select, join, flatten, permute     which channel stands where
+    fill            (N, *size) of one number, 0 or 1
+    input, collect  a further input of the network; several outputs, as a tuple or a dict
+    own             anything else, exactly as the user's network does it: its code is not in the description
 
-A row of the table says which fields an operation has, and how torch computes it. Fields of layers have the names of
-torch's own arguments. The traced graph (src/pruning/graph.py) uses the same names and fields;
-src/export/onnx_file.py has an ONNX writer for every row. `fill` reads no value, but is given the image, which says how
-many there are, and where.
-
+A row of the table says which fields an operation has, and how torch computes it. Fields have the names of torch's own
+arguments. src/export/onnx_file.py has an ONNX writer for every row but `own`.
 Axis letters: N batch, C channels, H W space.
 """
 
@@ -32,6 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Operation = dict[str, Any]
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,42 @@ class OperationType:
     """One row of the table.
 
     fields: what an operation says besides "op" and "inputs".
-    run: operation, inputs -> result, for an operation without a module of its own.
-    layer: class of the module that computes it, for all others, made of the input channels and the fields.
+    run: fields by name, and inputs -> result, for an operation without a module of its own.
+    layer: makes the module that computes it, for all others, from the input channels and the fields.
     """
 
     fields: tuple[str, ...] = ()
-    run: Callable[..., Tensor] | None = None
+    run: Callable[..., Any] | None = None
     layer: Callable[..., nn.Module] | None = None
 
 
-class Shift(nn.Module):
-    """x + one learnable constant per channel: what removed channels added to those that stayed."""
+class PerChannel(nn.Module):
+    """What scale and shift have in common: one learnable number for each channel, which lie along dimension `dim`."""
 
-    def __init__(self, channels: int, device: str) -> None:
+    def __init__(self, channels: int, device: str, dim: int = 1) -> None:
         super().__init__()
+        self.dim = dim
         self.value = nn.Parameter(torch.empty(channels, device=device))
 
+    def spread(self, x: Tensor) -> Tensor:
+        """The numbers, in a shape that broadcasts over x."""
+        return self.value.view(-1, *[1] * (x.dim() - 1 - self.dim))
+
+
+class Scale(PerChannel):
+    """x * one learnable number per channel."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) or (N, C) -> the same shape."""
-        return x + self.value.view(-1, *[1] * (x.dim() - 2))
+        """(N, ..., C, ...) -> the same shape."""
+        return x * self.spread(x)
+
+
+class Shift(PerChannel):
+    """x + one learnable number per channel: a bias, or what removed channels added to those that stayed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ..., C, ...) -> the same shape."""
+        return x + self.spread(x)
 
 
 class Select(nn.Module):
@@ -67,51 +85,115 @@ class Select(nn.Module):
     not part of its state.
     """
 
-    def __init__(self, available: int, channels: list[int], device: str) -> None:
+    def __init__(self, available: int, channels: list[int], device: str, dim: int = 1) -> None:
         super().__init__()
-        self.padded = min(channels) < 0
+        self.padded, self.dim = min(channels) < 0, dim
         indices = torch.tensor([available if channel < 0 else channel for channel in channels])
         self.register_buffer("indices", indices, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) or (N, C) -> the same with the selected channels."""
+        """(N, ..., C, ...) -> the same with the selected channels."""
         if self.padded:  # one channel of zeros after the others
-            x = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, 1))
-        return x.index_select(1, self.get_buffer("indices"))
+            x = F.pad(x, (*[0, 0] * (x.dim() - 1 - self.dim), 0, 1))
+        return x.index_select(self.dim, self.get_buffer("indices"))
 
 
-def settings_of(kind: str, module: nn.Module) -> dict[str, Any]:
-    """The fields of an operation that a module of the original network gives, without its name, width and bias."""
-    found = {name: getattr(module, name) for name in OPERATIONS[kind].fields if name not in WRITTEN_ANEW}
-    if found.get("padding") == "valid":
-        found["padding"] = (0, 0)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+def _conv(channels: int, kernel_size: Any, **fields: Any) -> nn.Module:
+    return CONVOLUTIONS[len(kernel_size)](channels, kernel_size=kernel_size, **fields)
 
 
-def _pool(operation: Operation, x: Tensor) -> Tensor:
-    if operation["kernel_size"] is None:
-        return F.adaptive_avg_pool2d(x, 1) if operation["average"] else F.adaptive_max_pool2d(x, 1)
-    pool = F.avg_pool2d if operation["average"] else F.max_pool2d
-    return pool(x, operation["kernel_size"], operation["stride"])
+def _conv_transpose(channels: int, kernel_size: Any, **fields: Any) -> nn.Module:
+    return TRANSPOSED[len(kernel_size)](channels, kernel_size=kernel_size, **fields)
 
 
+def _batchnorm(channels: int, dims: int, bias: bool, **fields: Any) -> nn.Module:
+    return NORMS[dims](channels, **fields, **({} if bias else {"bias": False}))
+
+
+def _prelu(channels: int, shared: bool, device: str) -> nn.Module:
+    return nn.PReLU(1 if shared else channels, device=device)
+
+
+def of_space(name: str) -> Callable[..., Tensor]:
+    """`F.<name>1d`, 2d or 3d, for as many dimensions behind the channels as the input has."""
+    return lambda x, **fields: getattr(F, f"{name}{x.dim() - 2}d")(x, **fields)
+
+
+def _avg_pool(x: Tensor, *, divisor_override: int | None = None, **fields: Any) -> Tensor:
+    extra = {} if divisor_override is None else {"divisor_override": divisor_override}  # not in one dimension
+    return of_space("avg_pool")(x, **fields, **extra)
+
+
+def _slice(x: Tensor, *, slices: list[list[int | None]]) -> Tensor:
+    return x[(slice(None), slice(None), *(slice(*each) for each in slices))]
+
+
+def _collect(*values: Any, keys: list[str] | None = None) -> Any:
+    return values if keys is None else dict(zip(keys, values, strict=True))
+
+
+# Functions of one input that act on every number alone: their fields, and the values that torch gives them.
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "relu": (torch.relu, {}),
+    "relu6": (F.relu6, {}),
+    "leaky_relu": (F.leaky_relu, {"negative_slope": 0.01}),
+    "elu": (F.elu, {"alpha": 1.0}),
+    "selu": (F.selu, {}),
+    "celu": (F.celu, {"alpha": 1.0}),
+    "gelu": (F.gelu, {"approximate": "none"}),
+    "silu": (F.silu, {}),
+    "mish": (F.mish, {}),
+    "hardswish": (F.hardswish, {}),
+    "hardsigmoid": (F.hardsigmoid, {}),
+    "hardtanh": (F.hardtanh, {"min_val": -1.0, "max_val": 1.0}),
+    "sigmoid": (torch.sigmoid, {}),
+    "tanh": (torch.tanh, {}),
+    "softplus": (F.softplus, {"beta": 1.0, "threshold": 20.0}),
+    "softsign": (F.softsign, {}),
+    "abs": (torch.abs, {}),
+    "neg": (torch.neg, {}),
+    "clamp": (torch.clamp, {"min": None, "max": None}),
+}
 WRITTEN_ANEW = ("name", "out_channels", "out_features", "bias")  # fields that removal changes
+WINDOW = ("kernel_size", "stride", "padding")
 OPERATIONS: dict[str, OperationType] = {
-    "conv": OperationType(
-        ("name", "out_channels", "kernel_size", "stride", "padding", "dilation", "bias"), layer=nn.Conv2d
+    "conv": OperationType(("name", "out_channels", *WINDOW, "dilation", "groups", "padding_mode", "bias"), layer=_conv),
+    "conv_transpose": OperationType(
+        ("name", "out_channels", *WINDOW, "output_padding", "dilation", "bias"), layer=_conv_transpose
     ),
     "linear": OperationType(("name", "out_features", "bias"), layer=nn.Linear),
-    "batchnorm": OperationType(("name", "eps", "momentum", "affine"), layer=nn.BatchNorm2d),
-    "shift": OperationType(("name",), layer=Shift),
-    "relu": OperationType(run=lambda operation, x: F.relu(x)),
-    "flatten": OperationType(run=lambda operation, x: x.flatten(1)),
-    "add": OperationType(run=lambda operation, x, y: x + y),
-    "join": OperationType(run=lambda operation, x, y: torch.cat([x, y], dim=1)),
-    "pool": OperationType(("average", "kernel_size", "stride"), run=_pool),
-    "stride": OperationType(("step",), run=lambda operation, x: x[:, :, :: operation["step"], :: operation["step"]]),
-    "select": OperationType(("channels",), layer=Select),
+    "batchnorm": OperationType(("name", "dims", "eps", "momentum", "affine", "bias"), layer=_batchnorm),
+    "prelu": OperationType(("name", "shared"), layer=_prelu),
+    "scale": OperationType(("name", "dim"), layer=Scale),
+    "shift": OperationType(("name", "dim"), layer=Shift),
+    "select": OperationType(("channels", "dim"), layer=Select),
+    **{name: OperationType(tuple(fields), run=run) for name, (run, fields) in ACTIVATIONS.items()},
+    "affine": OperationType(("scale", "shift"), run=lambda x, scale, shift: x * scale + shift),
+    "add": OperationType(run=lambda x, y: x + y),
+    "sub": OperationType(run=lambda x, y: x - y),
+    "mul": OperationType(run=lambda x, y: x * y),
+    "join": OperationType(("dim",), run=lambda *inputs, dim: torch.cat(inputs, dim)),
+    "max_pool": OperationType((*WINDOW, "dilation", "ceil_mode"), run=of_space("max_pool")),
+    "avg_pool": OperationType((*WINDOW, "ceil_mode", "count_include_pad", "divisor_override"), run=_avg_pool),
+    "adaptive_avg_pool": OperationType(("output_size",), run=of_space("adaptive_avg_pool")),
+    "adaptive_max_pool": OperationType(("output_size",), run=of_space("adaptive_max_pool")),
+    "mean": OperationType(("dim", "keepdim"), run=lambda x, dim, keepdim: x.mean(dim, keepdim)),
+    "pad": OperationType(("pad", "mode", "value"), run=lambda x, pad, mode, value: F.pad(x, pad, mode, value)),
+    "resize": OperationType(("size", "scale_factor", "mode", "align_corners"), run=F.interpolate),
+    "slice": OperationType(("slices",), run=_slice),
+    "flatten": OperationType(run=lambda x: x.flatten(1)),
+    "reshape": OperationType(("space",), run=lambda x, space: x.reshape(*x.shape[:2], *space)),
+    "expand": OperationType(("space",), run=lambda x, space: x.expand(-1, -1, *space)),
+    "permute": OperationType(("dims",), run=lambda x, dims: x.permute(dims)),
     "fill": OperationType(
-        ("value", "size"),
-        run=lambda operation, image: image.new_full((image.shape[0], *operation["size"]), operation["value"]),
+        ("value", "size"), run=lambda image, value, size: image.new_full((image.shape[0], *size), value)
     ),
+    "input": OperationType(("number",)),
+    "collect": OperationType(("keys",), run=_collect),
+    "own": OperationType(("name", "size")),
 }
+
+
+def fields_of(operation: Operation) -> dict[str, Any]:
+    """The fields of an operation that its module or function takes, by name."""
+    return {field: operation[field] for field in OPERATIONS[operation["op"]].fields if field != "name"}

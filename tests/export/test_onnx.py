@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from src.export.integer_weights import compact_with_indices
 from src.export.onnx_file import OnnxCheck, OnnxError, integer_type
 from src.pruning import CompactionError, CompactNetwork, compact
 from src.storage import StorageError
+from tests.networks import IMAGE, Applied
 from tests.quantized_networks import SMALL_SIZE, as_trained, mixed_resnet20, small_resnet
 
 INTEGERS = {"int4": (TensorProto.INT4, 0.5), "int8": (TensorProto.INT8, 1), "int16": (TensorProto.INT16, 2)}
@@ -113,7 +115,7 @@ def test_shortcuts(option: str, integers: bool, tmp_path: Path) -> None:
 
 
 class EveryStep(nn.Module):
-    """All that a description can say and a ResNet does not: biases, pooling, "same" padding, dilation, no affine."""
+    """What a ResNet does not have: biases, pooling, "same" padding, dilation, no affine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,21 +150,24 @@ def test_every_operation(dead: bool, tmp_path: Path) -> None:
 
 
 def described(steps: list[dict[str, object]], size: tuple[int, int, int] = (2, 3, 4)) -> CompactNetwork:
-    text = {"format": 2, "input_size": list(size), "steps": steps, "output": len(steps)}
+    text = {"format": 3, "input_size": list(size), "steps": steps, "output": len(steps)}
     return CompactNetwork(text).eval()
 
 
 @pytest.mark.parametrize(
     "steps",
     [
-        [{"op": "select", "inputs": [0], "channels": [-1, 1, -1, 0, 1]}],
-        [{"op": "select", "inputs": [0], "channels": [1, 0]}],
-        [{"op": "fill", "inputs": [], "value": 1, "size": [1, 3, 4]}, {"op": "join", "inputs": [0, 1]}],
+        [{"op": "select", "inputs": [0], "channels": [-1, 1, -1, 0, 1], "dim": 1}],
+        [{"op": "select", "inputs": [0], "channels": [1, 0, -1], "dim": 3}],
+        [{"op": "fill", "inputs": [], "value": 1, "size": [1, 3, 4]}, {"op": "join", "inputs": [0, 1], "dim": 1}],
         [{"op": "fill", "inputs": [], "value": 0, "size": [2, 3, 4]}, {"op": "add", "inputs": [1, 0]}],
-        [{"op": "stride", "inputs": [0], "step": 2}],
-        [{"op": "flatten", "inputs": [0]}, {"op": "select", "inputs": [1], "channels": [23, -1, 0]}],
-        [{"op": "pool", "inputs": [0], "average": False, "kernel_size": None, "stride": None}],
-        [{"op": "shift", "inputs": [0], "name": "shift"}, {"op": "relu", "inputs": [1]}],
+        [{"op": "slice", "inputs": [0], "slices": [[None, None, 2], [1, 3, None]]}],
+        [{"op": "permute", "inputs": [0], "dims": [0, 2, 3, 1]}],
+        [{"op": "reshape", "inputs": [0], "space": [12]}],
+        [{"op": "flatten", "inputs": [0]}, {"op": "select", "inputs": [1], "channels": [23, -1, 0], "dim": 1}],
+        [{"op": "adaptive_max_pool", "inputs": [0], "output_size": 1}],
+        [{"op": "shift", "inputs": [0], "name": "shift", "dim": 1}, {"op": "relu", "inputs": [1]}],
+        [{"op": "scale", "inputs": [0], "name": "scale", "dim": 2}],
     ],
     ids=lambda steps: "-".join(step["op"] for step in steps),
 )
@@ -174,6 +179,49 @@ def test_steps_alone(steps: list[dict[str, object]], tmp_path: Path) -> None:
         export_onnx(network, tmp_path / "model.onnx")
         images = torch.randn(3, 2, 3, 4)
         assert torch.equal(run_onnx(open_session(tmp_path / "model.onnx"), images), network(images))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(nn.ReLU6(), nn.LeakyReLU(0.2), nn.ELU(0.7), nn.SELU(), nn.CELU(0.7), nn.GELU(), nn.GELU("tanh"), nn.SiLU()),
+        *(nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Hardtanh(-0.3, 0.4), nn.Sigmoid(), nn.Tanh(), nn.Softplus(2)),
+        *(nn.Softsign(), torch.abs, torch.neg, lambda x: x.clamp(min=-0.2), nn.PReLU(4), nn.PReLU()),
+        *(lambda x: 1 - x / 2, lambda x: x * torch.sigmoid(x), lambda x: x - x.mean((2, 3), keepdim=True)),
+        *(lambda x: x * torch.arange(4.0).view(4, 1, 1), lambda x: torch.cat([x, torch.relu(x)], 1)),
+        *(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+        *(nn.AdaptiveAvgPool2d(2), nn.AdaptiveMaxPool2d(3), nn.ReflectionPad2d(1), nn.ConstantPad2d((1, 0, 2, 0), 0.5)),
+        *(nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2, mode="bilinear"), nn.CircularPad2d(1)),
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
+        *(nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1)),
+        *(lambda x: x.permute(0, 2, 3, 1), lambda x: x.mean((2, 3)), lambda x: x[:, 1:3], lambda x: x[..., ::2]),
+    ],
+    ids=lambda function: str(function) if isinstance(function, nn.Module) else "",
+)
+def test_functions_and_modules(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    model = Applied(function).eval()
+    export_onnx(model, tmp_path / "model.onnx", input_size=IMAGE)
+    images = torch.randn(3, *IMAGE)
+    with torch.no_grad():
+        found, expected = run_onnx(open_session(tmp_path / "model.onnx"), images), model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x.softmax(1), "does not know .'softmax'.*torch.onnx.export"),
+        (nn.AdaptiveAvgPool2d(4), r"adaptive pooling of \(6, 6\) to \(4, 4\)"),
+        (nn.AvgPool2d(2, divisor_override=3), "divisor"),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), "'bicubic'"),
+    ],
+)
+def test_what_onnx_does_not_have(function: Callable[[Tensor], Tensor], words: str, tmp_path: Path) -> None:
+    model = Applied(function).eval()
+    with pytest.raises(OnnxError, match=words):
+        export_onnx(model, tmp_path / "model.onnx", input_size=IMAGE)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unpacked_network_as_float32(tmp_path: Path) -> None:

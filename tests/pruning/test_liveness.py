@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.pruning import LayerLiveness, analyze_liveness
+from src.pruning import LayerLiveness, analyze_liveness, trace
 from src.pruning.liveness import Liveness, is_padded
 from tests.networks import (
     IMAGE,
@@ -149,21 +149,55 @@ def test_nothing_is_removed_around_an_unknown_operation() -> None:
     assert layer(analyze_liveness(model, IMAGE), "conv2").kept_out.tolist() == [1], "after it, as usual"
 
 
-def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
+@pytest.mark.parametrize(("bias", "kept_in"), [(0.5, [0, 1, 2, 3]), (-0.5, [1, 2, 3])])
+def test_a_grouped_convolution_is_as_wide_as_its_widest_group(bias: float, kept_in: list[int]) -> None:
+    """Filters 0 to 2 read channels 0 and 1, filters 3 to 5 channels 2 and 3; one filter of the first group is dead."""
     model = nn.Sequential(
         *(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
         *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)),
     )
     with torch.no_grad():
-        model.get_submodule("0").weight[0] = 0
+        model.get_submodule("0").weight[0] = 0  # channel 0 is relu(bias), which the padding makes visible
+        model.get_submodule("0").bias[0] = bias
         model.get_submodule("2").weight[1] = 0
+    grouped = layer(analyze_liveness(model, IMAGE), "2")
+    assert (grouped.out_channels, grouped.in_channels, grouped.groups, grouped.pixels) == (6, 4, 2, 36)
+    assert grouped.kept_out.tolist() == [0, 2, 3, 4, 5]
+    assert grouped.kept_in.tolist() == kept_in
+    assert grouped.arrangement()[1].tolist() == [[0, 1, -1], [2, 3, 4]]
+    assert grouped.weights_after_removal(9) == 2 * 3 * 2 * 9
+
+
+def test_a_depthwise_filter_goes_with_its_channel() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 3, 1, bias=False), nn.Conv2d(3, 3, 3, padding=1, groups=3, bias=False)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
+    )
+    with torch.no_grad():
+        model.get_submodule("1").weight[1] = 0
     found = analyze_liveness(model, IMAGE)
-    grouped = layer(found, "2")
-    assert layer(found, "0").kept_out.tolist() == [0, 1, 2, 3]
-    assert (grouped.out_channels, grouped.in_channels, grouped.pixels) == (6, 2, 36)
-    assert grouped.dead_out.tolist() == [False, True, False, False, False, False]
-    assert grouped.inputs_after_removal == 2
-    assert [each.name for each in found.layers] == ["0", "2", "6"]
+    assert layer(found, "0").kept_out.tolist() == layer(found, "1").kept_out.tolist() == [0, 2]
+    assert layer(found, "1").weights_after_removal(9) == 2 * 9
+
+
+def test_what_is_called_twice_or_inside_attention_is_kept_whole_and_counted() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+            self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.conv(self.conv(x)).flatten(2).transpose(1, 2)
+            return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+    found = analyze_liveness(Tokens(), IMAGE)
+    assert layer(found, "conv").pixels == 2 * 36
+    assert layer(found, "conv").kept_out.tolist() == [0, 1]
+    assert [(each.name, each.parameter, each.out_channels, each.pixels) for each in found.layers[1:]] == [
+        ("attention", "in_proj_weight", 6, 36),
+        ("attention.out_proj", "weight", 2, 36),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +207,12 @@ def test_grouped_and_shared_layers_are_kept_whole_and_counted() -> None:
         (nn.Conv2d(1, 1, 3, padding="valid"), False),
         (nn.Conv2d(1, 1, 3, padding="same"), True),
         (nn.Conv2d(1, 1, (1, 3), padding="same"), True),
-        (nn.Linear(1, 1), False),
+        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), False),
+        (nn.ConvTranspose2d(1, 1, 3), True),
+        (nn.Identity(), False),
     ],
     ids=str,
 )
 def test_padding(module: nn.Module, padded: bool) -> None:
-    assert is_padded(module) is padded
+    ops = trace(nn.Sequential(module, nn.Conv2d(1, 1, 1)), (1, 6, 6))
+    assert is_padded(ops[1]) is padded

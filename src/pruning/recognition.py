@@ -1,0 +1,453 @@
+"""Which operation of the table a node of the traced graph is, and what its fields are.
+
+Modules of torch.nn count by their exact class, functions and methods by the names of torch. What is asked of the
+image's size (`x.size(3)`) has its recorded value. Whether a reshape keeps channels is read off the shapes before and
+after it.
+Axis letters: N batch, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from src.pruning.operations import ACTIVATIONS, CONVOLUTIONS, NORMS, OPERATIONS, TRANSPOSED, WRITTEN_ANEW
+from src.pruning.tracing import is_changed
+
+Node = Any  # fx.Node, whose arguments have a type that is no help
+Settings = dict[str, Any]
+
+
+class Reading(NamedTuple):
+    """What a node is: a row of the table and its fields, the nodes it reads, the dimension its channels lie along.
+
+    module: path of the module that holds its parameters, "" for none. values: the numbers of a scale or shift, (C,).
+    """
+
+    kind: str
+    inputs: tuple[Node, ...]
+    axis: int
+    settings: Mapping[str, Any] = MappingProxyType({})
+    module: str = ""
+    values: Tensor | None = None
+
+
+class Recognizer:
+    """Reads one node after the other. axis: of each node read so far, the dimension along which its channels lie.
+
+    A value without channels to follow, whose dimensions are all free, has no entry.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.axis: dict[Node, int] = {}
+
+    def read(self, node: Node) -> Reading | None:
+        """What `node` is, or None where it is no operation of the table."""
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            plain = len(node.args) == 1 and not node.kwargs and is_image(node.args[0])
+            return self._module(module, node) if plain and not is_changed(module) else None
+        if node.op not in ("call_function", "call_method") or not is_image(node):
+            return None
+        if node.target in BINARY:
+            return self._binary(node, BINARY[node.target])
+        if node.target in (torch.cat, torch.concat):
+            return self._join(node)
+        if node.target is operator.getitem:
+            return self._item(node)
+        names, read = FUNCTIONS.get(node.target, ((), None))
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if read is None or len(given) < len(node.args) or not is_image(given.get("input")):
+            return None
+        source = given.pop("input")
+        others = [each for each in node.all_input_nodes if each is not source]
+        if any(is_image(each) for each in others) and node.target != "expand_as":
+            return None
+        given = {name: known(value) for name, value in given.items()}
+        return read(self, node, source, given)
+
+    def along(self, source: Node, axis: int) -> bool:
+        """Whether the channels of `source` lie along `axis`, or can be taken to."""
+        return self.axis.get(source, axis) == axis
+
+    def axis_of(self, source: Node) -> int:
+        """Where the channels of `source` are: behind the batch, or last in a sequence (N, L, C)."""
+        return self.axis.get(source, 2 if len(shape_of(source)) == 3 else 1)
+
+    def _module(self, module: Any, node: Node) -> Reading | None:
+        source, name, kind = node.args[0], str(node.target), parametrize.type_before_parametrizations(module)
+        dims = len(shape_of(source)) - 2
+        if kind is nn.Linear:
+            last = len(shape_of(source)) - 1
+            return Reading("linear", (source,), last, {}, name) if self.along(source, last) else None
+        if kind in MODULES:
+            row, read = MODULES[kind]
+            given = {field: getattr(module, field) for field in OPERATIONS[row].fields if hasattr(module, field)}
+            if getattr(module, "return_indices", False) or getattr(module, "recompute_scale_factor", None):
+                return None
+            return read(self, node, source, given)
+        if not self.along(source, 1):
+            return None
+        if kind is CONVOLUTIONS.get(dims):
+            return Reading("conv", (source,), 1, fields_of_module("conv", module), name)
+        if kind is TRANSPOSED.get(dims) and module.groups == 1:
+            return Reading("conv_transpose", (source,), 1, fields_of_module("conv_transpose", module), name)
+        if kind in NORMS.values() and module.running_mean is not None:
+            settings = {"eps": module.eps, "momentum": module.momentum, "affine": module.affine}
+            bias = getattr(module, "bias", None) is not None
+            dims = next(number for number, norm in NORMS.items() if norm is kind)
+            return Reading("batchnorm", (source,), 1, {"dims": dims, "bias": bias, **settings}, name)
+        if kind is nn.PReLU:
+            return Reading("prelu", (source,), 1, {"shared": module.num_parameters == 1}, name)
+        return None
+
+    def _binary(self, node: Node, kind: str) -> Reading | None:
+        if len(node.args) != 2 or node.kwargs:
+            return None
+        left, right = node.args
+        if is_image(left) and is_image(right):
+            axis = self.axis.get(left, self.axis.get(right, self.axis_of(left)))
+            a, b = shape_of(left), shape_of(right)
+            fits = len(a) == len(b) and axis < len(a) and a[axis] == b[axis] and kind in OPERATIONS
+            if fits and self.along(left, axis) and self.along(right, axis):
+                return Reading(kind, (left, right), axis)
+            return None
+        source, other = (left, known(right)) if is_image(left) else (right, known(left))
+        first = source is left
+        if isinstance(other, (int, float)) and not isinstance(other, bool):
+            if (numbers := _affine(kind, float(other), first)) is None:
+                return None
+            return Reading(
+                "affine", (source,), self.axis_of(source), dict(zip(("scale", "shift"), numbers, strict=True))
+            )
+        if not isinstance(other, Tensor) or shape_of(node) != shape_of(source) or not (first or kind in ("add", "mul")):
+            return None
+        axis = self.axis_of(source)
+        aligned = other.reshape(*[1] * (len(shape_of(source)) - other.dim()), *other.shape)
+        if any(size > 1 for dim, size in enumerate(aligned.shape) if dim != axis):
+            return None
+        values = aligned.flatten().expand(shape_of(source)[axis])
+        values = {"sub": -values, "div": 1 / values}.get(kind, values)
+        row = "shift" if kind in ("add", "sub") else "scale"
+        return Reading(row, (source,), axis, {"dim": axis}, values=values.clone())
+
+    def _join(self, node: Node) -> Reading | None:
+        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+        inputs = given.get("tensors", ())
+        dim = given.get("dim", 0)
+        if not (isinstance(inputs, (list, tuple)) and all(map(is_image, inputs)) and isinstance(dim, int)):
+            return None
+        axis = dim % len(shape_of(node))
+        if axis == 0 or not all(self.along(each, axis) for each in inputs):
+            return None
+        return Reading("join", tuple(inputs), axis, {"dim": axis})
+
+    def _item(self, node: Node) -> Reading | None:
+        source, index = node.args[0], known(node.args[1])
+        assert isinstance(source, fx.Node)
+        if isinstance(source.meta["value"], (tuple, list)):  # one of the parts of chunk or split
+            return self._part(source, index)
+        if not is_image(source) or not is_image(node):
+            return None
+        index = index if isinstance(index, tuple) else (index,)
+        shape, axis = shape_of(source), self.axis_of(source)
+        if Ellipsis in index:
+            place = index.index(Ellipsis)
+            index = (*index[:place], *[slice(None)] * (len(shape) - len(index) + 1), *index[place + 1 :])
+        index = (*index, *[slice(None)] * (len(shape) - len(index)))
+        if len(index) != len(shape) or not all(isinstance(each, slice) for each in index):
+            return None
+        ranges = [range(*each.indices(size)) for each, size in zip(index, shape, strict=True)]
+        cut = [dim for dim, each in enumerate(ranges) if each != range(shape[dim])]
+        if cut == [axis]:
+            return Reading("select", (source,), axis, {"channels": list(ranges[axis]), "dim": axis})
+        if axis == 1 and not {0, 1}.intersection(cut):
+            slices = [[each.start, each.stop, each.step] for each in index[2:]]
+            return Reading("slice", (source,), 1, {"slices": slices})
+        return None
+
+    def _part(self, source: Node, number: Any) -> Reading | None:
+        if source.target not in (torch.chunk, torch.split, "chunk", "split", torch.tensor_split, "tensor_split"):
+            return None
+        given = dict(zip(("input", "sizes", "dim"), source.args, strict=False)) | source.kwargs
+        whole, dim = given.get("input"), given.get("dim", 0)
+        if not is_image(whole) or not isinstance(dim, int) or not isinstance(number, int):
+            return None
+        axis = dim % len(shape_of(whole))
+        if axis == 0 or not self.along(whole, axis):
+            return None
+        sizes = [part.shape[axis] for part in source.meta["value"]]
+        start = sum(sizes[: number % len(sizes)])
+        channels = list(range(start, start + sizes[number]))
+        return Reading("select", (whole,), axis, {"channels": channels, "dim": axis})
+
+    # What follows reads a function of one value: node, source, arguments by name.
+
+    def _alike(self, row: str, source: Node, given: Settings) -> Reading:
+        defaults = ACTIVATIONS[row][1]
+        return Reading(
+            row, (source,), self.axis_of(source), {name: given.get(name, defaults[name]) for name in defaults}
+        )
+
+    def _dropout(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        return None if given.get("training", True) and "p" in given else self._pass(node, source, given)
+
+    def _pass(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        same = node.meta["value"].dtype == source.meta["value"].dtype and shape_of(node) == shape_of(source)
+        return Reading("pass", (source,), self.axis_of(source)) if same else None
+
+    def _reshape(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        before, after = shape_of(source), shape_of(node)
+        if before == after:
+            return self._pass(node, source, given)
+        # with one image in the batch, two dimensions and as many numbers can only be (N, C H W)
+        if not self.along(source, 1) or len(before) < 2 or after[:1] != (1,) or math.prod(before) != math.prod(after):
+            return None
+        if len(after) == 2:
+            return Reading("flatten", (source,), 1)
+        return Reading("reshape", (source,), 1, {"space": list(after[2:])}) if after[1:2] == before[1:2] else None
+
+    def _expand(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        before, after = shape_of(source), shape_of(node)
+        fits = self.along(source, 1) and len(before) == len(after) and before[:2] == after[:2]
+        return Reading("expand", (source,), 1, {"space": list(after[2:])}) if fits else None
+
+    def _permute(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        dims = list(range(len(shape_of(source))))
+        wanted = known(node.args[1:]) if node.args[1:] else tuple(given.values())
+        if node.target in (torch.transpose, "transpose", torch.swapaxes, "swapaxes"):
+            first, second = (dims[each] for each in wanted)
+            dims[first], dims[second] = dims[second], dims[first]
+        else:
+            dims = [dims[each] for each in (wanted[0] if isinstance(wanted[0], (list, tuple)) else wanted)]
+        axis = self.axis_of(source)
+        return Reading("permute", (source,), dims.index(axis), {"dims": dims}) if dims[0] == 0 else None
+
+    def _pool(self, row: str, source: Node, given: Settings) -> Reading | None:
+        dims = len(shape_of(source)) - 2
+        if not self.along(source, 1) or dims < 1 or given.pop("return_indices", False):
+            return None
+        settings = {**POOL_DEFAULTS[row], **plain(given)}
+        for name in ("kernel_size", "stride", "padding", "dilation", "output_size"):
+            if isinstance(settings.get(name), int):
+                settings[name] = [settings[name]] * dims
+        if "stride" in settings and not settings["stride"]:
+            settings["stride"] = settings["kernel_size"]
+        return Reading(row, (source,), 1, settings)
+
+    def _mean(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        before, dim, keepdim = shape_of(source), given.get("dim"), bool(given.get("keepdim", False))
+        if dim is None or given.keys() - {"dim", "keepdim"}:
+            return None
+        dims = sorted(each % len(before) for each in ([dim] if isinstance(dim, int) else dim))
+        axis = self.axis_of(source)
+        if axis in dims or 0 in dims:
+            return None
+        left = axis if keepdim else axis - sum(each < axis for each in dims)
+        return Reading("mean", (source,), left, {"dim": dims, "keepdim": keepdim})
+
+    def _pad(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        padding, mode, value = list(given["pad"]), given.get("mode", "constant"), given.get("value") or 0
+        shape, axis = shape_of(source), self.axis_of(source)
+        padding += [0] * (2 * len(shape) - len(padding))
+        of_axis = slice(2 * (len(shape) - 1 - axis), 2 * (len(shape) - axis))
+        before, after = padding[of_axis]
+        rest = [*padding[: of_axis.start], *padding[of_axis.stop :]]
+        if min(padding) < 0 or any(padding[-2:]):
+            return None
+        if not before and not after:
+            return Reading("pad", (source,), axis, {"pad": list(given["pad"]), "mode": mode, "value": value})
+        if any(rest) or mode != "constant" or value:
+            return None
+        channels = [-1] * before + [*range(shape[axis])] + [-1] * after
+        return Reading("select", (source,), axis, {"channels": channels, "dim": axis})
+
+    def _pad_module(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        module: Any = self.model.get_submodule(str(node.target))
+        mode = next((mode for name, mode in PADDING_MODES.items() if name in type(module).__name__), "constant")
+        padding, dims = module.padding, len(shape_of(source)) - 2
+        pad = [padding] * (2 * dims) if isinstance(padding, int) else list(padding)
+        return self._pad(node, source, {"pad": pad, "mode": mode, "value": getattr(module, "value", 0)})
+
+    def _resize(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        extra = given.pop("antialias", False) or given.pop("recompute_scale_factor", None)
+        if extra or not self.along(source, 1) or len(shape_of(source)) < 3:
+            return None
+        settings = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None, **plain(given)}
+        return Reading("resize", (source,), 1, settings)
+
+    def _batch_norm(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        """F.batch_norm with the parameters of one module, as subclasses of BatchNorm call it."""
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        read = {name: given[name] for name in names[1:5] if given.get(name) is not None}
+        if not all(isinstance(each, fx.Node) and each.op == "get_attr" for each in read.values()):
+            return None
+        owners = {str(each.target).rpartition(".")[0] for each in read.values()}
+        own = all(str(each.target).rpartition(".")[2] == name for name, each in read.items())
+        dims = max(len(shape_of(source)) - 2, 1)
+        if len(owners) != 1 or not own or not {"running_mean", "running_var"} <= read.keys():
+            return None
+        if given.get("training") or dims not in NORMS or not self.along(source, 1) or "weight" not in read:
+            return None
+        settings = {"eps": known(given.get("eps", 1e-5)), "momentum": known(given.get("momentum", 0.1))}
+        return Reading(
+            "batchnorm", (source,), 1, {"dims": dims, "bias": "bias" in read, "affine": True, **settings}, owners.pop()
+        )
+
+    def _fill(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        size, value = given.get("size"), given.get("fill_value")
+        if not isinstance(value, (int, float)) or not size or shape_of(node)[0] != 1:
+            return None
+        return Reading("fill", (source,), 1, {"value": value, "size": list(shape_of(node)[1:])})
+
+    def _index_select(self, node: Node, source: Node, given: Settings) -> Reading | None:
+        dim, index = given.get("dim"), given.get("index")
+        if not isinstance(index, Tensor) or not isinstance(dim, int) or not self.along(source, dim) or dim < 1:
+            return None
+        return Reading("select", (source,), dim, {"channels": index.tolist(), "dim": dim})
+
+
+def is_image(value: Any) -> bool:
+    """Whether `value` is a node with a tensor that depends on the image."""
+    return isinstance(value, fx.Node) and value.meta["image"] and isinstance(value.meta["value"], Tensor)
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """The shape of a node's tensor, for one image."""
+    return tuple(node.meta["value"].shape)
+
+
+def known(value: Any) -> Any:
+    """An argument with the recorded values of the nodes in it."""
+    return fx.map_arg(value, lambda node: node.meta["value"])
+
+
+def plain(value: Any) -> Any:
+    """The same of lists, numbers, strings and None alone, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def fields_of_module(kind: str, module: nn.Module) -> Settings:
+    """The fields of a layer of the original network, without those that removal changes."""
+    found = {name: getattr(module, name) for name in OPERATIONS[kind].fields if name not in WRITTEN_ANEW}
+    if found.get("padding") == "valid":
+        found["padding"] = [0] * len(found["kernel_size"])
+    return dict(plain(found))
+
+
+def _affine(kind: str, number: float, first: bool) -> tuple[float, float] | None:
+    """scale and shift of x + number (first) or number + x, and so on."""
+    if kind == "div" and not first:
+        return None
+    if kind == "sub" and not first:
+        return -1.0, number
+    return {"add": (1.0, number), "sub": (1.0, -number), "mul": (number, 0.0), "div": (1 / (number or math.nan), 0.0)}[
+        kind
+    ]
+
+
+def _activation(row: str) -> Callable[..., Reading | None]:
+    return lambda self, node, source, given: self._alike(row, source, given)
+
+
+def _pooling(row: str) -> Callable[..., Reading | None]:
+    return lambda self, node, source, given: self._pool(row, source, given)
+
+
+BINARY: dict[Any, str] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), "sub"),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "mul"),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), "div"),
+}
+PADDING_MODES = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}
+POOL_DEFAULTS: dict[str, Settings] = {
+    "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False},
+    "avg_pool": {
+        "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
+    },
+    "adaptive_avg_pool": {},
+    "adaptive_max_pool": {},
+}  # fmt: skip
+ALIASES = {"relu": ("relu_",), "clamp": ("clip", "clamp_"), "neg": ("negative",)}
+MODULE_NAMES = {
+    "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "elu": "ELU", "selu": "SELU", "celu": "CELU",
+    "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "hardswish": "Hardswish", "hardsigmoid": "Hardsigmoid",
+    "hardtanh": "Hardtanh", "sigmoid": "Sigmoid", "tanh": "Tanh", "softplus": "Softplus", "softsign": "Softsign",
+}  # fmt: skip
+
+
+def _functions() -> dict[Any, tuple[tuple[str, ...], Callable[..., Reading | None]]]:
+    """Functions and methods of torch by what fx records: names of their arguments, and who reads them."""
+    found: dict[Any, tuple[tuple[str, ...], Callable[..., Reading | None]]] = {}
+
+    def enter(names: Sequence[str], read: Callable[..., Reading | None], *targets: Any) -> None:
+        found.update(dict.fromkeys(targets, (("input", *names), read)))
+
+    for row, (run, fields) in ACTIVATIONS.items():
+        for name in (row, *ALIASES.get(row, ())):
+            made = {getattr(place, name, name) for place in (torch, F)}
+            enter((*fields, "inplace"), _activation(row), run, name, f"{name}_", *made)
+    enter((), _activation("neg"), operator.neg)
+    for dims in (1, 2, 3):
+        window = ("kernel_size", "stride", "padding")
+        names = [*window, "dilation", "ceil_mode", "return_indices"]
+        enter(names, _pooling("max_pool"), *(getattr(place, f"max_pool{dims}d") for place in (F, torch)))
+        names = [*window, "ceil_mode", "count_include_pad", *(["divisor_override"] if dims > 1 else [])]
+        enter(names, _pooling("avg_pool"), getattr(F, f"avg_pool{dims}d"))
+        for row in ("adaptive_avg_pool", "adaptive_max_pool"):
+            enter(("output_size", "return_indices"), _pooling(row), getattr(F, f"{row}{dims}d"))
+    enter(("p", "training", "inplace"), Recognizer._dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+    enter((), Recognizer._pass, "contiguous", "clone", torch.clone, "float", "double")
+    enter(("start_dim", "end_dim"), Recognizer._reshape, torch.flatten, "flatten")
+    shaped = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.reshape, "reshape", "view")
+    enter([f"shape{number}" for number in range(8)], Recognizer._reshape, *shaped)
+    enter([f"size{number}" for number in range(8)], Recognizer._expand, "expand", "expand_as")
+    moved = (torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes")
+    enter([f"dim{number}" for number in range(8)], Recognizer._permute, *moved)
+    enter(("dim", "keepdim"), Recognizer._mean, torch.mean, "mean")
+    enter(("pad", "mode", "value"), Recognizer._pad, F.pad)
+    names = ["size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"]
+    enter(names, Recognizer._resize, F.interpolate)
+    names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    enter(names, Recognizer._batch_norm, F.batch_norm)
+    enter(("size", "fill_value"), Recognizer._fill, "new_full")
+    enter(("dim", "index"), Recognizer._index_select, "index_select", torch.index_select)
+    return found
+
+
+def _modules() -> dict[Any, tuple[str, Callable[..., Reading | None]]]:
+    """Modules of torch.nn without parameters, by class: their row of the table, and who reads them."""
+    found: dict[Any, tuple[str, Callable[..., Reading | None]]] = {
+        getattr(nn, name): (row, _activation(row)) for row, name in MODULE_NAMES.items()
+    }
+    for dims in (1, 2, 3):
+        for row, name in (("max_pool", "MaxPool"), ("avg_pool", "AvgPool")):
+            found[getattr(nn, f"{name}{dims}d")] = (row, _pooling(row))
+        for row, name in (("adaptive_avg_pool", "AdaptiveAvgPool"), ("adaptive_max_pool", "AdaptiveMaxPool")):
+            found[getattr(nn, f"{name}{dims}d")] = (row, _pooling(row))
+        for name in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):
+            found[getattr(nn, f"{name}{dims}d")] = ("flatten", Recognizer._pad_module)
+        found[getattr(nn, f"Dropout{dims}d")] = ("flatten", Recognizer._pass)
+    for name in ("Identity", "Dropout", "AlphaDropout", "FeatureAlphaDropout"):
+        found[getattr(nn, name)] = ("flatten", Recognizer._pass)
+    found[nn.Flatten] = ("flatten", Recognizer._reshape)
+    for name in ("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"):
+        found[getattr(nn, name)] = ("resize", Recognizer._resize)
+    return found
+
+
+FUNCTIONS = _functions()
+MODULES = _modules()
