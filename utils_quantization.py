@@ -227,7 +227,8 @@ def _fake_quant(layer: nn.Module) -> FakeQuantParametrization | None:
 
 
 def _fake_quants(model: nn.Module) -> dict[nn.Module, FakeQuantParametrization]:
-    return {layer: found for layer in model.modules() if (found := _fake_quant(layer)) is not None}
+    found = {layer: _fake_quant(layer) for layer in model.modules()}
+    return {layer: fake_quant for layer, fake_quant in found.items() if fake_quant is not None}
 
 
 def _obstacle(layer: nn.Module) -> str:

@@ -91,6 +91,7 @@ def _train_and_judge(loop: pipeline.TrainingLoop, options: argparse.Namespace) -
     run = loop.run
     arithmetic = f"{run.device.type}, {str(run.precision).removeprefix('torch.')}"
     log_info(f"{run.subtitle}; {arithmetic}; {len(run.attached)} quantizers")
+    pipeline.add_teacher(run, options.output, progress=ProgressBar, notify=log_info)
     examination = Examination(run, log_info) if options.doctor else None
     if examination:
         examination.begin()

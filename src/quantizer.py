@@ -277,7 +277,7 @@ def _ranges_together(weights: Sequence[Tensor]) -> Tensor:
     flat = [at_least_float32(w).flatten() for w in weights]
     magnitudes = flat[0].abs()[None] if len(flat) == 1 else pad_sequence(flat, batch_first=True).abs_()
     # what is not a plain tensor (FakeTensor) has numbers of its own kind, which nobody else may be given
-    ranks = _quantile_ranks if type(magnitudes) is Tensor else _quantile_ranks.__wrapped__
+    ranks = _kept_ranks if type(magnitudes) is Tensor else _quantile_ranks.__wrapped__
     most, low, high, fraction = ranks(tuple(w.numel() for w in weights), magnitudes.device, magnitudes.dtype)
     largest = magnitudes.topk(most, dim=1).values
     return torch.lerp(largest.gather(1, low)[:, 0], largest.gather(1, high)[:, 0], fraction)
@@ -296,6 +296,11 @@ def _quantile_ranks(
     low = torch.tensor(ranks, device=device)[:, None]
     fraction = torch.tensor([p - rank for p, rank in zip(positions, below, strict=True)], dtype=dtype, device=device)
     return max(ranks) + 1, low, (low - 1).clamp(min=0), fraction
+
+
+@torch.compiler.assume_constant_result  # a compiled step would copy the numbers to its device every time
+def _kept_ranks(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[int, Tensor, Tensor, Tensor]:
+    return _quantile_ranks(sizes, device, dtype)
 
 
 def _check_quantizable(weights: Sequence[Tensor]) -> None:

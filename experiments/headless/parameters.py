@@ -90,7 +90,7 @@ def parse_settings(settings: Sequence[str], defaults: Mapping[str, object]) -> d
             raise NotebookInputError(f"unknown parameter {name!r}: {hint}allowed are {allowed}")
         default, value = defaults[name], text
         with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(text.strip())
+            value = ast.literal_eval(text.strip().capitalize() if isinstance(default, bool) else text.strip())
         if isinstance(default, str) and not isinstance(value, str):
             value = text  # a folder may be called 2024
         numbers = (int, float)

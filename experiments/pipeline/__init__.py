@@ -6,7 +6,7 @@ The script and the notebook are two thin callers of these functions.
 from __future__ import annotations
 
 from experiments.pipeline import comparison
-from experiments.pipeline.baseline import WISHES, obtain_baseline
+from experiments.pipeline.baseline import WISHES, add_teacher, obtain_baseline
 from experiments.pipeline.budget import BudgetControl, packed_ratio
 from experiments.pipeline.compression import Take, compress, spread, synchronize, time_in_turns
 from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, PRESETS_HELP, ConfigError, RunConfig, configure
@@ -47,6 +47,7 @@ __all__ = [
     "Take",
     "TrainingLoop",
     "Verdict",
+    "add_teacher",
     "attach",
     "build_network",
     "build_optimizer",

@@ -40,6 +40,8 @@ SHAPING = (
     "learning_rate",
     "learning_rate_shape",
     "hold",
+    "warmup_epochs",
+    "label_smoothing",
 )
 
 
@@ -51,7 +53,7 @@ def baseline_key(config: RunConfig, data_digest: str) -> str:
 
 def baseline_run(run: Run) -> Run:
     """The untrained baseline of `run`: its quantizers switched off, nothing but the task in the loss."""
-    plain = replace(run.config, target="", peak=0.0, logit_decay_dz=0.0, logit_decay_bit=0.0)
+    plain = replace(run.config, target="", peak=0.0, logit_decay_dz=0.0, logit_decay_bit=0.0, distill=0.0)
     plain = replace(plain, continued_from=None, given=())
     baseline = build_run(plain, run.data)
     toggle_quantization(baseline.model, False)
@@ -113,3 +115,17 @@ def obtain_baseline(
                 bar.step(epoch + 1, step.index + 1, step.loss)
             bar.epoch_done(loop.finish_epoch())
     return Baseline(training.evaluate(baseline.model, run.data)[1], baseline.history, folder)
+
+
+def add_teacher(run: Run, output: str | Path, *, progress: Callable[[int, int, int, int], Any], notify: Notify) -> None:
+    """Let `run` learn from its baseline where its configuration says so (`distill`); the baseline is trained first.
+
+    The arguments are those of `obtain_baseline`.
+    """
+    if not run.config.distill:
+        return
+    baseline = obtain_baseline(run, output, True, progress=progress, notify=notify)
+    assert baseline
+    teacher = SavedRun.open(baseline.folder).network().to(run.device).requires_grad_(False)
+    toggle_quantization(teacher, False)
+    run.objective = replace(run.objective, teacher=teacher)

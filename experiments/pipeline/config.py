@@ -17,7 +17,16 @@ from experiments.schedules import Schedule, linear_warmup
 from resnet import NETWORKS
 from src.data import check_source
 from src.quantizer import BITS_REMEDY, LARGEST_BITS, LOGIT_REMEDY, MIN_BITS, check_range
-from src.training import DEVICES, PRECISIONS, LrLambda, Objective, Penalty, cosine_to_zero, hold_then_linear
+from src.training import (
+    DEVICES,
+    PRECISIONS,
+    LrLambda,
+    Objective,
+    Penalty,
+    cosine_to_zero,
+    hold_then_linear,
+    warmed_up,
+)
 
 BUDGETS = {"bops": "BOPs", "macs": "MACs", "bytes": "bytes"}
 ALSO_CALLED = {"gpu": "cuda"}  # by letters alone "gpu" is nearest to "cpu"
@@ -87,7 +96,13 @@ class RunConfig:
     logit_decay_dz, logit_decay_bit: the method's 0.01 for theta_dz and theta_bit. `regularization` says how they act:
         "loss" adds their weighted squares to the loss, as the paper does; "decoupled" hands them to AdamW.
     peak, delay, ramp: the sparsity coefficient, 0 up to epoch `delay`, `peak` from epoch `delay + ramp` on.
-    hold: share of the run after which a "hold_then_linear" learning rate starts to fall. It acts on the weights alone.
+    compile: compile the training step (src/training/compiled.py); it changes speed and the last digits.
+    hold: share of the run after which a "hold_then_linear" learning rate starts to fall. It acts on the weights alone,
+        and so does warmup_epochs, in which the rate rises from 0 in a straight line.
+    label_smoothing: share of the right answer that is spread over all classes. distill: share of the task loss that
+        is the distance to the scores of the run without compression, at `temperature` (`src.training.task_loss`).
+    stem_bits: a fixed bit width of the first convolution, whose dead zone is fixed, too; None leaves it to
+        `exclude_layers`.
     target: a budget for the finished network, such as "bops 3%" (see `Budget`); the peak is then where the coefficient
         begins (experiments/pipeline/budget.py). "" for none.
     limit: use at most this many training images and this many test images; None for all.
@@ -108,9 +123,11 @@ class RunConfig:
     seed: int = _within(0, 0, 2**31 - 1)
     device: str = _one_of("auto", DEVICES)
     precision: str = _one_of("auto", PRECISIONS)
+    compile: bool = False
     crop_padding: int = _within(4, 0, 32)
     flip: bool = True
     exclude_layers: tuple[str, ...] = ("conv1", "bn", "linear")
+    stem_bits: int | None = _within(None, MIN_BITS, LARGEST_BITS, "8 is the usual width")
     fixed_bits: int = _within(4, MIN_BITS, LARGEST_BITS, BITS_REMEDY)
     max_bits: int = _within(8, MIN_BITS, LARGEST_BITS, BITS_REMEDY)
     init_bit_logit: float = _within(3.0, -math.inf, remedy=LOGIT_REMEDY)
@@ -122,6 +139,10 @@ class RunConfig:
     bit_learning_rate: float = _within(1e-3, 0, 10)
     learning_rate_shape: str = _one_of("hold_then_linear", LEARNING_RATE_SHAPES)
     hold: float = _within(0.7, 0, 0.999)
+    warmup_epochs: int = _within(0, 0, 100_000)
+    label_smoothing: float = _within(0.0, 0, 0.99)
+    distill: float = _within(0.0, 0, 1)
+    temperature: float = _within(4.0, 0.01, 1000)
     regularization: str = _one_of("loss", ("loss", "decoupled"))
     logit_decay_dz: float = _within(0.01, 0, 1000)
     logit_decay_bit: float = _within(0.01, 0, 1000)
@@ -143,7 +164,8 @@ class RunConfig:
             raise ConfigError(
                 f"exclude_layers={self.exclude_layers!r}: need a tuple of patterns, ({self.exclude_layers!r},)"
             )
-
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs}: need fewer than the run's {self.epochs} epochs")
         if self.target and (self.peak == 0 or self.regularization != "loss"):
             raise ConfigError(
                 f"target={self.target!r}, peak={self.peak:g}, regularization={self.regularization!r}: a budget is met "
@@ -190,7 +212,7 @@ class RunConfig:
 
     def lr_lambda(self) -> LrLambda:
         """The factor on the weights' learning rate: fn(share of the run done)."""
-        return LEARNING_RATE_SHAPES[self.learning_rate_shape](self.hold)
+        return warmed_up(LEARNING_RATE_SHAPES[self.learning_rate_shape](self.hold), self.warmup_epochs / self.epochs)
 
 
 DEBUG = RunConfig(preset="debug")

@@ -8,7 +8,6 @@ import statistics
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -34,11 +33,10 @@ from src.runs import (
     load_checkpoint,
     restore,
 )
-from src.storage import Notify, StorageError, duration
+from src.storage import Notify, StorageError, duration, log_info
 from src.training import (
     EpochMeans,
     EpochRecord,
-    GraphedStep,
     History,
     Interrupted,
     Objective,
@@ -79,7 +77,7 @@ class Run:
     means, seconds: the sums of the unfinished epoch, of which `means.steps` steps are done, and the time they took.
     snapshots: the quantized layers after each epoch, once the training loop has opened its folder.
     control: moves the penalty where the configuration has a budget.
-    step_fn: what a training step does; None is `train_step`, which a CUDA device records (`GraphedStep`).
+    step_fn: what a training step does (`fast_step`); None is `train_step`.
     is_consistent: False from the beginning of a step to its end, and for good where it failed or was cut off.
     """
 
@@ -100,8 +98,11 @@ class Run:
     control: BudgetControl | None = None
 
     def __post_init__(self) -> None:
-        if self.step_fn is None and self.device.type == "cuda":
-            self.step_fn = GraphedStep(warnings.warn)
+        # With a budget or without, the task loss is that of the configuration.
+        shaped = {name: getattr(self.config, name) for name in ("label_smoothing", "distill", "temperature")}
+        self.objective = replace(self.objective, **shaped)
+        if self.step_fn is None:
+            self.step_fn = training.fast_step(self.device, self.config.compile, log_info)
 
     @property
     def subtitle(self) -> str:
@@ -155,8 +156,11 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """Train the unfinished epoch from where it stands, yielding after each step, which is counted by then.
 
-        Raises TrainingError where the loss or a gradient is not finite or the memory does not hold a batch.
+        Raises TrainingError where the loss or a gradient is not finite, the memory does not hold a batch, or the run
+        has no teacher where it needs one.
         """
+        if self.config.distill and self.objective.teacher is None:
+            raise TrainingError("distill: the run has no teacher yet; see experiments.pipeline.add_teacher")
         settings = epoch_settings(self.config, len(self.history), self.precision)
         settings |= {"start": self.means.steps, "step": self.step_fn, "coefficient": self.coefficient}
         if self.control:
@@ -390,6 +394,7 @@ class TrainingLoop:
         """Load the checkpoint and the snapshots. Damaged snapshots begin again with the present state."""
         run, config = self.run, asdict(self.run.config)
         state = load_checkpoint(self.folder.path / CHECKPOINT, run.device, self.notify)
+        state["config"] = asdict(RunConfig("")) | state["config"]  # a setting that is younger was at its default
         run.progress = restore(state, run.model, run.optimizer, config, run.data.digest, self.notify)
         self.saved = run.progress.text
         layers = list(quantized_layers(run.model))

@@ -69,14 +69,22 @@ def _network(config: RunConfig, data: ImageData) -> ResNet:
 
 def attach(config: RunConfig, model: nn.Module) -> list[str]:
     """Attach the quantizers `config` describes and return the layers' names."""
-    return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, config.quantizer_kwargs)
+    quantizer, kwargs = DeadZoneLDZCompander, config.quantizer_kwargs
+    if config.stem_bits is None:
+        return attach_weight_quantizers(model, config.exclude_layers, quantizer, kwargs)
+    stem, *others = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    attached = attach_weight_quantizers(model, [*config.exclude_layers, stem], quantizer, kwargs)
+    kwargs |= {"fixed_bit_val": config.stem_bits, "learnable_bit": False, "learnable_deadzone": False}
+    return attach_weight_quantizers(model, others, quantizer, kwargs) + attached
 
 
 def expected_layers(config: RunConfig, model: nn.Module) -> list[str]:
-    """The layers that should have a quantizer: every convolution but the first; with patterns of one's own, theirs."""
+    """The layers that should have a quantizer: every convolution, the first one only where it has a bit width of its
+    own; with patterns of one's own, theirs."""
     if config.exclude_layers != RunConfig("").exclude_layers:
         return list(quantized_layers(model))
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][1:]
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return convolutions if config.stem_bits else convolutions[1:]
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:

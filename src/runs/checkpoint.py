@@ -26,7 +26,7 @@ from src.training import EpochMeans, History, TrainingError, not_finite, pick_pr
 CHECKPOINT, CHECKPOINT_BEFORE = "checkpoint.pt", "checkpoint.previous.pt"
 # Settings that shape no result, so that they are never compared: where things are and what was typed. Whether the
 # images are the same is what their digest says.
-NOT_SHAPING = frozenset({"data", "data_root", "device", "given"})
+NOT_SHAPING = frozenset({"data", "data_root", "device", "compile", "given"})
 
 
 class RunError(StorageError):

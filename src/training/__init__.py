@@ -6,6 +6,7 @@ Nothing here knows a file or a figure.
 
 from __future__ import annotations
 
+from src.training.compiled import CompiledGradients, fast_step
 from src.training.cuda_graph import GraphedStep
 from src.training.devices import (
     DEVICES,
@@ -27,6 +28,7 @@ from src.training.epoch import (
     hold_then_linear,
     not_finite,
     train_epoch,
+    warmed_up,
 )
 from src.training.evaluation import (
     evaluate,
@@ -47,12 +49,14 @@ from src.training.step import (
     parameter_groups,
     squared_logits,
     step_gradients,
+    task_loss,
     train_step,
 )
 
 __all__ = [
     "DEVICES",
     "PRECISIONS",
+    "CompiledGradients",
     "EpochMeans",
     "EpochRecord",
     "GraphedStep",
@@ -72,6 +76,7 @@ __all__ = [
     "cosine_to_zero",
     "epoch_seed",
     "evaluate",
+    "fast_step",
     "hold_then_linear",
     "in_notebook",
     "is_out_of_memory",
@@ -90,7 +95,9 @@ __all__ = [
     "squared_logits",
     "step_gradients",
     "summarize_layers",
+    "task_loss",
     "terminations",
     "train_epoch",
     "train_step",
+    "warmed_up",
 ]

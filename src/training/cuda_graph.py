@@ -8,13 +8,14 @@ is the optimizer's own, so that its rates, hooks and state are as without a grap
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from src.storage import Notify
-from src.training.step import Objective, StepLosses, step_gradients, train_step
+from src.training.step import Gradients, Objective, StepLosses, is_hooked, step_gradients, train_step
 
 WARM_UP = 3  # eager passes before a recording, in which libraries choose algorithms and allocate workspaces
 
@@ -28,39 +29,34 @@ class GraphedStep:
 
     A recording is made for whatever changes what is computed (`_key`). A forward pass that decides by the values of a
     tensor cannot be recorded; its steps are those of `train_step`, and `notify` is told once. A replay runs no Python,
-    so while a module has a hook, steps are those of `train_step`, too.
+    so while a module has a hook, steps are those of `train_step`, too. gradients: what is recorded.
     """
 
-    def __init__(self, notify: Notify = lambda line: None) -> None:
-        self._notify = notify
+    def __init__(self, notify: Notify = lambda line: None, gradients: Gradients = step_gradients) -> None:
+        self._notify, self._gradients = notify, gradients
+        self._unrecorded = partial(train_step, gradients=gradients)
         self._recordings: dict[Any, Replay] = {}
         self.failure = ""
 
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *arguments: Any) -> StepLosses:
         """One update on one batch; the arguments are those of `train_step`."""
-        if self.failure or any(map(_is_hooked, model.modules())):
-            return train_step(model, optimizer, *arguments)
+        if self.failure or is_hooked(model):
+            return self._unrecorded(model, optimizer, *arguments)
         key = _key(model, *arguments)
         if key not in self._recordings:
             try:
-                self._recordings[key] = _record(model, *arguments)
+                self._recordings[key] = _record(self._gradients, model, *arguments)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.failure = str(error).splitlines()[0]
                 self._recordings.clear()
                 self._notify(f"this step cannot be recorded as a CUDA graph and runs without one: {self.failure}")
-                return train_step(model, optimizer, *arguments)
+                return self._unrecorded(model, optimizer, *arguments)
         images, labels, _, coefficient, *_ = arguments
         losses = self._recordings[key](images, labels, coefficient)
         optimizer.step()
         return losses
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
 
 
 def _key(model: nn.Module, images: Tensor, labels: Tensor, objective: Objective, coefficient: float, *rest: Any) -> Any:
@@ -72,6 +68,7 @@ def _key(model: nn.Module, images: Tensor, labels: Tensor, objective: Objective,
 
 
 def _record(
+    gradients_of: Gradients,
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -84,7 +81,7 @@ def _record(
 
     def losses_and_gradients() -> StepLosses:
         model.zero_grad(set_to_none=True)
-        return step_gradients(model, *held[:2], objective, held[2] if coefficient else 0.0, precision)
+        return gradients_of(model, *held[:2], objective, held[2] if coefficient else 0.0, precision)
 
     # The passes before the recording leave no trace in buffers (BatchNorm's averages) and random numbers.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

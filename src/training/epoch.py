@@ -146,3 +146,8 @@ def hold_then_linear(hold: float) -> LrLambda:
 def cosine_to_zero(progress: float) -> float:
     """(1 + cos(pi progress)) / 2."""
     return (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmed_up(lr_lambda: LrLambda, share: float) -> LrLambda:
+    """`lr_lambda` times a straight line from 0 to 1 over the first `share` of the run; itself where that is 0."""
+    return (lambda progress: min(progress / share, 1.0) * lr_lambda(progress)) if share else lr_lambda

@@ -28,11 +28,16 @@ class Objective:
 
     penalty: fn(model) -> scalar, weighted by the schedule's coefficient; None for none.
     lambda_dz, lambda_bit: weights of the squared logits in the loss; 0 where the optimizer decays them instead.
+    label_smoothing, teacher, distill, temperature: of the task loss, see `task_loss`.
     """
 
     penalty: Penalty | None = None
     lambda_dz: float = 0.0
     lambda_bit: float = 0.0
+    label_smoothing: float = 0.0
+    teacher: nn.Module | None = None
+    distill: float = 0.0
+    temperature: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class StepLosses:
 
 
 StepFunction = Callable[..., StepLosses]  # with the arguments of `train_step`
+Gradients = Callable[..., StepLosses]  # with those of `step_gradients`
 
 
 def parameter_groups(
@@ -97,13 +103,15 @@ def train_step(
     objective: Objective,
     coefficient: float,
     precision: torch.dtype = torch.float32,
+    gradients: Gradients | None = None,
 ) -> StepLosses:
     """One update on one batch. Each quantized weight is computed once, for the network and the penalty alike.
 
     images: (N, 3, H, W) normalised; labels: (N,). `coefficient` weights the penalty, which is not computed at 0.
+    gradients: computes losses and gradients, by default `step_gradients`.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses = step_gradients(model, images, labels, objective, coefficient, precision)
+    losses = (gradients or step_gradients)(model, images, labels, objective, coefficient, precision)
     optimizer.step()
     return losses
 
@@ -123,14 +131,29 @@ def step_gradients(
     with shared_quantized_weights(model):
         with autocast(images.device, precision):
             scores = model(images)
-            task = F.cross_entropy(scores.float(), labels)
+            task = task_loss(scores.float(), images, labels, objective)
         logits = squared_logits(model, objective.lambda_dz, objective.lambda_bit)
         penalised = isinstance(coefficient, Tensor) or coefficient
         groups = objective.penalty(model) if objective.penalty and penalised else task.new_zeros(())
         total = task + logits + coefficient * groups
-        total.backward()
     correct = (scores.argmax(1) == labels).sum()
+    total.backward()
     return StepLosses(*(part.detach() for part in (total, task, logits, groups, correct)))
+
+
+def task_loss(scores: Tensor, images: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """The mean over N of the cross-entropy H; with a teacher, distillation from its scores (Hinton et al. 2015):
+
+    (1 - a) H(labels, scores) + a T^2 KL(softmax(teacher / T) || softmax(scores / T)); a is `distill`, T `temperature`.
+    """
+    task = F.cross_entropy(scores, labels, label_smoothing=objective.label_smoothing)
+    if objective.teacher is None:
+        return task
+    share, heat = objective.distill, objective.temperature
+    with torch.no_grad():
+        wanted = F.log_softmax(objective.teacher(images).float() / heat, 1)
+    distance = F.kl_div(F.log_softmax(scores / heat, 1), wanted, reduction="batchmean", log_target=True)
+    return (1 - share) * task + share * heat**2 * distance
 
 
 def squared_logits(model: nn.Module, lambda_dz: float, lambda_bit: float) -> Tensor:
@@ -145,3 +168,9 @@ def squared_logits(model: nn.Module, lambda_dz: float, lambda_bit: float) -> Ten
         if weight and members:
             total = total + weight * torch.stack(members).square().sum()
     return total
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether a module has a hook, which a recorded or compiled step would not call."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for module in model.modules() for kind in kinds)

@@ -42,6 +42,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("fixed_bits", 1, "fixed_bits=1: need 2..16, a whole number; 2 means ternary"),
     ("init_bit_logit", NAN, "init_bit_logit=nan: need any finite number; 3.0 starts"),
     ("expected_accuracy", 60, "expected_accuracy=60: need 0..1"),
+    ("warmup_epochs", 20, "warmup_epochs=20: need fewer than the run's 20 epochs"),
     ("exclude_layers", "conv1", r"exclude_layers='conv1': need a tuple of patterns, \('conv1',\)"),
 ]
 
@@ -53,6 +54,7 @@ def test_a_setting_out_of_range_is_refused(name: str, value: Any, message: str) 
 
 
 FREE = {
+    "compile",
     "preset",
     "target",
     "data",

@@ -70,12 +70,14 @@ class Expected:
     @classmethod
     def of_config(cls, config: RunConfig, model: nn.Module, data: ImageData) -> Expected:
         """What `config` asks of a network and data from `pipeline`."""
-        decoupled = config.regularization == "decoupled"
+        decoupled, softened = config.regularization == "decoupled", config.label_smoothing or config.distill
         schedule = tuple(_coefficient(config, epoch) for epoch in range(config.epochs))
         factor = factor_of(config)
         return cls(
             quantized=_meant(config, model),
-            quantizer=ExpectedQuantizer(
+            quantizer=None  # it is one for all layers
+            if config.stem_bits
+            else ExpectedQuantizer(
                 max_bits=config.max_bits,
                 fixed_bits=config.fixed_bits,
                 learns_bits=config.learnable_bit,
@@ -90,8 +92,9 @@ class Expected:
             },
             optimizer="AdamW",
             # With a budget the penalty and its coefficient follow the run: there is nothing to expect beforehand.
-            lambda_dz=None if config.target else 0.0 if decoupled else config.logit_decay_dz,
-            lambda_bit=None if config.target else 0.0 if decoupled else config.logit_decay_bit,
+            # Nor is a task loss of another kind computed a second time.
+            lambda_dz=None if config.target or softened else 0.0 if decoupled else config.logit_decay_dz,
+            lambda_bit=None if config.target or softened else 0.0 if decoupled else config.logit_decay_bit,
             penalty="coupled group lasso" if config.peak > 0 and not config.target else None,
             coefficients=None if config.target else schedule,
             lr_factors=tuple(factor(epoch / config.epochs) for epoch in range(config.epochs)),
@@ -116,7 +119,7 @@ def _meant(config: RunConfig, model: nn.Module) -> tuple[str, ...] | None:
     """Every convolution but the stem; with patterns of one's own, every candidate that none names by its whole path."""
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if config.exclude_layers == ("conv1", "bn", "linear"):
-        return tuple(convolutions[1:])
+        return tuple(convolutions[0 if config.stem_bits else 1 :])
     return None
 
 
@@ -135,7 +138,8 @@ def factor_of(config: RunConfig) -> Callable[[float], float]:
         "hold_then_linear": lambda done: 1.0 if done < config.hold else (1 - done) / (1 - config.hold),
         "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
     }
-    return shapes[config.learning_rate_shape]
+    shape, warm = shapes[config.learning_rate_shape], config.warmup_epochs
+    return lambda done: shape(done) * (min(done * config.epochs / warm, 1.0) if warm else 1.0)
 
 
 def _known_statistics(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
