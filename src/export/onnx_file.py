@@ -460,6 +460,7 @@ OPERATION_WRITERS: dict[str, Writer] = {
     "abs": _simple("Abs"),
     "neg": _simple("Neg"),
     "clamp": _clip("min", "max"),
+    "contiguous": _simple("Identity"),
     "affine": _affine,
     "add": _simple("Add"),
     "sub": _simple("Sub"),

@@ -36,7 +36,7 @@ from src.pruning.graph import LAYERS, Call, Op, Ref
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation
 from src.pruning.tracing import InputSize, recorded_graph
-from utils_quantization import eval_mode, shared_quantized_weights, unwrapped
+from utils_quantization import default_tensors, eval_mode, shared_quantized_weights, unwrapped
 
 Indices = NDArray[np.int64]
 COMPARED = 2  # images on which the smaller network is compared with the original
@@ -45,6 +45,7 @@ HALF = 5e-2
 
 
 @torch.no_grad()
+@default_tensors()
 def compact(
     model: nn.Module, input_size: InputSize = (3, 32, 32), multiple_of: int = 1, atol: float | None = None
 ) -> CompactNetwork:

@@ -150,14 +150,14 @@ class _Reader:
     def _enter_unknown(self, node: fx.Node) -> None:
         shape = tuple(value.shape) if isinstance(value := node.meta.get("value"), Tensor) else ()
         image = node.op == "placeholder" and node.meta["image"]
-        axis = self.recognizer.axis_of(node) if shape and not image else 1
+        if image and len(shape) != 3:  # the channels of (N, L, C) may be last
+            self.recognizer.axis[node] = 1
         self.found[node.name] = Op(
             name=node.name,
             kind="output" if node.op == "output" else "input" if image else "opaque",
             inputs=tuple(source.name for source in node.all_input_nodes),
-            channels=shape[axis] if len(shape) > axis else 0,
+            channels=shape[1] if len(shape) > 1 else 0,
             shape=shape,
-            axis=axis,
             module=str(node.target) if node.op == "call_module" else None,
             call=self._call(node),
         )

@@ -55,22 +55,19 @@ class ChannelGroups:
 
     def slices(self, group: int) -> list[tuple[str, str, int, NDArray[np.int64]]]:
         """What group `group` holds: (module, parameter, dimension, indices) for every member that takes part."""
-        found = []
-        for member, (order, starts) in zip(self.members, self._sorted, strict=True):
-            indices = order[starts[group] : starts[group + 1]]
-            if len(indices):
-                found.append((member.module, member.parameter, member.dim, indices))
-        return found
+        return self._by_group[group]
 
     @cached_property
-    def _sorted(self) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Of each member, its indices in the order of their groups, and where each group begins among them."""
-        orders = [np.argsort(member.groups, kind="stable") for member in self.members]
-        bounds = np.arange(len(self) + 1)
-        return [
-            (order, np.searchsorted(member.groups[order], bounds))
-            for member, order in zip(self.members, orders, strict=True)
-        ]
+    def _by_group(self) -> list[list[tuple[str, str, int, NDArray[np.int64]]]]:
+        found: list[list[tuple[str, str, int, NDArray[np.int64]]]] = [[] for _ in self.names]
+        for member in self.members:
+            order = np.argsort(member.groups, kind="stable")
+            order = order[np.searchsorted(member.groups[order], 0) :]  # those of no group come first
+            own = member.groups[order]
+            starts = np.flatnonzero(np.diff(own, prepend=-1))
+            for group, indices in zip(own[starts].tolist(), np.split(order, starts[1:]), strict=True):
+                found[group].append((member.module, member.parameter, member.dim, indices))
+        return found
 
 
 def channel_groups(model: nn.Module, input_size: InputSize = (3, 32, 32)) -> ChannelGroups:

@@ -165,7 +165,12 @@ def analyze_liveness(model: nn.Module, input_size: InputSize = (3, 32, 32), mult
         if op.kind in LAYERS:
             layers.append(_layer(op, shapes[op.inputs[0]], reads[op.name], constant, kept, norms))
         elif op.kind == "opaque" and op.module:
-            layers += _kept_whole(op, modules[op.module], shapes[op.inputs[0]])
+            layers += _kept_whole(op.module, modules[op.module], shapes[op.inputs[0]], op.shape)
+        elif op.call and op.call.kind == "get_attr":  # the weight of a layer, read by a function
+            owner, _, leaf = str(op.call.target).rpartition(".")
+            reader = next(each for each in ops if op.name in each.inputs)
+            if leaf == "weight" and isinstance(modules[owner], nn.Linear):
+                layers += _kept_whole(owner, modules[owner], shapes[reader.inputs[0]], reader.shape)
     return Liveness(tuple(ops), constant, kept, tuple(_once(layers)))
 
 
@@ -315,16 +320,21 @@ def _layer(
     )
 
 
-def _kept_whole(op: Op, module: nn.Module, read_shape: tuple[int, ...]) -> list[LayerLiveness]:
-    """The layers of a module that is left as it is: nothing of them is removed, but their cost counts."""
+def _kept_whole(
+    name: str, module: nn.Module, read_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> list[LayerLiveness]:
+    """The layers of a module that is left as it is: nothing of them is removed, but their cost counts.
+
+    read_shape, shape: of what it reads and of its output.
+    """
     found = []
     tokens = math.prod(read_shape) // read_shape[-1]
-    for path, layer in module.named_modules(prefix=cast(str, op.module)):
+    for path, layer in module.named_modules(prefix=name):
         attention = isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
             pixels = math.prod(read_shape) // layer.in_channels
         elif isinstance(layer, nn.modules.conv._ConvNd):
-            pixels = math.prod(op.shape) // layer.out_channels
+            pixels = math.prod(shape) // layer.out_channels
         elif isinstance(layer, nn.Linear) or attention:
             pixels = tokens
         else:

@@ -153,6 +153,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "abs": (torch.abs, {}),
     "neg": (torch.neg, {}),
     "clamp": (torch.clamp, {"min": None, "max": None}),
+    "contiguous": (lambda x: x.contiguous(), {}),
 }
 WRITTEN_ANEW = ("name", "out_channels", "out_features", "bias")  # fields that removal changes
 WINDOW = ("kernel_size", "stride", "padding")

@@ -43,7 +43,8 @@ class Reading(NamedTuple):
 class Recognizer:
     """Reads one node after the other. axis: of each node read so far, the dimension along which its channels lie.
 
-    A value without channels to follow, whose dimensions are all free, has no entry.
+    What an unknown operation gave has no entry: all of its channels stay, so that a layer may read it along any
+    dimension, and an operation that does not say which one is not followed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +52,11 @@ class Recognizer:
         self.axis: dict[Node, int] = {}
 
     def read(self, node: Node) -> Reading | None:
-        """What `node` is, or None where it is no operation of the table."""
+        """What `node` is, or None where it is no operation of the table, or its channels cannot be followed."""
+        reading = self._read(node)
+        return reading if reading and reading.axis else None
+
+    def _read(self, node: Node) -> Reading | None:
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             plain = len(node.args) == 1 and not node.kwargs and is_image(node.args[0])
@@ -78,10 +83,6 @@ class Recognizer:
     def along(self, source: Node, axis: int) -> bool:
         """Whether the channels of `source` lie along `axis`, or can be taken to."""
         return self.axis.get(source, axis) == axis
-
-    def axis_of(self, source: Node) -> int:
-        """Where the channels of `source` are: behind the batch, or last in a sequence (N, L, C)."""
-        return self.axis.get(source, 2 if len(shape_of(source)) == 3 else 1)
 
     def _module(self, module: Any, node: Node) -> Reading | None:
         source, name, kind = node.args[0], str(node.target), parametrize.type_before_parametrizations(module)
@@ -115,9 +116,9 @@ class Recognizer:
             return None
         left, right = node.args
         if is_image(left) and is_image(right):
-            axis = self.axis.get(left, self.axis.get(right, self.axis_of(left)))
+            axis = self.axis.get(left, self.axis.get(right, 0))
             a, b = shape_of(left), shape_of(right)
-            fits = len(a) == len(b) and axis < len(a) and a[axis] == b[axis] and kind in OPERATIONS
+            fits = axis and len(a) == len(b) and axis < len(a) and a[axis] == b[axis] and kind in OPERATIONS
             if fits and self.along(left, axis) and self.along(right, axis):
                 return Reading(kind, (left, right), axis)
             return None
@@ -127,11 +128,11 @@ class Recognizer:
             if (numbers := _affine(kind, float(other), first)) is None:
                 return None
             return Reading(
-                "affine", (source,), self.axis_of(source), dict(zip(("scale", "shift"), numbers, strict=True))
+                "affine", (source,), self.axis.get(source, 0), dict(zip(("scale", "shift"), numbers, strict=True))
             )
         if not isinstance(other, Tensor) or shape_of(node) != shape_of(source) or not (first or kind in ("add", "mul")):
             return None
-        axis = self.axis_of(source)
+        axis = self.axis.get(source, 0)
         aligned = other.reshape(*[1] * (len(shape_of(source)) - other.dim()), *other.shape)
         if any(size > 1 for dim, size in enumerate(aligned.shape) if dim != axis):
             return None
@@ -159,7 +160,7 @@ class Recognizer:
         if not is_image(source) or not is_image(node):
             return None
         index = index if isinstance(index, tuple) else (index,)
-        shape, axis = shape_of(source), self.axis_of(source)
+        shape, axis = shape_of(source), self.axis.get(source, 0)
         if Ellipsis in index:
             place = index.index(Ellipsis)
             index = (*index[:place], *[slice(None)] * (len(shape) - len(index) + 1), *index[place + 1 :])
@@ -195,7 +196,7 @@ class Recognizer:
     def _alike(self, row: str, source: Node, given: Settings) -> Reading:
         defaults = ACTIVATIONS[row][1]
         return Reading(
-            row, (source,), self.axis_of(source), {name: given.get(name, defaults[name]) for name in defaults}
+            row, (source,), self.axis.get(source, 0), {name: given.get(name, defaults[name]) for name in defaults}
         )
 
     def _dropout(self, node: Node, source: Node, given: Settings) -> Reading | None:
@@ -203,7 +204,7 @@ class Recognizer:
 
     def _pass(self, node: Node, source: Node, given: Settings) -> Reading | None:
         same = node.meta["value"].dtype == source.meta["value"].dtype and shape_of(node) == shape_of(source)
-        return Reading("pass", (source,), self.axis_of(source)) if same else None
+        return Reading("pass", (source,), self.axis.get(source, 0)) if same else None
 
     def _reshape(self, node: Node, source: Node, given: Settings) -> Reading | None:
         before, after = shape_of(source), shape_of(node)
@@ -229,7 +230,7 @@ class Recognizer:
             dims[first], dims[second] = dims[second], dims[first]
         else:
             dims = [dims[each] for each in (wanted[0] if isinstance(wanted[0], (list, tuple)) else wanted)]
-        axis = self.axis_of(source)
+        axis = self.axis.get(source, 0)
         return Reading("permute", (source,), dims.index(axis), {"dims": dims}) if dims[0] == 0 else None
 
     def _pool(self, row: str, source: Node, given: Settings) -> Reading | None:
@@ -249,7 +250,7 @@ class Recognizer:
         if dim is None or given.keys() - {"dim", "keepdim"}:
             return None
         dims = sorted(each % len(before) for each in ([dim] if isinstance(dim, int) else dim))
-        axis = self.axis_of(source)
+        axis = self.axis.get(source, 0)
         if axis in dims or 0 in dims:
             return None
         left = axis if keepdim else axis - sum(each < axis for each in dims)
@@ -257,7 +258,7 @@ class Recognizer:
 
     def _pad(self, node: Node, source: Node, given: Settings) -> Reading | None:
         padding, mode, value = list(given["pad"]), given.get("mode", "constant"), given.get("value") or 0
-        shape, axis = shape_of(source), self.axis_of(source)
+        shape, axis = shape_of(source), self.axis.get(source, 0)
         padding += [0] * (2 * len(shape) - len(padding))
         of_axis = slice(2 * (len(shape) - 1 - axis), 2 * (len(shape) - axis))
         before, after = padding[of_axis]
@@ -381,7 +382,7 @@ POOL_DEFAULTS: dict[str, Settings] = {
     "adaptive_avg_pool": {},
     "adaptive_max_pool": {},
 }  # fmt: skip
-ALIASES = {"relu": ("relu_",), "clamp": ("clip", "clamp_"), "neg": ("negative",)}
+ALIASES = {"relu": ("relu_",), "clamp": ("clip", "clamp_"), "neg": ("negative",), "contiguous": ("clone",)}
 MODULE_NAMES = {
     "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "elu": "ELU", "selu": "SELU", "celu": "CELU",
     "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "hardswish": "Hardswish", "hardsigmoid": "Hardsigmoid",
@@ -410,7 +411,7 @@ def _functions() -> dict[Any, tuple[tuple[str, ...], Callable[..., Reading | Non
         for row in ("adaptive_avg_pool", "adaptive_max_pool"):
             enter(("output_size", "return_indices"), _pooling(row), getattr(F, f"{row}{dims}d"))
     enter(("p", "training", "inplace"), Recognizer._dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-    enter((), Recognizer._pass, "contiguous", "clone", torch.clone, "float", "double")
+    enter((), Recognizer._pass, "float", "double")
     enter(("start_dim", "end_dim"), Recognizer._reshape, torch.flatten, "flatten")
     shaped = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.reshape, "reshape", "view")
     enter([f"shape{number}" for number in range(8)], Recognizer._reshape, *shaped)
