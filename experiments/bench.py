@@ -1,10 +1,12 @@
 """What the pipeline costs, and what a compressed network gains, timed on this machine.
 
     python -m experiments.bench training --rounds 15 --device cpu --json training.json
+    python -m experiments.bench training --modes eager compile --at-once 1 2 4
     python -m experiments.bench inference debug_output --batch-sizes 1 256 --multiple-of 4 8
 
-training: one step of ResNet-20 in three variants (experiments/benchmarks/training.py). inference: one forward pass of a
-run's network in seven forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input, 130 interrupted.
+training: one step of ResNet-20 in three variants, and in other modes (experiments/benchmarks/training.py). inference: a
+forward pass of a run's network in seven forms (experiments/benchmarks/inference.py). Exit status: 0 done, 2 bad input,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from experiments.benchmarks import bench_inference, bench_training, inference_table, training_table
+from experiments.benchmarks import MODES, bench_inference, bench_training, inference_table, training_table
 from experiments.pipeline import DEBUG
 from src.quantizer import check_range
 from src.storage import CommandParser, check_output, fail, write_output
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         if name == "training":
             config = replace(DEBUG, batch_size=options.batch_size, device=options.device, precision=options.precision)
-            result = bench_training(config, options.images, options.rounds, options.memory)
+            more = options.memory, options.modes, options.at_once
+            result = bench_training(config, options.images, options.rounds, *more)
             print(training_table(result))
         else:
             result = bench_inference(options.run, options.batch_sizes, options.rounds, options.multiple_of)
@@ -67,6 +70,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
         add("--images", type=int, default=50_000, help="synthetic images (default: 50000)")
         add("--device", default="auto", help=f"one of {', '.join(DEVICES)} (default: auto)")
         add("--precision", default="auto", help="of the fastest mode: auto, fp32 or bf16 (default: auto)")
+        add(
+            "--modes", nargs="+", default=[], choices=list(MODES), help=f"also time steps {' or '.join(MODES.values())}"
+        )
+        add("--at-once", type=int, nargs="+", default=[], metavar="RUNS", help="time so many together, too: 1 2 4, say")
         add("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
     else:
         add("run", metavar="RUN", help="output folder of experiments.debug_run")

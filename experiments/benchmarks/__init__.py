@@ -4,9 +4,10 @@ All variants are timed in turns, in one process; memory is measured in a process
 """
 
 from experiments.benchmarks.inference import bench_inference, inference_table
-from experiments.benchmarks.training import bench_training, training_table
+from experiments.benchmarks.training import MODES, bench_training, training_table
 
 __all__ = [
+    "MODES",
     "bench_inference",
     "bench_training",
     "inference_table",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from experiments.pipeline import comparison
 from experiments.pipeline.baseline import WISHES, add_teacher, obtain_baseline
 from experiments.pipeline.budget import BudgetControl, packed_ratio
-from experiments.pipeline.compression import Take, compress, spread, synchronize, time_in_turns
+from experiments.pipeline.compression import STEPS_A_TURN, Take, compress, spread, synchronize, time_in_turns
 from experiments.pipeline.config import BUDGETS, DEBUG, PRESETS, PRESETS_HELP, ConfigError, RunConfig, configure
 from experiments.pipeline.run import Baseline, Run, TrainingLoop, epoch_settings
 from experiments.pipeline.saved_run import SavedRun, contents, load_run
@@ -37,6 +37,7 @@ __all__ = [
     "PASSED",
     "PRESETS",
     "PRESETS_HELP",
+    "STEPS_A_TURN",
     "WISHES",
     "Baseline",
     "BudgetControl",

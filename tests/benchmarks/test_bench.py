@@ -88,6 +88,27 @@ def test_the_spread_by_hand() -> None:
 
 
 @pytest.mark.slow
+def test_runs_at_once_are_counted_together() -> None:
+    """Two processes that start together: both have taken steps, and at least one each."""
+    one, two = (variants.images_at_once(replace(TINY, batch_size=2), 4, count) for count in (1, 2))
+    assert one > 2 / variants.SECONDS_AT_ONCE
+    assert two > 2 * 2 / variants.SECONDS_AT_ONCE
+
+
+def test_other_modes_are_timed_beside_a_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is left out here: what is timed is the step that `fast_step` gives."""
+    asked: list[bool] = []
+    monkeypatch.setattr(variants, "time_in_turns", lambda step_fns, *_: {name: [1.0] for name in step_fns})
+    monkeypatch.setattr(training, "fast_step", lambda device, compiled, notify: asked.append(compiled))
+    result = variants.bench_training(TINY, 16, 1, False, ["eager", "compile"])
+    assert asked.count(True) == 2, "the plain network and the pipeline"
+    assert [name for name in result["ratios"] if name.startswith("full")] == [
+        "full_over_plain", "full_over_plain_eager", "full_over_plain_compile"
+    ]  # fmt: skip
+    assert all(variant["first_step_seconds"] > 0 for variant in result["variants"].values())
+
+
+@pytest.mark.slow
 def test_memory_is_measured_in_a_slow_new_process() -> None:
     found = variants.memory_of("plain_fast", TINY)
     assert found["step_bytes"] == found["peak_bytes"] - found["before_bytes"]
