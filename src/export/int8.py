@@ -28,7 +28,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from src.export.integer_weights import IndexedNetwork
-from src.export.onnx_file import INPUT, OnnxError, export_onnx, logits_of, open_session, run_onnx
+from src.export.onnx_file import export_onnx, logits_of, open_session, run_onnx
+from src.export.onnx_graph import INPUT, OnnxError
 from src.pruning import CompactNetwork
 from src.storage import check_output, write_output
 

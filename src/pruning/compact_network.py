@@ -12,15 +12,19 @@ import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 
-from src.pruning.graph import Call, Ref
+from src.pruning.graph import Call, Op, Ref
 from src.pruning.operations import OPERATIONS, Operation, fields_of
+from src.pruning.tracing import recorded_graph
 from utils_quantization import default_tensors
 
 FORMAT = 3
 COMPACT_AGAIN = "compact the original network again"
+COMPARED = 2  # images on which a smaller network is compared with the original
 
 
 class CompactionError(ValueError):
@@ -184,3 +188,67 @@ def _filled(template: Any, values: list[Any]) -> Any:
     if isinstance(template, tuple):
         return tuple(_filled(each, values) for each in template)
     return [_filled(each, values) for each in template] if isinstance(template, list) else template
+
+
+def compare(
+    model: nn.Module, network: CompactNetwork, places: Mapping[Op, tuple[int, NDArray[np.int64]]], atol: float
+) -> None:
+    """Raise CompactionError where a network and the smaller one differ on random images, with the first operation that
+    does. places: of each operation, in their order, the smaller network's value and the channels that it keeps.
+    """
+    first = next(model.parameters())
+    random = torch.Generator().manual_seed(0)
+    sizes = [op.shape[1:] for op in places if op.kind == "input"]
+    images = [torch.randn(COMPARED, *size, generator=random).to(first.device, first.dtype) for size in sizes]
+    expected, found = model(*copy.deepcopy(images)), network(*copy.deepcopy(images))
+    if _differ(expected, found, atol) is None:
+        return
+    graph = recorded_graph(model, sizes)
+    original = _Results(model, graph)
+    original.run(*copy.deepcopy(images))
+    results = network.results(*images)
+    for op, (number, kept) in places.items():
+        whole = original.found.get(op.name)
+        if not isinstance(whole, Tensor) or not op.channels:
+            continue
+        channels = torch.from_numpy(kept).to(whole.device)
+        if (difference := _differ(whole.index_select(op.axis, channels), results[number], atol)) is not None:
+            raise CompactionError(
+                f"the smaller network differs from {type(model).__name__} by {difference:.1e} of the largest value "
+                f"(allowed: {atol:g}), first behind {op.module or op.name!r} ({op.kind}): its forward pass does "
+                "something that its graph does not show; allow more by atol, or leave the network as it is"
+            )
+    raise CompactionError(f"the smaller network's output differs from {type(model).__name__}'s by more than {atol:g}")
+
+
+def _differ(expected: Any, found: Any, atol: float) -> float | None:
+    """By how much the tensors differ at most, relative to the largest number, where it is more than `atol`."""
+    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    worst = 0.0
+    for a, b in pairs:
+        scale = a.abs().amax().clamp(min=1) if a.numel() else 1
+        if a.shape != b.shape:
+            return float("inf")
+        worst = max(worst, float(((a - b).abs().nan_to_num(0) / scale).amax())) if a.numel() else worst
+    return worst if worst > atol else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All floating-point tensors in a network's output."""
+    if isinstance(value, Mapping):
+        return [tensor for each in value.values() for tensor in _tensors(each)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
+
+
+class _Results(fx.Interpreter):
+    """Runs a network's graph and keeps what every node gave, by name."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule(model, graph))
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.found[n.name] = super().run_node(n)
+        return self.found[n.name]

@@ -28,18 +28,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork
+from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork, compare
 from src.pruning.graph import LAYERS, Call, Op, Ref
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation
-from src.pruning.tracing import InputSize, recorded_graph
+from src.pruning.tracing import InputSize
 from utils_quantization import default_tensors, eval_mode, shared_quantized_weights, unwrapped
 
 Indices = NDArray[np.int64]
-COMPARED = 2  # images on which the smaller network is compared with the original
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; half precision: HALF
 HALF = 5e-2
 
@@ -92,7 +91,8 @@ def compact(
     state = {name: value.detach().clone() for name, value in writer.state.items()}
     network.load_state_dict(network.state_dict() | state)
     network = network.to(first.device).eval()
-    _compare(model, network, writer, atol if atol is not None else TOLERANCE.get(first.dtype, HALF))
+    places = {op: (writer.value[op.name], writer.kept[op.name]) for op in liveness.ops if op.name in writer.value}
+    compare(model, network, places, atol if atol is not None else TOLERANCE.get(first.dtype, HALF))
     return network
 
 
@@ -114,8 +114,14 @@ def _own_copy(call: Call) -> Call:
         return replace(call, attribute=nn.Parameter(copied) if isinstance(held, nn.Parameter) else copied)
     held = copy.deepcopy(held)
     for module in list(held.modules()):
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name)
+        if parametrize.is_parametrized(module):  # torch's own removal would change the class that both share
+            values = {
+                name: getattr(module, name).detach().clone() for name in cast(nn.ModuleDict, module.parametrizations)
+            }
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
     return replace(call, attribute=held)
 
 
@@ -319,63 +325,3 @@ class _Writer:
         if self.moving.intersection(inputs):
             self.moving.add(number)
         return number
-
-
-def _compare(model: nn.Module, network: CompactNetwork, writer: _Writer, atol: float) -> None:
-    """Raise CompactionError where the two networks differ on random images, with the first operation that does."""
-    first = next(model.parameters())
-    random = torch.Generator().manual_seed(0)
-    sizes = [op.shape[1:] for op in writer.liveness.ops if op.kind == "input"]
-    images = [torch.randn(COMPARED, *size, generator=random).to(first.device, first.dtype) for size in sizes]
-    expected, found = model(*copy.deepcopy(images)), network(*copy.deepcopy(images))
-    if _differ(expected, found, atol) is None:
-        return
-    graph = recorded_graph(model, sizes)
-    original = _Results(model, graph)
-    original.run(*copy.deepcopy(images))
-    results = network.results(*images)
-    for op in writer.liveness.ops:
-        number, whole = writer.value.get(op.name), original.found.get(op.name)
-        if number is None or not isinstance(whole, Tensor) or not op.channels:
-            continue
-        kept = torch.from_numpy(writer.kept[op.name]).to(whole.device)
-        if (difference := _differ(whole.index_select(op.axis, kept), results[number], atol)) is not None:
-            raise CompactionError(
-                f"the smaller network differs from {type(model).__name__} by {difference:.1e} of the largest value "
-                f"(allowed: {atol:g}), first behind {op.module or op.name!r} ({op.kind}): its forward pass does "
-                "something that its graph does not show; allow more by atol, or leave the network as it is"
-            )
-    raise CompactionError(f"the smaller network's output differs from {type(model).__name__}'s by more than {atol:g}")
-
-
-def _differ(expected: Any, found: Any, atol: float) -> float | None:
-    """By how much the tensors differ at most, relative to the largest number, where it is more than `atol`."""
-    pairs = zip(_tensors(expected), _tensors(found), strict=True)
-    worst = 0.0
-    for a, b in pairs:
-        scale = a.abs().amax().clamp(min=1) if a.numel() else 1
-        if a.shape != b.shape:
-            return float("inf")
-        worst = max(worst, float(((a - b).abs().nan_to_num(0) / scale).amax())) if a.numel() else worst
-    return worst if worst > atol else None
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All floating-point tensors in a network's output."""
-    if isinstance(value, Mapping):
-        return [tensor for each in value.values() for tensor in _tensors(each)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
-
-
-class _Results(fx.Interpreter):
-    """Runs a network's graph and keeps what every node gave, by name."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(model, graph))
-        self.found: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.found[n.name] = super().run_node(n)
-        return self.found[n.name]

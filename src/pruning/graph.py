@@ -22,7 +22,8 @@ from src.pruning.tracing import InputSize, overwritten, recorded_graph
 from utils_quantization import unwrapped
 
 LAYERS = ("conv", "conv_transpose", "linear")
-NOT_CHANNELWISE = (*LAYERS, "input", "output", "opaque", "fill")
+MIXING = ("opaque", "softmax", "log_softmax")  # of which nothing that is read or made may be removed
+NOT_CHANNELWISE = (*LAYERS, *MIXING, "input", "output", "fill")
 PARAMETRIC = ("batchnorm", "prelu")
 
 
@@ -48,7 +49,7 @@ class Call:
     writes: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """One operation. `inputs` are names of earlier operations. `shape`: of its output for one image, () for no tensor.
 

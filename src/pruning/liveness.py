@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from src.pruning.graph import LAYERS, Op, trace
+from src.pruning.graph import LAYERS, MIXING, Op, trace
 from src.pruning.groups import group_numbers, groups_of
 from src.pruning.operations import OPERATIONS
 from src.pruning.tracing import InputSize
@@ -389,10 +389,10 @@ def batchnorm_affine(norm: nn.BatchNorm2d, eps: float) -> tuple[Values, Values]:
 
 def _whole(ops: Sequence[Op]) -> set[str]:
     """Operations whose output must stay whole because the network's output or an opaque operation reads it."""
-    whole: set[str] = {op.name for op in ops if op.kind in ("opaque", "input")}
+    whole: set[str] = {op.name for op in ops if op.kind in (*MIXING, "input")}
     for op in reversed(ops):
         moves = op.name in whole and op.channelwise and op.kind not in LAYERS
-        if op.kind in ("output", "opaque") or moves:
+        if op.kind in (*MIXING, "output") or moves:
             whole.update(op.inputs)
     return whole
 

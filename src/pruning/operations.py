@@ -10,6 +10,7 @@ adds what operations 3 and 7 gave. There are
                     activations, add, sub, mul, ...    alike for all channels
                     pools, mean, pad, resize, slice    within a channel
                     select, join, flatten, permute     which channel stands where
+    mixing          softmax, log_softmax: all channels they read stay
     fill            (N, *size) of one number, 0 or 1
     input, collect  a further input of the network; several outputs, as a tuple or a dict
     own             anything else, exactly as the user's network does it: its code is not in the description
@@ -169,6 +170,8 @@ OPERATIONS: dict[str, OperationType] = {
     "shift": OperationType(("name", "dim"), layer=Shift),
     "select": OperationType(("channels", "dim"), layer=Select),
     **{name: OperationType(tuple(fields), run=run) for name, (run, fields) in ACTIVATIONS.items()},
+    "softmax": OperationType(("dim",), run=torch.softmax),
+    "log_softmax": OperationType(("dim",), run=torch.log_softmax),
     "affine": OperationType(("scale", "shift"), run=lambda x, scale, shift: x * scale + shift),
     "add": OperationType(run=lambda x, y: x + y),
     "sub": OperationType(run=lambda x, y: x - y),

@@ -363,6 +363,15 @@ def _activation(row: str) -> Callable[..., Reading | None]:
     return lambda self, node, source, given: self._alike(row, source, given)
 
 
+def _softmax(row: str) -> Callable[..., Reading | None]:
+    def read(self: Recognizer, node: Node, source: Node, given: Settings) -> Reading | None:
+        plain_dim = isinstance(given.get("dim"), int) and given.get("dtype") is None
+        dim = given["dim"] % len(shape_of(source)) if plain_dim else 0
+        return Reading(row, (source,), self.axis.get(source, 0), {"dim": dim}) if dim else None
+
+    return read
+
+
 def _pooling(row: str) -> Callable[..., Reading | None]:
     return lambda self, node, source, given: self._pool(row, source, given)
 
@@ -402,6 +411,9 @@ def _functions() -> dict[Any, tuple[tuple[str, ...], Callable[..., Reading | Non
             made = {getattr(place, name, name) for place in (torch, F)}
             enter((*fields, "inplace"), _activation(row), run, name, f"{name}_", *made)
     enter((), _activation("neg"), operator.neg)
+    for row in ("softmax", "log_softmax"):
+        targets = (getattr(torch, row), getattr(F, row), row)
+        enter(("dim", "_stacklevel", "dtype"), _softmax(row), *targets)
     for dims in (1, 2, 3):
         window = ("kernel_size", "stride", "padding")
         names = [*window, "dilation", "ceil_mode", "return_indices"]
@@ -444,6 +456,10 @@ def _modules() -> dict[Any, tuple[str, Callable[..., Reading | None]]]:
         found[getattr(nn, f"Dropout{dims}d")] = ("flatten", Recognizer._pass)
     for name in ("Identity", "Dropout", "AlphaDropout", "FeatureAlphaDropout"):
         found[getattr(nn, name)] = ("flatten", Recognizer._pass)
+    found[nn.Softmax], found[nn.LogSoftmax] = (
+        ("softmax", _softmax("softmax")),
+        ("log_softmax", _softmax("log_softmax")),
+    )
     found[nn.Flatten] = ("flatten", Recognizer._reshape)
     for name in ("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"):
         found[getattr(nn, name)] = ("resize", Recognizer._resize)

@@ -134,12 +134,14 @@ class _Recorder(fx.Tracer):
         self.running = False
         written = [value for value, version in zip(read, versions, strict=True) if value._version != version]
         node.meta["written"] = {value.untyped_storage().data_ptr() for value in written}
-        placed = node.op == "placeholder" and not node.args
+        placed = node.op == "placeholder" and isinstance(node.meta["value"], torch.Tensor) and not node.args
         node.meta["image"] = placed or any(source.meta["image"] for source in node.all_input_nodes)
         return node
 
     def _result(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
+            if str(node.target).startswith("*"):  # further arguments, of which there are none
+                return {} if str(node.target).startswith("**") else ()
             if node.args:  # an argument with a default keeps it
                 return node.args[0]
             self.inputs += 1

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from src.export import compact_with_indices, export_int8, int8, open_session, run_onnx
 from src.export.integer_weights import IndexedNetwork
-from src.export.onnx_file import OnnxError
+from src.export.onnx_graph import OnnxError
 from src.storage import StorageError
 from tests.quantized_networks import SMALL_SIZE, small_resnet
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from resnet import BasicBlock, ResNet
 from src.export import check_onnx, export_onnx, open_session, pack, run_onnx, unpack
 from src.export.integer_weights import compact_with_indices
-from src.export.onnx_file import OnnxCheck, OnnxError, integer_type
+from src.export.onnx_file import OnnxCheck
+from src.export.onnx_graph import OnnxError, integer_type
 from src.pruning import CompactionError, CompactNetwork, compact
 from src.storage import StorageError
 from tests.networks import IMAGE, Applied
@@ -196,6 +198,7 @@ def test_steps_alone(steps: list[dict[str, object]], tmp_path: Path) -> None:
         *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
         *(nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1)),
         *(lambda x: x.permute(0, 2, 3, 1), lambda x: x.mean((2, 3)), lambda x: x[:, 1:3], lambda x: x[..., ::2]),
+        *(lambda x: x.softmax(1), lambda x: F.log_softmax(x, dim=-1)),
     ],
     ids=lambda function: str(function) if isinstance(function, nn.Module) else "",
 )
@@ -211,7 +214,8 @@ def test_functions_and_modules(function: Callable[[Tensor], Tensor], tmp_path: P
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda x: x.softmax(1), "does not know .'softmax'.*torch.onnx.export"),
+        (lambda x: x.cumsum(1), "does not know .'cumsum'.*torch.onnx.export"),
+        (lambda x: (x, torch.relu(x)), "several inputs or outputs"),
         (nn.AdaptiveAvgPool2d(4), r"adaptive pooling of \(6, 6\) to \(4, 4\)"),
         (nn.AvgPool2d(2, divisor_override=3), "divisor"),
         (nn.Upsample(scale_factor=2, mode="bicubic"), "'bicubic'"),

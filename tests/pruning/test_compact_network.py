@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.export.onnx_file import OPERATION_WRITERS
+from src.export.onnx_writers import OPERATION_WRITERS
 from src.pruning import CompactionError, CompactNetwork, compact
 from src.pruning.operations import OPERATIONS
 from tests.networks import IMAGE, randomize, tiny_resnet
