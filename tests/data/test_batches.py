@@ -79,11 +79,9 @@ def test_normalize_equals_numpy(layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize(("padding", "flip"), [(4, True), (4, False), (0, True), (0, False)])
 @pytest.mark.parametrize("start", [0, 1, 4])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_an_epoch_equals_its_draws_done_by_hand(padding: int, flip: bool, start: int, device: str) -> None:
     """The draw comes before the loop, in this order, whatever the options, the first batch and the device."""
-    if not getattr(torch, device).is_available():
-        pytest.skip("needs a CUDA device")
     data, draw, generator = made(), seeded(3), seeded(3)
     order = torch.randperm(23, generator=draw)
     offsets = torch.randint(2 * padding + 1, (23, 2), generator=draw)

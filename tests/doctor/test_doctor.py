@@ -102,6 +102,17 @@ def test_other_forms_of_the_method_raise_no_alarm(
     assert report.failed == (), report.text(passed=False)
 
 
+@pytest.mark.parametrize("settings", [{"label_smoothing": 0.1, "warmup_epochs": 1}, {"stem_bits": 8}])
+def test_the_settings_of_the_recipe_raise_no_alarm(
+    prepared: tuple[RunConfig, ImageData], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = prepared
+    monkeypatch.setitem(NETWORKS, "resnet20", lambda classes, shortcut: small_network(config, data))
+    built = Pipeline.of_run(build_run(replace(config, **settings), data))
+    report = before(built) + first_steps(built)
+    assert report.failed == (), report.text(passed=False)
+
+
 def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]

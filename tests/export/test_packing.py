@@ -184,7 +184,7 @@ def test_refused_models(build: Callable[[], nn.Module], error: type[Exception], 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_model_on_cuda(tmp_path: Path) -> None:
     model = small_resnet().cuda()
     pack(model, tmp_path / "model.cdq", input_size=SMALL_SIZE)

@@ -20,7 +20,7 @@ from tests.reliability.small_run import differences, train
 from tests.training.small import optimizer_of, quantized
 from utils_quantization import quantization
 
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+on_cuda = pytest.mark.cuda
 CUDA = torch.device("cuda")
 Step = Callable[..., StepLosses]
 

@@ -139,6 +139,8 @@ def _output_error(pipeline: Pipeline) -> Outcome:
     layers = quantized_layers(pipeline.model)
     if not layers:
         raise NotApplicable("the network has no quantizer")
+    if pipeline.expected.config and pipeline.expected.config.stem_bits:
+        raise NotApplicable("the stem has a grid of its own, which is not expected")
     images, _ = batch_of(pipeline, 64)
     generator = torch.Generator().manual_seed(0)
     with preserve_state(pipeline), torch.no_grad():

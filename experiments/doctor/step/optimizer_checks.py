@@ -94,9 +94,9 @@ def _members(pipeline: Pipeline) -> Outcome:
 
 def _frozen(pipeline: Pipeline) -> list[str]:
     """Parameters that should be trained and do not require a gradient."""
-    if pipeline.expected.groups is None:
+    config, settings = pipeline.expected.config, pipeline.expected.quantizer
+    if pipeline.expected.groups is None or (config and config.stem_bits):  # the logits of such a stem are not trained
         return []
-    settings = pipeline.expected.quantizer
     learns = {
         "weights": True,
         "logit_dz": settings is None or settings.learns_dead_zone,
