@@ -33,7 +33,7 @@ if [ -n "$DRY" ]; then
     bench_seconds=480
     bench=(--images 4 --batch-size 2 --rounds 1 --modes eager --at-once 1 2 --device cpu --no-memory)
     paper=(--preset paper --data digits --limit 60 --batch-size 15 --device cpu)
-    PAPER_SECONDS=60
+    PAPER_SECONDS=150
 fi
 
 ended=()

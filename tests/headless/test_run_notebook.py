@@ -71,6 +71,7 @@ def test_defaults_are_read_from_the_parameters_cell() -> None:
         ("EPOCHS=3", 3),
         ("EPOCHS=None", None),
         ("FAST=True", True),
+        ("FAST=false", False),
         ("DATA=digits", "digits"),
         ("TITLE=2024", "2024"),
         ("TITLE='quoted'", "quoted"),
