@@ -53,8 +53,16 @@ class Recognizer:
 
     def read(self, node: Node) -> Reading | None:
         """What `node` is, or None where it is no operation of the table, or its channels cannot be followed."""
-        reading = self._read(node)
+        reading = self._read(node) or self._unchanged(node)
         return reading if reading and reading.axis else None
+
+    def _unchanged(self, node: Node) -> Reading | None:
+        """A function that gave back the very tensor it was given, as stochastic depth does in eval mode."""
+        sources = [each for each in node.all_input_nodes if is_image(each)]
+        same = len(sources) == 1 and node.meta["value"] is sources[0].meta["value"] and not node.meta["written"]
+        if not same or node.op != "call_function":
+            return None
+        return Reading("pass", (sources[0],), self.axis.get(sources[0], 0))
 
     def _read(self, node: Node) -> Reading | None:
         if node.op == "call_module":

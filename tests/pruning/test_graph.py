@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from resnet import resnet20
 from src.pruning import GraphError, Op, channel_groups, compact, trace
@@ -66,6 +67,7 @@ def test_resnet20_has_nothing_unknown() -> None:
         (lambda x: x.relu(), "relu"),
         (nn.Identity(), "pass"),
         (nn.Dropout(0.5), "pass"),
+        (StochasticDepth(0.5, "row"), "pass"),
         (lambda x: F.dropout(x, 0.3, training=False), "pass"),
         (nn.SiLU(inplace=True), "silu"),
         (lambda x: x.clamp(min=0), "clamp"),
@@ -119,7 +121,7 @@ def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> No
         lambda x: x[:, 1:, 1:],
         lambda x: x.transpose(0, 1),
         lambda x: x.cumsum(1),
-        lambda x: F.dropout(x, 0.0, training=True),
+        lambda x: F.dropout(x, 0.5, training=True),
         nn.BatchNorm2d(4, track_running_stats=False),
         nn.GroupNorm(2, 4),
         nn.ConvTranspose2d(4, 4, 2, groups=2),
