@@ -80,8 +80,10 @@ def test_the_coefficient_follows_the_cost() -> None:
     assert bops.coefficient(history_of([0.25] * 5 + [0.08])) == pytest.approx(-0.00729, abs=5e-6)
     assert bops.coefficient(history_of([0.25] * 5 + [0.05])) == -0.01, "no more than the peak"
     assert bops.coefficient(history_of([0.25] * 5 + [0.1])) == pytest.approx(0.001633, abs=5e-7)
-    # log(0.12 / 0.096) / 0.25 = 0.8926, after the path; before its end that is too much for dead zones alone
-    assert bops.coefficient(history_of([0.25] * 16 + [0.12])) == pytest.approx(0.008926, abs=5e-7)
+    # log(0.099 / 0.096) / 0.25 = 0.1231, after the path; above the budget twice log(0.105 / 0.096) / 0.25 = 0.3584
+    assert bops.coefficient(history_of([0.25] * 16 + [0.099])) == pytest.approx(0.001231, abs=5e-7)
+    assert bops.coefficient(history_of([0.25] * 16 + [0.105])) == pytest.approx(0.007169, abs=5e-7)
+    assert bops.coefficient(history_of([0.25] * 16 + [0.12])) == 0.01, "no more than the peak"
     assert bops.coefficient(history_of([0.25] * 15 + [0.12])) > 0.01
     macs = control("macs 10%")
     assert macs.coefficient(history_of([1.0] * 5 + [0.095])) == 0.01, "what is chosen stays penalised"
