@@ -218,7 +218,10 @@ def compare(
                 f"(allowed: {atol:g}), first behind {op.module or op.name!r} ({op.kind}): its forward pass does "
                 "something that its graph does not show; allow more by atol, or leave the network as it is"
             )
-    raise CompactionError(f"the smaller network's output differs from {type(model).__name__}'s by more than {atol:g}")
+    raise CompactionError(
+        f"the smaller network's output differs from {type(model).__name__}'s by more than {atol:g}: the network itself "
+        "has hooks or a forward of its own, which are not followed; make it a submodule of another"
+    )
 
 
 def _differ(expected: Any, found: Any, atol: float) -> float | None:

@@ -36,16 +36,15 @@ def recorded_graph(model: nn.Module, input_size: InputSize) -> fx.Graph:
     input_size: (C, H, W), or one such size for each input. Raises GraphError where torch.fx cannot follow the forward
     pass or the image does not fit.
     """
-    if is_changed(model) or isinstance(model, torch.jit.ScriptModule):
-        kind = "is a ScriptModule" if isinstance(model, torch.jit.ScriptModule) else "has hooks or a forward of its own"
+    if isinstance(model, torch.jit.ScriptModule):
         raise GraphError(
-            f"the network itself ({type(model).__name__}) {kind}, which cannot be followed: trace the network it was "
-            "made from, or make it a submodule of another"
+            f"{type(model).__name__} is a ScriptModule, which cannot be followed: trace what it was made from"
         )
     attributes = set(vars(model))
-    tracer = _Recorder(model, input_size)
+    tracer = _Recorder(model)
     try:
-        with eval_mode(model), torch.no_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
+            tracer.prepare(input_size)
             return tracer.trace(model, _defaults(model) or None)
     except Exception as error:  # whatever the forward pass does to a proxy, or an operation to the image
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -104,15 +103,17 @@ def attribute(model: nn.Module, path: str) -> Any:
 class _Recorder(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, model: nn.Module, input_size: InputSize) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        parameter = next(model.parameters(), torch.zeros(()))
-        sizes = [input_size] if all(isinstance(side, int) for side in input_size) else list(input_size)
-        self.images = [
-            torch.zeros(1, *cast(Sequence[int], size), device=parameter.device, dtype=parameter.dtype) for size in sizes
-        ]
+        self.parameter = next(model.parameters(), torch.zeros(()))
+        self.images: list[torch.Tensor] = []
         self.inputs = 0
         self.running = False  # an operation, whose own calls and parameters are not recorded
+
+    def prepare(self, input_size: InputSize) -> None:
+        """Make the images that the network is run on."""
+        sizes = [input_size] if all(isinstance(side, int) for side in input_size) else list(input_size)
+        self.images = [self.parameter.new_zeros(1, *cast(Sequence[int], size)) for size in sizes]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WHOLE) or super().is_leaf_module(m, module_qualified_name)
@@ -128,6 +129,7 @@ class _Recorder(fx.Tracer):
         if kind == "output":
             return node
         read = [value for each in node.all_input_nodes if isinstance(value := each.meta["value"], torch.Tensor)]
+        read = [value for value in read if not value.is_inference()]
         versions = [value._version for value in read]
         self.running = True
         node.meta["value"] = self._result(node)
