@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from src.export.integer_weights import IndexedNetwork, compact_with_indices
 from src.export.onnx_graph import INPUT, OnnxError, OnnxGraph
 from src.export.onnx_writers import OPERATION_WRITERS
-from src.pruning import InputSize
+from src.pruning import OPERATIONS, InputSize
 from src.storage import check_output, write_output
 
 OPSET = 21  # the first in which DequantizeLinear reads int4 and int16
@@ -140,7 +140,7 @@ def _model(graph: OnnxGraph) -> onnx.ModelProto:
     """The network as an ONNX model with a dynamic batch axis: images (N, C, H, W) float32 -> logits (N, ...)."""
     names = [INPUT, *(f"value_{number}" for number in range(1, len(graph.shapes)))]
     names[graph.description["output"]] = OUTPUT
-    for name, operation in zip(names[1:], graph.description["steps"], strict=True):
+    for name, shape, operation in zip(names[1:], graph.shapes[1:], graph.description["steps"], strict=True):
         inputs = [names[value] for value in operation["inputs"]]
         if operation["op"] not in OPERATION_WRITERS:
             what = "several inputs or outputs, which this export does not write"
@@ -150,7 +150,8 @@ def _model(graph: OnnxGraph) -> onnx.ModelProto:
                 f"the network has {what}: write the compacted network with torch.onnx.export(compact(model, "
                 "input_size), ...)"
             )
-        kind, inputs, attributes = OPERATION_WRITERS[operation["op"]](graph, operation, inputs, name)
+        said = {**OPERATIONS[operation["op"]].usual, **operation, "shape": shape}
+        kind, inputs, attributes = OPERATION_WRITERS[operation["op"]](graph, said, inputs, name)
         graph.node(kind, inputs, name, **attributes)
     images, logits = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *graph.shapes[value]])

@@ -70,11 +70,6 @@ class OnnxGraph:
         """`store` for one number."""
         return self.store(name, np.array(value, dtype=np.float32))
 
-    def shape_of(self, operation: Operation) -> tuple[int, ...]:
-        """The shape of what an operation gives for one image."""
-        number = next(n for n, step in enumerate(self.description["steps"], start=1) if step is operation)
-        return tuple(self.shapes[number])
-
     def parameters(self, layer: str, *entries: str) -> list[str]:
         """Entries of the network's state."""
         return [self.store(f"{layer}.{entry}", self.state[f"{layer}.{entry}"]) for entry in entries]

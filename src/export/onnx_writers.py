@@ -1,7 +1,7 @@
 """How each operation of a compact network is written in ONNX, by its name in src/pruning/operations.py.
 
-A writer takes the graph that is being written, the operation, the names of its inputs and of its output, adds the nodes
-that come before the last one, and returns the last.
+A writer takes the graph that is being written, the operation with all of its fields and the "shape" of its result for
+one image, the names of its inputs and of its output. It adds the nodes before the last one, and returns the last.
 Axis letters: N batch, C channels, H W space.
 """
 
@@ -49,7 +49,7 @@ def _conv_transpose(graph: OnnxGraph, operation: Operation, inputs: list[str], o
 
 def _linear(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
     weight, *bias = graph.weight_and_bias(operation)
-    if len(graph.shape_of(operation)) == 1:
+    if len(operation["shape"]) == 1:
         return "Gemm", [*inputs, weight, *bias], {"transB": 1}
     transposed = graph.node("Transpose", [weight], f"{output}.weight", perm=[1, 0])
     if not bias:
@@ -71,7 +71,7 @@ def _per_channel(kind: str, entry: str) -> Writer:
 
     def write(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
         name = f"{operation['name']}.{entry}"
-        behind = len(graph.shape_of(operation)) - operation.get("dim", 1)
+        behind = len(operation["shape"]) - operation.get("dim", 1)
         return kind, [*inputs, graph.store(name, graph.state[name].view(-1, *[1] * behind))], {}
 
     return write
@@ -96,7 +96,7 @@ def _avg_pool(graph: OnnxGraph, operation: Operation, inputs: list[str], output:
 
 def _adaptive(kind: str) -> Writer:
     def write(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
-        before, after = graph.shapes[operation["inputs"][0]][1:], graph.shape_of(operation)[1:]
+        before, after = graph.shapes[operation["inputs"][0]][1:], operation["shape"][1:]
         if all(side == 1 for side in after):
             return f"Global{kind}", inputs, {}
         if any(side % parts for side, parts in zip(before, after, strict=True)):
@@ -164,7 +164,7 @@ def _select(graph: OnnxGraph, operation: Operation, inputs: list[str], output: s
 
 def _pad(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
     pairs = list(zip(operation["pad"][::2], operation["pad"][1::2], strict=True))[::-1]
-    pairs = [(0, 0)] * (len(graph.shape_of(operation)) + 1 - len(pairs)) + pairs
+    pairs = [(0, 0)] * (len(operation["shape"]) + 1 - len(pairs)) + pairs
     amounts = graph.whole_numbers(f"{output}.pads", [before for before, _ in pairs] + [after for _, after in pairs])
     value = [graph.number(f"{output}.value", operation["value"])] if operation["mode"] == "constant" else []
     return "Pad", [*inputs, amounts, *value], {"mode": PAD_MODES[operation["mode"]]}
@@ -174,7 +174,7 @@ def _resize(graph: OnnxGraph, operation: Operation, inputs: list[str], output: s
     mode = {"nearest": "nearest", "bilinear": "linear", "linear": "linear"}.get(operation["mode"])
     if mode is None:
         raise OnnxError(f"ONNX export does not resize by {operation['mode']!r}; use nearest or bilinear")
-    before, after = graph.shapes[operation["inputs"][0]], graph.shape_of(operation)
+    before, after = graph.shapes[operation["inputs"][0]], operation["shape"]
     factors = [1.0, 1.0, *(b / a for a, b in zip(before[1:], after[1:], strict=True))]
     scales = graph.store(f"{output}.scales", np.array(factors, dtype=np.float32))
     aligned = "align_corners" if operation["align_corners"] else "half_pixel"
@@ -184,11 +184,11 @@ def _resize(graph: OnnxGraph, operation: Operation, inputs: list[str], output: s
 
 def _shaped(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
     """(N, C, ...) in another shape behind the channels."""
-    return "Reshape", [*inputs, graph.whole_numbers(f"{output}.shape", [0, *graph.shape_of(operation)])], {}
+    return "Reshape", [*inputs, graph.whole_numbers(f"{output}.shape", [0, *operation["shape"]])], {}
 
 
 def _expand(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
-    return "Expand", [*inputs, graph.whole_numbers(f"{output}.shape", [1, *graph.shape_of(operation)])], {}
+    return "Expand", [*inputs, graph.whole_numbers(f"{output}.shape", [1, *operation["shape"]])], {}
 
 
 def _fill(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:

@@ -10,10 +10,11 @@ from src.pruning.compaction import compact, own_calls
 from src.pruning.graph import Op, trace
 from src.pruning.groups import ChannelGroups, Member, channel_groups, groups_of
 from src.pruning.liveness import LayerLiveness, analyze_liveness, check_multiple
-from src.pruning.operations import Operation
+from src.pruning.operations import OPERATIONS, Operation
 from src.pruning.tracing import GraphError, InputSize
 
 __all__ = [
+    "OPERATIONS",
     "ChannelGroups",
     "CompactNetwork",
     "CompactionError",

@@ -34,7 +34,7 @@ from torch.nn.utils import parametrize
 from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork, compare
 from src.pruning.graph import LAYERS, Call, Op, Ref
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
-from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation
+from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation, described
 from src.pruning.tracing import InputSize
 from utils_quantization import default_tensors, eval_mode, shared_quantized_weights, unwrapped
 
@@ -320,7 +320,7 @@ class _Writer:
         return values.detach().cpu().to(dtype)
 
     def _describe(self, kind: str, *inputs: int, **fields: Any) -> int:
-        self.operations.append({"op": kind, "inputs": list(inputs), **fields})
+        self.operations.append(described(kind, inputs, fields))
         number = len(self.operations)
         if self.moving.intersection(inputs):
             self.moving.add(number)

@@ -165,12 +165,12 @@ def analyze_liveness(model: nn.Module, input_size: InputSize = (3, 32, 32), mult
         if op.kind in LAYERS:
             layers.append(_layer(op, shapes[op.inputs[0]], reads[op.name], constant, kept, norms))
         elif op.kind == "opaque" and op.module:
-            layers += _kept_whole(op.module, modules[op.module], shapes[op.inputs[0]], op.shape)
+            layers += _kept_whole(op.module, modules[op.module], _read_shape(op, shapes), op.shape)
         elif op.call and op.call.kind == "get_attr":  # the weight of a layer, read by a function
             owner, _, leaf = str(op.call.target).rpartition(".")
             reader = next(each for each in ops if op.name in each.inputs)
             if leaf == "weight" and isinstance(modules[owner], nn.Linear):
-                layers += _kept_whole(owner, modules[owner], shapes[reader.inputs[0]], reader.shape)
+                layers += _kept_whole(owner, modules[owner], _read_shape(reader, shapes), reader.shape)
     return Liveness(tuple(ops), constant, kept, tuple(_once(layers)))
 
 
@@ -318,6 +318,11 @@ def _layer(
         groups=groups,
         transposed=transposed,
     )
+
+
+def _read_shape(op: Op, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the first tensor that an operation reads, (1,) where it reads none."""
+    return next((shape for name in op.inputs if (shape := shapes[name])), (1,))
 
 
 def _kept_whole(

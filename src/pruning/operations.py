@@ -22,8 +22,8 @@ Axis letters: N batch, C channels, H W space.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 class OperationType:
     """One row of the table.
 
-    fields: what an operation says besides "op" and "inputs".
+    fields: what an operation says besides "op" and "inputs". usual: values that it need not say.
     run: fields by name, and inputs -> result, for an operation without a module of its own.
     layer: makes the module that computes it, for all others, from the input channels and the fields.
     """
@@ -48,6 +48,7 @@ class OperationType:
     fields: tuple[str, ...] = ()
     run: Callable[..., Any] | None = None
     layer: Callable[..., nn.Module] | None = None
+    usual: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PerChannel(nn.Module):
@@ -159,16 +160,24 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 WRITTEN_ANEW = ("name", "out_channels", "out_features", "bias")  # fields that removal changes
 WINDOW = ("kernel_size", "stride", "padding")
 OPERATIONS: dict[str, OperationType] = {
-    "conv": OperationType(("name", "out_channels", *WINDOW, "dilation", "groups", "padding_mode", "bias"), layer=_conv),
+    "conv": OperationType(
+        ("name", "out_channels", *WINDOW, "dilation", "groups", "padding_mode", "bias"),
+        layer=_conv,
+        usual={"groups": 1, "padding_mode": "zeros"},
+    ),
     "conv_transpose": OperationType(
         ("name", "out_channels", *WINDOW, "output_padding", "dilation", "bias"), layer=_conv_transpose
     ),
     "linear": OperationType(("name", "out_features", "bias"), layer=nn.Linear),
-    "batchnorm": OperationType(("name", "dims", "eps", "momentum", "affine", "bias"), layer=_batchnorm),
+    "batchnorm": OperationType(
+        ("name", "dims", "eps", "momentum", "affine", "bias"),
+        layer=_batchnorm,
+        usual={"dims": 2, "affine": True, "bias": True},
+    ),
     "prelu": OperationType(("name", "shared"), layer=_prelu),
-    "scale": OperationType(("name", "dim"), layer=Scale),
-    "shift": OperationType(("name", "dim"), layer=Shift),
-    "select": OperationType(("channels", "dim"), layer=Select),
+    "scale": OperationType(("name", "dim"), layer=Scale, usual={"dim": 1}),
+    "shift": OperationType(("name", "dim"), layer=Shift, usual={"dim": 1}),
+    "select": OperationType(("channels", "dim"), layer=Select, usual={"dim": 1}),
     **{name: OperationType(tuple(fields), run=run) for name, (run, fields) in ACTIVATIONS.items()},
     "softmax": OperationType(("dim",), run=torch.softmax),
     "log_softmax": OperationType(("dim",), run=torch.log_softmax),
@@ -176,7 +185,7 @@ OPERATIONS: dict[str, OperationType] = {
     "add": OperationType(run=lambda x, y: x + y),
     "sub": OperationType(run=lambda x, y: x - y),
     "mul": OperationType(run=lambda x, y: x * y),
-    "join": OperationType(("dim",), run=lambda *inputs, dim: torch.cat(inputs, dim)),
+    "join": OperationType(("dim",), run=lambda *inputs, dim: torch.cat(inputs, dim), usual={"dim": 1}),
     "max_pool": OperationType((*WINDOW, "dilation", "ceil_mode"), run=of_space("max_pool")),
     "avg_pool": OperationType((*WINDOW, "ceil_mode", "count_include_pad", "divisor_override"), run=_avg_pool),
     "adaptive_avg_pool": OperationType(("output_size",), run=of_space("adaptive_avg_pool")),
@@ -200,4 +209,12 @@ OPERATIONS: dict[str, OperationType] = {
 
 def fields_of(operation: Operation) -> dict[str, Any]:
     """The fields of an operation that its module or function takes, by name."""
-    return {field: operation[field] for field in OPERATIONS[operation["op"]].fields if field != "name"}
+    row = OPERATIONS[operation["op"]]
+    said = {**row.usual, **operation}
+    return {name: said[name] for name in row.fields if name != "name"}
+
+
+def described(kind: str, inputs: Sequence[int], fields: Mapping[str, Any]) -> Operation:
+    """An operation of a description, without the fields that have their usual values."""
+    usual = OPERATIONS[kind].usual
+    return {"op": kind, "inputs": list(inputs)} | {n: v for n, v in fields.items() if n not in usual or usual[n] != v}

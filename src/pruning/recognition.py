@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from src.pruning.operations import ACTIVATIONS, CONVOLUTIONS, NORMS, OPERATIONS, TRANSPOSED, WRITTEN_ANEW
 from src.pruning.tracing import is_changed
+from utils_quantization import eval_mode
 
 Node = Any  # fx.Node, whose arguments have a type that is no help
 Settings = dict[str, Any]
@@ -93,7 +94,7 @@ class Recognizer:
         return self.axis.get(source, axis) == axis
 
     def _module(self, module: Any, node: Node) -> Reading | None:
-        source, name, kind = node.args[0], str(node.target), parametrize.type_before_parametrizations(module)
+        source, name, kind = node.args[0], str(node.target), _class_of(module, shape_of(node.args[0]))
         dims = len(shape_of(source)) - 2
         if kind is nn.Linear:
             last = len(shape_of(source)) - 1
@@ -326,6 +327,18 @@ class Recognizer:
         return Reading("select", (source,), dim, {"channels": index.tolist(), "dim": dim})
 
 
+def _class_of(module: nn.Module, shape: tuple[int, ...]) -> type:
+    """The module's class, or the layer of torch that it is a subclass of, if it computes the same of random numbers."""
+    found = parametrize.type_before_parametrizations(module)
+    base: Any = next((each for each in LAYER_CLASSES if issubclass(found, each)), found)
+    if base is found:
+        return base
+    parameter = next(module.parameters())
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
+    with eval_mode(module), torch.no_grad():
+        return cast(type, base if torch.equal(module(x), base.forward(module, x)) else found)
+
+
 def is_image(value: Any) -> bool:
     """Whether `value` is a node with a tensor that depends on the image."""
     return isinstance(value, fx.Node) and value.meta["image"] and isinstance(value.meta["value"], Tensor)
@@ -384,6 +397,7 @@ def _pooling(row: str) -> Callable[..., Reading | None]:
     return lambda self, node, source, given: self._pool(row, source, given)
 
 
+LAYER_CLASSES = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 BINARY: dict[Any, str] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), "sub"),
