@@ -193,6 +193,8 @@ class _Writer:
         if op.kind == "join":
             return self._join(op)
         kept = self.kept[op.name]
+        if op.kind == "fill":
+            return self._blank(op, kept, op.settings["value"])
         maps = op.channel_maps([self.ops[name].channels for name in op.inputs])
         source = op.inputs[0]
         if op.kind == "flatten":  # of the features of a kept channel, the reader may need only some
@@ -309,11 +311,11 @@ class _Writer:
         self.state[f"{name}.value"] = self._like_weights(constants)
         return self._describe("shift", value, name=name, dim=axis)
 
-    def _blank(self, op: Op, channels: Indices) -> int:
-        """Zeros in place of a value of which nothing is left."""
+    def _blank(self, op: Op, channels: Indices, value: float = 0) -> int:
+        """One number in place of a value of which nothing is left."""
         size = list(op.shape[1:])
         size[op.axis - 1] = len(channels)
-        return self._describe("fill", value=0, size=size)
+        return self._describe("fill", value=value, size=size)
 
     def _like_weights(self, values: Tensor) -> Tensor:
         dtype = next((p.dtype for m in self.modules.values() for p in m.parameters()), torch.float32)
