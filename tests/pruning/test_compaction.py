@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from metrics import QuantizationComparison
@@ -272,3 +272,65 @@ def diverged() -> nn.Module:
 def test_refused_networks(build: Callable[[], nn.Module], words: str) -> None:
     with pytest.raises(CompactionError, match=words):
         compact(build(), IMAGE)
+
+
+@fx.wrap
+def doubled_unless_blank(x: Tensor) -> Tensor:
+    """What one blank image does not show: a function that looks at its values."""
+    return x * 2 if x.any() else x
+
+
+def test_the_first_operation_behind_which_the_networks_differ_is_named() -> None:
+    class Deceptive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 1)
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.conv(doubled_unless_blank(x)).mean((2, 3)))
+
+    model = Deceptive().double().eval()
+    with pytest.raises(
+        CompactionError, match=r"differs from Deceptive by .*first behind 'doubled_unless_blank' \(pass\)"
+    ):
+        compact(model, IMAGE)
+    assert compact(model, IMAGE, atol=10).input_size == IMAGE
+
+
+def test_a_hook_on_the_network_itself_is_seen_by_the_comparison() -> None:
+    model = Chain().double().eval()
+    model.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(CompactionError, match="the network itself has hooks"):
+        compact(model, IMAGE)
+
+
+def test_what_keeps_its_hooks_shares_parameters_or_writes_in_place() -> None:
+    """Each computes in the smaller network what it does in the original, although the graph alone would not say so."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(2, 4, 3, padding=1)
+            self.hooked = nn.Conv2d(4, 4, 3, padding=1)
+            self.hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(1),))
+            self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.second.weight = self.first.weight
+            self.last = nn.Conv2d(4, 4, 3, padding=1)
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.first(self.hooked(F.relu(self.stem(x)))))
+            F.relu_(x.view(x.size(0), -1))  # x is overwritten, too
+            return self.linear(self.last(x).mean((2, 3)))
+
+    model = Odd().double().eval()
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        latent_weight(model.last)[1] = 0
+        before["last.parametrizations.weight.original"][1] = 0
+    network = compared(model)
+    assert tuple(network.get_submodule("last").weight.shape[:2]) == (3, 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the original is whole"
+    model(torch.zeros(1, *IMAGE, dtype=torch.float64))
