@@ -285,7 +285,7 @@ class _Writer:
     def _select(self, source: str, wanted: Indices) -> int:
         """The channels `wanted` of a value, those that were removed as the constants they are, -1 for zeros."""
         op = self.ops[source]
-        there = source in self.value
+        there = np.isin(wanted, self.kept[source]).any()
         value = (
             self._chosen(self.value[source], self.kept[source], wanted, op.axis) if there else self._blank(op, wanted)
         )
