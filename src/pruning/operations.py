@@ -22,6 +22,7 @@ Axis letters: N batch, C channels, H W space.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,3 +219,92 @@ def described(kind: str, inputs: Sequence[int], fields: Mapping[str, Any]) -> Op
     """An operation of a description, without the fields that have their usual values."""
     usual = OPERATIONS[kind].usual
     return {"op": kind, "inputs": list(inputs)} | {n: v for n, v in fields.items() if n not in usual or usual[n] != v}
+
+
+# What torch.fx records, and which row it is: functions and methods, and modules of torch.nn without parameters. A row
+# is a kind of the table, or one of dropout, pass, pad_module, batch_norm and index_select, which become another.
+BINARY: dict[Any, str] = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), "sub"),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "mul"),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), "div"),
+}
+PADDING_MODES = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}
+POOL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False},
+    "avg_pool": {
+        "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
+    },
+    "adaptive_avg_pool": {},
+    "adaptive_max_pool": {},
+}  # fmt: skip
+ALIASES = {"relu": ("relu_",), "clamp": ("clip", "clamp_"), "neg": ("negative",), "contiguous": ("clone",)}
+MODULE_NAMES = {
+    "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "elu": "ELU", "selu": "SELU", "celu": "CELU",
+    "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "hardswish": "Hardswish", "hardsigmoid": "Hardsigmoid",
+    "hardtanh": "Hardtanh", "sigmoid": "Sigmoid", "tanh": "Tanh", "softplus": "Softplus", "softsign": "Softsign",
+}  # fmt: skip
+READERS = {
+    **dict.fromkeys(("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool"), "pool"),
+    "log_softmax": "softmax",
+    "flatten": "reshape",
+}
+
+
+def _functions() -> dict[Any, tuple[str, tuple[str, ...]]]:
+    """Row and names of the arguments of functions and methods, by what fx records."""
+    found: dict[Any, tuple[str, tuple[str, ...]]] = {}
+
+    def enter(row: str, names: Sequence[str], *targets: Any) -> None:
+        found.update(dict.fromkeys(targets, (row, ("input", *names))))
+
+    for row, (run, fields) in ACTIVATIONS.items():
+        for name in (row, *ALIASES.get(row, ())):
+            made = {getattr(place, name, name) for place in (torch, F)}
+            enter(row, (*fields, "inplace"), run, name, f"{name}_", *made)
+    enter("neg", (), operator.neg)
+    for row in ("softmax", "log_softmax"):
+        enter(row, ("dim", "_stacklevel", "dtype"), getattr(torch, row), getattr(F, row), row)
+    window = ("kernel_size", "stride", "padding")
+    for dims in (1, 2, 3):
+        names = [*window, "dilation", "ceil_mode", "return_indices"]
+        enter("max_pool", names, *(getattr(place, f"max_pool{dims}d") for place in (F, torch)))
+        names = [*window, "ceil_mode", "count_include_pad", *(["divisor_override"] if dims > 1 else [])]
+        enter("avg_pool", names, getattr(F, f"avg_pool{dims}d"))
+        for row in ("adaptive_avg_pool", "adaptive_max_pool"):
+            enter(row, ("output_size", "return_indices"), getattr(F, f"{row}{dims}d"))
+    enter("dropout", ("p", "training", "inplace"), F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+    enter("pass", (), "float", "double")
+    enter("reshape", ("start_dim", "end_dim"), torch.flatten, "flatten")
+    shaped = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.reshape, "reshape", "view")
+    enter("reshape", [f"shape{number}" for number in range(8)], *shaped)
+    enter("expand", [f"size{number}" for number in range(8)], "expand", "expand_as")
+    moved = (torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes")
+    enter("permute", [f"dim{number}" for number in range(8)], *moved)
+    enter("mean", ("dim", "keepdim"), torch.mean, "mean")
+    enter("pad", ("pad", "mode", "value"), F.pad)
+    names = ["size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"]
+    enter("resize", names, F.interpolate)
+    names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    enter("batch_norm", names, F.batch_norm)
+    enter("fill", ("size", "fill_value"), "new_full")
+    enter("index_select", ("dim", "index"), "index_select", torch.index_select)
+    return found
+
+
+def _modules() -> dict[Any, str]:
+    """Row of the modules of torch.nn without parameters, by class."""
+    named = {name: row for row, name in MODULE_NAMES.items()}
+    named |= dict.fromkeys(("Identity", "Dropout", "AlphaDropout", "FeatureAlphaDropout"), "pass")
+    named |= dict.fromkeys(("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"), "resize")
+    named |= {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Flatten": "flatten"}
+    for dims in (1, 2, 3):
+        named |= {f"MaxPool{dims}d": "max_pool", f"AvgPool{dims}d": "avg_pool", f"Dropout{dims}d": "pass"}
+        named |= {f"Adaptive{kind}Pool{dims}d": f"adaptive_{kind.lower()}_pool" for kind in ("Avg", "Max")}
+        pads = ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
+        named |= {f"{name}{dims}d": "pad_module" for name in pads}
+    return {getattr(nn, name): row for name, row in named.items()}
+
+
+FUNCTIONS = _functions()
+MODULES = _modules()

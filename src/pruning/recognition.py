@@ -10,17 +10,28 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from src.pruning.operations import ACTIVATIONS, CONVOLUTIONS, NORMS, OPERATIONS, TRANSPOSED, WRITTEN_ANEW
-from src.pruning.tracing import is_changed
+from src.pruning.operations import (
+    ACTIVATIONS,
+    BINARY,
+    CONVOLUTIONS,
+    FUNCTIONS,
+    MODULES,
+    NORMS,
+    OPERATIONS,
+    PADDING_MODES,
+    POOL_DEFAULTS,
+    READERS,
+    TRANSPOSED,
+    WRITTEN_ANEW,
+)
 from utils_quantization import eval_mode
 
 Node = Any  # fx.Node, whose arguments have a type that is no help
@@ -39,6 +50,9 @@ class Reading(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
     module: str = ""
     values: Tensor | None = None
+
+
+LAYER_CLASSES = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
 
 
 class Recognizer:
@@ -78,16 +92,20 @@ class Recognizer:
             return self._join(node)
         if node.target is operator.getitem:
             return self._item(node)
-        names, read = FUNCTIONS.get(node.target, ((), None))
+        row, names = FUNCTIONS.get(node.target, ("", ()))
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        if read is None or len(given) < len(node.args) or not is_image(given.get("input")):
+        if not row or len(given) < len(node.args) or not is_image(given.get("input")):
             return None
         source = given.pop("input")
         others = [each for each in node.all_input_nodes if each is not source]
         if any(is_image(each) for each in others) and node.target != "expand_as":
             return None
         given = {name: known(value) for name, value in given.items()}
-        return read(self, node, source, given)
+        return self._reader(row)(row, node, source, given)
+
+    def _reader(self, row: str) -> Callable[..., Reading | None]:
+        """Who reads the functions and modules of a row."""
+        return self._alike if row in ACTIVATIONS else getattr(self, f"_{READERS.get(row, row)}")
 
     def along(self, source: Node, axis: int) -> bool:
         """Whether the channels of `source` lie along `axis`, or can be taken to."""
@@ -100,11 +118,12 @@ class Recognizer:
             last = len(shape_of(source)) - 1
             return Reading("linear", (source,), last, {}, name) if self.along(source, last) else None
         if kind in MODULES:
-            row, read = MODULES[kind]
-            given = {field: getattr(module, field) for field in OPERATIONS[row].fields if hasattr(module, field)}
+            row = MODULES[kind]
+            fields = OPERATIONS[row].fields if row in OPERATIONS else ()
+            given = {field: getattr(module, field) for field in fields if hasattr(module, field)}
             if getattr(module, "return_indices", False) or getattr(module, "recompute_scale_factor", None):
                 return None
-            return read(self, node, source, given)
+            return self._reader(row)(row, node, source, given)
         if not self.along(source, 1):
             return None
         if kind is CONVOLUTIONS.get(dims):
@@ -200,25 +219,30 @@ class Recognizer:
         channels = list(range(start, start + sizes[number]))
         return Reading("select", (whole,), axis, {"channels": channels, "dim": axis})
 
-    # What follows reads a function of one value: node, source, arguments by name.
+    # What follows reads functions of one value: the row of src/pruning/operations.py, node, source, arguments by name.
 
-    def _alike(self, row: str, source: Node, given: Settings) -> Reading:
+    def _alike(self, row: str, node: Node, source: Node, given: Settings) -> Reading:
         defaults = ACTIVATIONS[row][1]
         return Reading(
             row, (source,), self.axis.get(source, 0), {name: given.get(name, defaults[name]) for name in defaults}
         )
 
-    def _dropout(self, node: Node, source: Node, given: Settings) -> Reading | None:
-        return None if given.get("training", True) and "p" in given else self._pass(node, source, given)
+    def _softmax(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
+        known_dim = isinstance(given.get("dim"), int) and given.get("dtype") is None
+        dim = given["dim"] % len(shape_of(source)) if known_dim else 0
+        return Reading(row, (source,), self.axis.get(source, 0), {"dim": dim}) if dim else None
 
-    def _pass(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _dropout(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
+        return None if given.get("training", True) and "p" in given else self._pass(row, node, source, given)
+
+    def _pass(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         same = node.meta["value"].dtype == source.meta["value"].dtype and shape_of(node) == shape_of(source)
         return Reading("pass", (source,), self.axis.get(source, 0)) if same else None
 
-    def _reshape(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _reshape(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         before, after = shape_of(source), shape_of(node)
         if before == after:
-            return self._pass(node, source, given)
+            return self._pass(row, node, source, given)
         # with one image in the batch, two dimensions and as many numbers can only be (N, C H W)
         if not self.along(source, 1) or len(before) < 2 or after[:1] != (1,) or math.prod(before) != math.prod(after):
             return None
@@ -226,12 +250,12 @@ class Recognizer:
             return Reading("flatten", (source,), 1)
         return Reading("reshape", (source,), 1, {"space": list(after[2:])}) if after[1:2] == before[1:2] else None
 
-    def _expand(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _expand(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         before, after = shape_of(source), shape_of(node)
         fits = self.along(source, 1) and len(before) == len(after) and before[:2] == after[:2]
         return Reading("expand", (source,), 1, {"space": list(after[2:])}) if fits else None
 
-    def _permute(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _permute(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         dims = list(range(len(shape_of(source))))
         wanted = known(node.args[1:]) if node.args[1:] else tuple(given.values())
         if node.target in (torch.transpose, "transpose", torch.swapaxes, "swapaxes"):
@@ -242,7 +266,7 @@ class Recognizer:
         axis = self.axis.get(source, 0)
         return Reading("permute", (source,), dims.index(axis), {"dims": dims}) if dims[0] == 0 else None
 
-    def _pool(self, row: str, source: Node, given: Settings) -> Reading | None:
+    def _pool(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         dims = len(shape_of(source)) - 2
         if not self.along(source, 1) or dims < 1 or given.pop("return_indices", False):
             return None
@@ -254,7 +278,7 @@ class Recognizer:
             settings["stride"] = settings["kernel_size"]
         return Reading(row, (source,), 1, settings)
 
-    def _mean(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _mean(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         before, dim, keepdim = shape_of(source), given.get("dim"), bool(given.get("keepdim", False))
         if dim is None or given.keys() - {"dim", "keepdim"}:
             return None
@@ -265,7 +289,7 @@ class Recognizer:
         left = axis if keepdim else axis - sum(each < axis for each in dims)
         return Reading("mean", (source,), left, {"dim": dims, "keepdim": keepdim})
 
-    def _pad(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _pad(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         padding, mode, value = list(given["pad"]), given.get("mode", "constant"), given.get("value") or 0
         shape, axis = shape_of(source), self.axis.get(source, 0)
         padding += [0] * (2 * len(shape) - len(padding))
@@ -281,21 +305,21 @@ class Recognizer:
         channels = [-1] * before + [*range(shape[axis])] + [-1] * after
         return Reading("select", (source,), axis, {"channels": channels, "dim": axis})
 
-    def _pad_module(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _pad_module(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         module: Any = self.model.get_submodule(str(node.target))
         mode = next((mode for name, mode in PADDING_MODES.items() if name in type(module).__name__), "constant")
         padding, dims = module.padding, len(shape_of(source)) - 2
         pad = [padding] * (2 * dims) if isinstance(padding, int) else list(padding)
-        return self._pad(node, source, {"pad": pad, "mode": mode, "value": getattr(module, "value", 0)})
+        return self._pad(row, node, source, {"pad": pad, "mode": mode, "value": getattr(module, "value", 0)})
 
-    def _resize(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _resize(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         extra = given.pop("antialias", False) or given.pop("recompute_scale_factor", None)
         if extra or not self.along(source, 1) or len(shape_of(source)) < 3:
             return None
         settings = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None, **plain(given)}
         return Reading("resize", (source,), 1, settings)
 
-    def _batch_norm(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _batch_norm(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         """F.batch_norm with the parameters of one module, as subclasses of BatchNorm call it."""
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -314,13 +338,13 @@ class Recognizer:
             "batchnorm", (source,), 1, {"dims": dims, "bias": "bias" in read, "affine": True, **settings}, owners.pop()
         )
 
-    def _fill(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _fill(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         size, value = given.get("size"), given.get("fill_value")
         if not isinstance(value, (int, float)) or not size or shape_of(node)[0] != 1:
             return None
         return Reading("fill", (source,), 1, {"value": value, "size": list(shape_of(node)[1:])})
 
-    def _index_select(self, node: Node, source: Node, given: Settings) -> Reading | None:
+    def _index_select(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         dim, index = given.get("dim"), given.get("index")
         if not isinstance(index, Tensor) or not isinstance(dim, int) or not self.along(source, dim) or dim < 1:
             return None
@@ -337,6 +361,11 @@ def _class_of(module: nn.Module, shape: tuple[int, ...]) -> type:
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
     with eval_mode(module), torch.no_grad():
         return cast(type, base if torch.equal(module(x), base.forward(module, x)) else found)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether calling the module does something else than the forward pass of its class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def is_image(value: Any) -> bool:
@@ -378,115 +407,3 @@ def _affine(kind: str, number: float, first: bool) -> tuple[float, float] | None
     return {"add": (1.0, number), "sub": (1.0, -number), "mul": (number, 0.0), "div": (1 / (number or math.nan), 0.0)}[
         kind
     ]
-
-
-def _activation(row: str) -> Callable[..., Reading | None]:
-    return lambda self, node, source, given: self._alike(row, source, given)
-
-
-def _softmax(row: str) -> Callable[..., Reading | None]:
-    def read(self: Recognizer, node: Node, source: Node, given: Settings) -> Reading | None:
-        plain_dim = isinstance(given.get("dim"), int) and given.get("dtype") is None
-        dim = given["dim"] % len(shape_of(source)) if plain_dim else 0
-        return Reading(row, (source,), self.axis.get(source, 0), {"dim": dim}) if dim else None
-
-    return read
-
-
-def _pooling(row: str) -> Callable[..., Reading | None]:
-    return lambda self, node, source, given: self._pool(row, source, given)
-
-
-LAYER_CLASSES = (nn.Linear, *CONVOLUTIONS.values(), *TRANSPOSED.values())
-BINARY: dict[Any, str] = {
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), "sub"),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "mul"),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), "div"),
-}
-PADDING_MODES = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}
-POOL_DEFAULTS: dict[str, Settings] = {
-    "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False},
-    "avg_pool": {
-        "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None,
-    },
-    "adaptive_avg_pool": {},
-    "adaptive_max_pool": {},
-}  # fmt: skip
-ALIASES = {"relu": ("relu_",), "clamp": ("clip", "clamp_"), "neg": ("negative",), "contiguous": ("clone",)}
-MODULE_NAMES = {
-    "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "elu": "ELU", "selu": "SELU", "celu": "CELU",
-    "gelu": "GELU", "silu": "SiLU", "mish": "Mish", "hardswish": "Hardswish", "hardsigmoid": "Hardsigmoid",
-    "hardtanh": "Hardtanh", "sigmoid": "Sigmoid", "tanh": "Tanh", "softplus": "Softplus", "softsign": "Softsign",
-}  # fmt: skip
-
-
-def _functions() -> dict[Any, tuple[tuple[str, ...], Callable[..., Reading | None]]]:
-    """Functions and methods of torch by what fx records: names of their arguments, and who reads them."""
-    found: dict[Any, tuple[tuple[str, ...], Callable[..., Reading | None]]] = {}
-
-    def enter(names: Sequence[str], read: Callable[..., Reading | None], *targets: Any) -> None:
-        found.update(dict.fromkeys(targets, (("input", *names), read)))
-
-    for row, (run, fields) in ACTIVATIONS.items():
-        for name in (row, *ALIASES.get(row, ())):
-            made = {getattr(place, name, name) for place in (torch, F)}
-            enter((*fields, "inplace"), _activation(row), run, name, f"{name}_", *made)
-    enter((), _activation("neg"), operator.neg)
-    for row in ("softmax", "log_softmax"):
-        targets = (getattr(torch, row), getattr(F, row), row)
-        enter(("dim", "_stacklevel", "dtype"), _softmax(row), *targets)
-    for dims in (1, 2, 3):
-        window = ("kernel_size", "stride", "padding")
-        names = [*window, "dilation", "ceil_mode", "return_indices"]
-        enter(names, _pooling("max_pool"), *(getattr(place, f"max_pool{dims}d") for place in (F, torch)))
-        names = [*window, "ceil_mode", "count_include_pad", *(["divisor_override"] if dims > 1 else [])]
-        enter(names, _pooling("avg_pool"), getattr(F, f"avg_pool{dims}d"))
-        for row in ("adaptive_avg_pool", "adaptive_max_pool"):
-            enter(("output_size", "return_indices"), _pooling(row), getattr(F, f"{row}{dims}d"))
-    enter(("p", "training", "inplace"), Recognizer._dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-    enter((), Recognizer._pass, "float", "double")
-    enter(("start_dim", "end_dim"), Recognizer._reshape, torch.flatten, "flatten")
-    shaped = (torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.reshape, "reshape", "view")
-    enter([f"shape{number}" for number in range(8)], Recognizer._reshape, *shaped)
-    enter([f"size{number}" for number in range(8)], Recognizer._expand, "expand", "expand_as")
-    moved = (torch.permute, "permute", torch.transpose, "transpose", torch.swapaxes, "swapaxes")
-    enter([f"dim{number}" for number in range(8)], Recognizer._permute, *moved)
-    enter(("dim", "keepdim"), Recognizer._mean, torch.mean, "mean")
-    enter(("pad", "mode", "value"), Recognizer._pad, F.pad)
-    names = ["size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"]
-    enter(names, Recognizer._resize, F.interpolate)
-    names = ["running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
-    enter(names, Recognizer._batch_norm, F.batch_norm)
-    enter(("size", "fill_value"), Recognizer._fill, "new_full")
-    enter(("dim", "index"), Recognizer._index_select, "index_select", torch.index_select)
-    return found
-
-
-def _modules() -> dict[Any, tuple[str, Callable[..., Reading | None]]]:
-    """Modules of torch.nn without parameters, by class: their row of the table, and who reads them."""
-    found: dict[Any, tuple[str, Callable[..., Reading | None]]] = {
-        getattr(nn, name): (row, _activation(row)) for row, name in MODULE_NAMES.items()
-    }
-    for dims in (1, 2, 3):
-        for row, name in (("max_pool", "MaxPool"), ("avg_pool", "AvgPool")):
-            found[getattr(nn, f"{name}{dims}d")] = (row, _pooling(row))
-        for row, name in (("adaptive_avg_pool", "AdaptiveAvgPool"), ("adaptive_max_pool", "AdaptiveMaxPool")):
-            found[getattr(nn, f"{name}{dims}d")] = (row, _pooling(row))
-        for name in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):
-            found[getattr(nn, f"{name}{dims}d")] = ("flatten", Recognizer._pad_module)
-        found[getattr(nn, f"Dropout{dims}d")] = ("flatten", Recognizer._pass)
-    for name in ("Identity", "Dropout", "AlphaDropout", "FeatureAlphaDropout"):
-        found[getattr(nn, name)] = ("flatten", Recognizer._pass)
-    found[nn.Softmax], found[nn.LogSoftmax] = (
-        ("softmax", _softmax("softmax")),
-        ("log_softmax", _softmax("log_softmax")),
-    )
-    found[nn.Flatten] = ("flatten", Recognizer._reshape)
-    for name in ("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"):
-        found[getattr(nn, name)] = ("resize", Recognizer._resize)
-    return found
-
-
-FUNCTIONS = _functions()
-MODULES = _modules()

@@ -68,11 +68,6 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether calling the module does something else than the forward pass of its class."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def overwritten(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that write in place over a value that is read again later, and all views of that value.
 
@@ -92,12 +87,6 @@ def overwritten(graph: fx.Graph) -> set[fx.Node]:
             if any(place[user] > place[node] for each in before for user in each.users):
                 found.update(nodes[1:], [node])
     return found
-
-
-def attribute(model: nn.Module, path: str) -> Any:
-    """The parameter, buffer or constant called `path`."""
-    owner, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(owner), name)
 
 
 class _Recorder(fx.Tracer):
@@ -149,7 +138,8 @@ class _Recorder(fx.Tracer):
             self.inputs += 1
             return self.images[min(self.inputs, len(self.images)) - 1]
         if node.op == "get_attr":
-            return attribute(self.root, str(node.target))
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(self.root.get_submodule(owner), name)
         args = fx.map_arg(node.args, lambda source: source.meta["value"])
         kwargs = fx.map_arg(node.kwargs, lambda source: source.meta["value"])
         if node.op == "call_module":
