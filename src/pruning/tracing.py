@@ -9,6 +9,7 @@ Axis letters: N batch, C channels, H W space.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 from utils_quantization import eval_mode
 
+DEEP = 10_000  # calls: recording takes seven for each module that is inside another
 WHOLE = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
 InputSize = Sequence[int] | Sequence[Sequence[int]]
@@ -40,8 +42,9 @@ def recorded_graph(model: nn.Module, input_size: InputSize) -> fx.Graph:
         raise GraphError(
             f"{type(model).__name__} is a ScriptModule, which cannot be followed: trace what it was made from"
         )
-    attributes = set(vars(model))
+    attributes, limit = set(vars(model)), sys.getrecursionlimit()
     tracer = _Recorder(model)
+    sys.setrecursionlimit(max(limit, DEEP))
     try:
         with eval_mode(model), torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
             tracer.prepare(input_size)
@@ -58,6 +61,7 @@ def recorded_graph(model: nn.Module, input_size: InputSize) -> fx.Graph:
             "only be followed through a fixed graph"
         ) from error
     finally:
+        sys.setrecursionlimit(limit)
         for name in set(vars(model)) - attributes:  # constants that the tracer hangs on the network
             delattr(model, name)
 

@@ -334,3 +334,14 @@ def test_what_keeps_its_hooks_shares_parameters_or_writes_in_place() -> None:
     assert tuple(network.get_submodule("last").weight.shape[:2]) == (3, 4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the original is whole"
     model(torch.zeros(1, *IMAGE, dtype=torch.float64))
+
+
+def test_names_with_dashes_and_two_hundred_levels() -> None:
+    inner: nn.Module = nn.Conv2d(2, 3, 3, padding=1)
+    for _ in range(200):
+        inner = nn.Sequential(inner)
+    layers = nn.ModuleDict({"conv-1": inner, "0": nn.Conv2d(3, 3, 1)})
+    model = nn.Sequential(layers["conv-1"], layers["0"], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model.add_module("last-one", nn.Linear(2, 2))
+    zero(randomize(model, 0), **{"1": [1]})
+    assert sizes(compared(model))["1"] == (2, 3)
