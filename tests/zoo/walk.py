@@ -20,9 +20,11 @@ exception), and "-" where an earlier step left nothing to go on with.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +33,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.sparsity import group_lasso
-from metrics import QuantizationComparison
-from src.export import check_onnx, export_onnx, pack, unpack
-from src.pruning import ChannelGroups, channel_groups, compact
+from metrics import ModelStats, QuantizationComparison
+from src.export import check_onnx, compact_with_indices, export_onnx, pack, unpack
+from src.pruning import ChannelGroups, CompactionError, channel_groups, compact
 from src.quantizer import DeadZoneLDZCompander
-from src.storage import StorageError
 from src.training import Penalty
 from tests.zoo.cases import CLASSES, Case
 from utils_quantization import CANDIDATES, attach_weight_quantizers, latent_weight
@@ -58,7 +59,12 @@ class Walk:
         self.network = case.build()
         self.images = torch.randn(4, *case.size)
         self.groups: ChannelGroups | None = None
+        self.indexed: Any = None
         self.smaller: nn.Module | None = None
+
+    @functools.cached_property
+    def stats(self) -> ModelStats:
+        return QuantizationComparison(self.size).calculate_stats(self.network)
 
     def found(self) -> str:
         groups = channel_groups(self.network.eval(), self.size)
@@ -94,15 +100,14 @@ class Walk:
             zero_third_(self.network, self.groups)
         before = copy.deepcopy(self.network)
         compacted_exactly(self.network, self.size, self.images)
-        smaller = compact(self.network, self.size)
+        indexed = compact_with_indices(self.network, self.size)
         check(same(before, self.network, self.images), "the network that was compacted is another one now")
-        self.smaller = smaller
+        self.indexed, self.smaller = indexed, indexed.network
         return "ok"
 
     def removal(self) -> str:
         assert self.groups is not None
-        stats = QuantizationComparison(self.size).calculate_stats(self.network)
-        gone = {layer.name: layer.null_out.indices for layer in stats.layers}
+        gone = {layer.name: layer.null_out.indices for layer in self.stats.layers}
         for member in self.groups.members:
             if member.role == "filter":
                 due = {row for row, group in enumerate(member.groups.tolist()) if group >= 0 and group % 6 == 0}
@@ -116,7 +121,7 @@ class Walk:
             self.smaller(self.images[:1])
         counts = counter.get_flop_counts()["Global"]
         flops = sum(count for operation, count in counts.items() if str(operation).split(".")[-1] in LAYERS)
-        macs = QuantizationComparison(self.size).calculate_stats(self.network).total_macs
+        macs = self.stats.total_macs
         check(2 * macs == flops, f"{macs:,} said, {flops // 2:,} counted")
         return "ok"
 
@@ -151,11 +156,11 @@ class Walk:
     def packed(self) -> str:
         assert self.smaller is not None
         path = self.folder / "network.cdq"
-        pack(self.network, path, input_size=self.size, force=True)
+        pack(self.indexed, path, force=True)
         said = "ok"
         try:
             network = unpack(path)
-        except StorageError as error:
+        except CompactionError as error:
             if "like=" not in str(error):
                 raise
             network, said = unpack(path, like=self.build()), "ok, with like="
@@ -167,7 +172,7 @@ class Walk:
 
     def onnx(self) -> str:
         path = self.folder / "network.onnx"
-        export_onnx(self.network, path, input_size=self.size, force=True)
+        export_onnx(self.indexed, path, force=True)
         error = check_onnx(path, self.network, self.images).largest_difference
         with torch.no_grad():
             (logits,) = tensors(self.network(self.images))
@@ -200,7 +205,7 @@ def walk(case: Case, folder: Path, steps: Iterable[str] = STEPS) -> tuple[Walk, 
 def outcome(walker: Walk, step: Callable[[Walk], str]) -> str:
     if step in (Walk.penalty, Walk.removal) and walker.groups is None:
         return "-"
-    if step in (Walk.macs, Walk.state, Walk.second, Walk.export, Walk.packed) and walker.smaller is None:
+    if step in (Walk.macs, Walk.state, Walk.second, Walk.export, Walk.packed, Walk.onnx) and walker.smaller is None:
         return "-"
     try:
         return step(walker)
@@ -271,7 +276,10 @@ def same(one: nn.Module, other: nn.Module, images: Tensor) -> bool:
 
 @torch.no_grad()
 def settle_(network: nn.Module, images: Tensor) -> None:
-    """BatchNorm with the statistics of `images`, and no bias of 0: so a dead filter is a constant, but not 0."""
+    """What training would have done: BatchNorm with statistics, no bias of 0, nothing that begins at 0 or nearly so.
+
+    Then a dead filter is a constant other than 0, and every branch reaches the output.
+    """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -279,7 +287,7 @@ def settle_(network: nn.Module, images: Tensor) -> None:
     network.train()(images)
     network.eval()
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("bias") or parameter.abs().max() < 1e-3:
             parameter.normal_(0, 0.2)
 
 
