@@ -66,6 +66,19 @@ def _batchnorm(graph: OnnxGraph, operation: Operation, inputs: list[str], output
     return "BatchNormalization", [*inputs, *affine, *statistics], {"epsilon": float(operation["eps"])}
 
 
+def _norm(kind: str, *fields: str, **fixed: Any) -> Writer:
+    """A normalisation by what one image has itself, with a weight and a bias for every channel."""
+
+    def write(graph: OnnxGraph, operation: Operation, inputs: list[str], output: str) -> Node:
+        name = operation["name"]
+        channels = operation["shape"][operation.get("dim", 1) - 1]
+        graph.state = {f"{name}.weight": torch.ones(channels), f"{name}.bias": torch.zeros(channels)} | graph.state
+        attributes = {"epsilon": float(operation["eps"])} | {field: operation[field] for field in fields} | fixed
+        return kind, [*inputs, *graph.parameters(name, "weight", "bias")], attributes
+
+    return write
+
+
 def _per_channel(kind: str, entry: str) -> Writer:
     """An operation with one number for each channel, of which the layer has one in all or one each."""
 
@@ -215,6 +228,14 @@ OPERATION_WRITERS: dict[str, Writer] = {
     "conv_transpose": _conv_transpose,
     "linear": _linear,
     "batchnorm": _batchnorm,
+    "groupnorm": _norm("GroupNormalization", "num_groups"),
+    "layernorm": _norm("LayerNormalization", axis=-1),
+    "instancenorm": _norm("InstanceNormalization"),
+    "pixel_shuffle": lambda graph, operation, inputs, output: (
+        "DepthToSpace",
+        inputs,
+        {"blocksize": operation["upscale_factor"], "mode": "CRD"},
+    ),
     "prelu": _per_channel("PRelu", "weight"),
     "scale": _per_channel("Mul", "value"),
     "shift": _per_channel("Add", "value"),

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork, compare
-from src.pruning.graph import LAYERS, Call, Op, Ref
+from src.pruning.graph import LAYERS, MIXING, Call, Op, Ref
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation, described
 from src.pruning.tracing import InputSize
@@ -200,17 +200,20 @@ class _Writer:
         if op.kind == "flatten":  # of the features of a kept channel, the reader may need only some
             features = np.flatnonzero(np.isin(maps[0], self.kept[source]))
             return self._chosen(self._describe("flatten", self.value[source]), features, kept)
-        values = [self._select(name, channels[kept]) for name, channels in zip(op.inputs, maps, strict=True)]
+        if op.kind in MIXING:  # what it reads is whole
+            values = [self.value[name] for name in op.inputs]
+        else:
+            values = [self._select(name, channels[kept]) for name, channels in zip(op.inputs, maps, strict=True)]
         if op.kind in ("pass", "select"):
             return values[0]
         if op.kind in ("scale", "shift"):
             name = f"{op.kind}_{op.name}"
             self.state[f"{name}.value"] = self._like_weights(cast(Tensor, op.values)[kept])
             return self._describe(op.kind, *values, name=name, dim=op.axis)
-        if op.kind in ("batchnorm", "prelu"):
-            name = cast(str, op.module)
+        if op.module:  # a normalisation, PReLU
+            name = op.module
             for entry, tensor in self.modules[name].state_dict().items():
-                whole = tensor.dim() == 0 or op.settings.get("shared")
+                whole = tensor.dim() == 0 or len(tensor) != op.channels
                 self.state[f"{name}.{entry}"] = tensor.cpu() if whole else tensor.cpu()[kept]
             return self._describe(op.kind, *values, name=name, **op.settings)
         return self._describe(op.kind, *values, **op.settings)

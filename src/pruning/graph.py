@@ -22,7 +22,8 @@ from src.pruning.tracing import InputSize, overwritten, recorded_graph
 from utils_quantization import unwrapped
 
 LAYERS = ("conv", "conv_transpose", "linear")
-MIXING = ("opaque", "softmax", "log_softmax")  # of which nothing that is read or made may be removed
+# Of these nothing that is read or made may be removed.
+MIXING = ("opaque", "softmax", "log_softmax", "groupnorm", "layernorm", "instancenorm", "pixel_shuffle")
 NOT_CHANNELWISE = (*LAYERS, *MIXING, "input", "output", "fill")
 PARAMETRIC = ("batchnorm", "prelu")
 

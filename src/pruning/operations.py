@@ -10,7 +10,7 @@ adds what operations 3 and 7 gave. There are
                     activations, add, sub, mul, ...    alike for all channels
                     pools, mean, pad, resize, slice    within a channel
                     select, join, flatten, permute     which channel stands where
-    mixing          softmax, log_softmax: all channels they read stay
+    mixing          softmax, groupnorm, layernorm, instancenorm, pixel_shuffle: all channels they read stay
     fill            (N, *size) of one number, 0 or 1
     input, collect  a further input of the network; several outputs, as a tuple or a dict
     own             anything else, exactly as the user's network does it: its code is not in the description
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 Operation = dict[str, Any]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
@@ -113,6 +114,18 @@ def _batchnorm(channels: int, dims: int, bias: bool, **fields: Any) -> nn.Module
     return NORMS[dims](channels, **fields, **({} if bias else {"bias": False}))
 
 
+def _groupnorm(channels: int, num_groups: int, **fields: Any) -> nn.Module:
+    return nn.GroupNorm(num_groups, channels, **fields)
+
+
+def _layernorm(channels: int, affine: bool, dim: int, **fields: Any) -> nn.Module:
+    return nn.LayerNorm(channels, elementwise_affine=affine, **fields)
+
+
+def _instancenorm(channels: int, dims: int, **fields: Any) -> nn.Module:
+    return INSTANCE_NORMS[dims](channels, **fields)
+
+
 def _prelu(channels: int, shared: bool, device: str) -> nn.Module:
     return nn.PReLU(1 if shared else channels, device=device)
 
@@ -180,6 +193,10 @@ OPERATIONS: dict[str, OperationType] = {
     "shift": OperationType(("name", "dim"), layer=Shift, usual={"dim": 1}),
     "select": OperationType(("channels", "dim"), layer=Select, usual={"dim": 1}),
     **{name: OperationType(tuple(fields), run=run) for name, (run, fields) in ACTIVATIONS.items()},
+    "groupnorm": OperationType(("name", "num_groups", "eps", "affine"), layer=_groupnorm),
+    "layernorm": OperationType(("name", "eps", "affine", "dim"), layer=_layernorm),
+    "instancenorm": OperationType(("name", "dims", "eps", "affine"), layer=_instancenorm),
+    "pixel_shuffle": OperationType(("upscale_factor",), run=F.pixel_shuffle),
     "softmax": OperationType(("dim",), run=torch.softmax),
     "log_softmax": OperationType(("dim",), run=torch.log_softmax),
     "affine": OperationType(("scale", "shift"), run=lambda x, scale, shift: x * scale + shift),
@@ -263,6 +280,7 @@ def _functions() -> dict[Any, tuple[str, tuple[str, ...]]]:
             made = {getattr(place, name, name) for place in (torch, F)}
             enter(row, (*fields, "inplace"), run, name, f"{name}_", *made)
     enter("neg", (), operator.neg)
+    enter("pixel_shuffle", ("upscale_factor",), F.pixel_shuffle, torch.pixel_shuffle)
     for row in ("softmax", "log_softmax"):
         enter(row, ("dim", "_stacklevel", "dtype"), getattr(torch, row), getattr(F, row), row)
     window = ("kernel_size", "stride", "padding")
@@ -297,7 +315,7 @@ def _modules() -> dict[Any, str]:
     named = {name: row for row, name in MODULE_NAMES.items()}
     named |= dict.fromkeys(("Identity", "Dropout", "AlphaDropout", "FeatureAlphaDropout"), "pass")
     named |= dict.fromkeys(("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"), "resize")
-    named |= {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Flatten": "flatten"}
+    named |= {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Flatten": "flatten", "PixelShuffle": "pixel_shuffle"}
     for dims in (1, 2, 3):
         named |= {f"MaxPool{dims}d": "max_pool", f"AvgPool{dims}d": "avg_pool", f"Dropout{dims}d": "pass"}
         named |= {f"Adaptive{kind}Pool{dims}d": f"adaptive_{kind.lower()}_pool" for kind in ("Avg", "Max")}

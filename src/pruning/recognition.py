@@ -23,6 +23,7 @@ from src.pruning.operations import (
     BINARY,
     CONVOLUTIONS,
     FUNCTIONS,
+    INSTANCE_NORMS,
     MODULES,
     NORMS,
     OPERATIONS,
@@ -124,8 +125,18 @@ class Recognizer:
             if getattr(module, "return_indices", False) or getattr(module, "recompute_scale_factor", None):
                 return None
             return self._reader(row)(row, node, source, given)
+        affine = getattr(module, "weight", None) is not None
+        if kind is nn.LayerNorm and len(module.normalized_shape) == 1 and self.along(source, dims + 1):
+            both = affine == (module.bias is not None)
+            settings = {"eps": module.eps, "affine": affine, "dim": dims + 1}
+            return Reading("layernorm", (source,), dims + 1, settings, name) if both else None
         if not self.along(source, 1):
             return None
+        if kind is nn.GroupNorm and affine == (module.bias is not None):
+            settings = {"num_groups": module.num_groups, "eps": module.eps, "affine": affine}
+            return Reading("groupnorm", (source,), 1, settings, name)
+        if kind is INSTANCE_NORMS.get(dims) and module.running_mean is None:
+            return Reading("instancenorm", (source,), 1, {"dims": dims, "eps": module.eps, "affine": affine}, name)
         if kind is CONVOLUTIONS.get(dims):
             return Reading("conv", (source,), 1, fields_of_module("conv", module), name)
         if kind is TRANSPOSED.get(dims) and module.groups == 1:
@@ -231,6 +242,10 @@ class Recognizer:
         known_dim = isinstance(given.get("dim"), int) and given.get("dtype") is None
         dim = given["dim"] % len(shape_of(source)) if known_dim else 0
         return Reading(row, (source,), self.axis.get(source, 0), {"dim": dim}) if dim else None
+
+    def _pixel_shuffle(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
+        settings = {"upscale_factor": given.get("upscale_factor")}
+        return Reading(row, (source,), 1, settings) if self.along(source, 1) else None
 
     def _dropout(self, row: str, node: Node, source: Node, given: Settings) -> Reading | None:
         return None if given.get("training", True) and "p" in given else self._pass(row, node, source, given)

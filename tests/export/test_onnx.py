@@ -183,6 +183,17 @@ def test_steps_alone(steps: list[dict[str, object]], tmp_path: Path) -> None:
         assert torch.equal(run_onnx(open_session(tmp_path / "model.onnx"), images), network(images))
 
 
+class Permute(nn.Module):
+    """x.permute(dims), as a module."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -198,12 +209,21 @@ def test_steps_alone(steps: list[dict[str, object]], tmp_path: Path) -> None:
         *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 6, 3, padding=1, groups=2)),
         *(nn.Conv2d(4, 8, 3, groups=4), nn.ConvTranspose2d(4, 3, 3, 2, 1, output_padding=1)),
         *(lambda x: x.permute(0, 2, 3, 1), lambda x: x.mean((2, 3)), lambda x: x[:, 1:3], lambda x: x[..., ::2]),
-        *(lambda x: x.softmax(1), lambda x: F.log_softmax(x, dim=-1)),
+        *(lambda x: x.softmax(1), lambda x: F.log_softmax(x, dim=-1), nn.PixelShuffle(2)),
+        *(
+            nn.GroupNorm(2, 4),
+            nn.GroupNorm(1, 4, affine=False),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.InstanceNorm2d(4),
+        ),
+        nn.Sequential(Permute(0, 2, 3, 1), nn.LayerNorm(4), nn.Linear(4, 6), nn.GELU()),
     ],
     ids=lambda function: str(function) if isinstance(function, nn.Module) else "",
 )
 def test_functions_and_modules(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     model = Applied(function).eval()
+    for parameter in model.parameters():
+        parameter.data.uniform_(-1, 1)
     export_onnx(model, tmp_path / "model.onnx", input_size=IMAGE)
     images = torch.randn(3, *IMAGE)
     with torch.no_grad():

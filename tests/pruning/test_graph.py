@@ -103,6 +103,9 @@ def test_resnet20_has_nothing_unknown() -> None:
         (nn.Conv2d(4, 4, 3, groups=2), "conv"),
         (nn.ConvTranspose2d(4, 4, 2), "conv_transpose"),
         (nn.BatchNorm2d(4, affine=False), "batchnorm"),
+        (nn.GroupNorm(2, 4), "groupnorm"),
+        (nn.InstanceNorm2d(4), "instancenorm"),
+        (nn.PixelShuffle(2), "pixel_shuffle"),
     ],
 )
 def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> None:
@@ -123,7 +126,6 @@ def test_known_operations(function: Callable[[Tensor], Tensor], kind: str) -> No
         lambda x: x.cumsum(1),
         lambda x: F.dropout(x, 0.5, training=True),
         nn.BatchNorm2d(4, track_running_stats=False),
-        nn.GroupNorm(2, 4),
         nn.ConvTranspose2d(4, 4, 2, groups=2),
         nn.Flatten(0),
         nn.Linear(6, 6),  # acts on the columns of an image, not on channels
