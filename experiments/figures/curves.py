@@ -222,7 +222,7 @@ def frontier(
     best = max(means, key=lambda name: means[name][0])
     accuracy, cost = means[best]
     title = (
-        f"“{best}” is the most accurate: {percent(accuracy)} at {percent(cost)} of the dense network's bit operations"
+        f"“{best}” has the highest mean accuracy, {percent(accuracy)} at {percent(cost)} of the dense network's bit operations"
     )
     alt = f"Test accuracy over relative bit operations, a dot for each run. {title}."
     figure = style.canvas(title, subtitle, alt, height=4.7 + 0.12 * len(points))
