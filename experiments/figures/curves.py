@@ -221,9 +221,8 @@ def frontier(
     means = {name: np.mean(runs, axis=0) for name, runs in points.items()}
     best = max(means, key=lambda name: means[name][0])
     accuracy, cost = means[best]
-    title = (
-        f"“{best}” has the highest mean accuracy, {percent(accuracy)} at {percent(cost)} of the dense network's bit operations"
-    )
+    place = f"{percent(accuracy)} at {percent(cost)} of the dense network's bit operations"
+    title = f"“{best}” has the highest mean accuracy, {place}"
     alt = f"Test accuracy over relative bit operations, a dot for each run. {title}."
     figure = style.canvas(title, subtitle, alt, height=4.7 + 0.12 * len(points))
     axes = figure.subplots()
