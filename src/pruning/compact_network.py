@@ -145,12 +145,14 @@ class CompactNetwork(nn.Module):
             if part not in dict(parent.named_children()):
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
+        if isinstance(held, Tensor) and hasattr(parent, leaf):
+            return
         if isinstance(held, nn.Module):
             if dict(parent.named_children()).get(leaf) is not held:
                 parent.add_module(leaf, held)
         elif isinstance(held, nn.Parameter):
             parent.register_parameter(leaf, held)
-        elif leaf not in dict(parent.named_buffers(recurse=False)):
+        else:
             parent.register_buffer(leaf, held)
 
     def _result(self, number: int, operation: Operation, inputs: list[Any]) -> Any:

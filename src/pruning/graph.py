@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from src.pruning.recognition import Reading, Recognizer, shape_of
 from src.pruning.tracing import InputSize, overwritten, recorded_graph
@@ -188,6 +189,10 @@ def _shared_parameters(model: nn.Module, ops: Sequence[Op]) -> set[str]:
     readers: dict[int, set[str]] = {}
     for op in ops:
         held = model.get_submodule(op.module) if op.module else op.call and op.call.attribute
+        if op.call and op.call.kind == "get_attr":
+            owner, _, name = str(op.call.target).rpartition(".")
+            if parametrize.is_parametrized(layer := model.get_submodule(owner), name):
+                held = layer
         parameters = held.parameters() if isinstance(held, nn.Module) else [held] if isinstance(held, Tensor) else []
         for parameter in parameters:
             readers.setdefault(id(parameter), set()).add(op.name)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from utils_quantization import eval_mode
 
@@ -112,7 +113,11 @@ class _Recorder(fx.Tracer):
         return isinstance(m, WHOLE) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
+        if self.running:
+            return forward(*args, **kwargs)
+        if isinstance(m, parametrize.ParametrizationList):  # somebody reads a parametrized weight, which is a weight
+            return self.create_proxy("get_attr", self.path_of_module(m).replace(".parametrizations", ""), (), {})
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)

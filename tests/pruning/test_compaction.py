@@ -345,3 +345,25 @@ def test_names_with_dashes_and_two_hundred_levels() -> None:
     model.add_module("last-one", nn.Linear(2, 2))
     zero(randomize(model, 0), **{"1": [1]})
     assert sizes(compared(model))["1"] == (2, 3)
+
+
+def test_a_quantized_weight_that_the_forward_pass_reads_itself() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.conv = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3, padding=1)
+            self.linear = nn.Linear(4, 2)
+            self.register_buffer("shift", torch.full((), 0.25))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(x, self.read.weight * 2) + self.shift
+            return self.linear(F.relu(self.conv(x)).mean((2, 3)))
+
+    model = Reader().double().eval()
+    attach_weight_quantizers(model, [], DeadZoneLDZCompander)
+    with torch.no_grad():
+        latent_weight(model.conv)[1] = 0
+    x = torch.randn(3, *IMAGE, dtype=torch.float64)
+    network = compact(model, IMAGE)
+    assert sizes(network) == {"conv": (3, 3), "linear": (2, 3)}
+    torch.testing.assert_close(network(x), model(x), rtol=1e-10, atol=1e-12)
