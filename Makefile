@@ -49,7 +49,7 @@ help:
 	@echo 'make doctor        examine a short run of the pipeline, check by check'
 	@echo 'make doctor-power  break the pipeline in every known way, write docs/measured/doctor.md (within an hour)'
 	@echo 'make torture       kill, damage and starve runs, write docs/measured/reliability.md (about 20 minutes)'
-	@echo 'make networks      lead networks of torchvision and timm through every step, write docs/measured/networks.md (about an hour)'
+	@echo 'make networks      lead networks of torchvision and timm through every step, write docs/measured/networks.md (about half an hour)'
 	@echo 'make bench         time a training step'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make clean         remove build/ and caches (.venv, data and runs stay)'

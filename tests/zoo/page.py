@@ -53,7 +53,8 @@ def page(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
 
 
 def _summary(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
-    count, shared = len(rows), [row for row in rows if row.share is not None and row.peer_share is not None]
+    count, public = len(rows), [row for row in rows if row.family != "hand-made"]
+    shared = [row for row in public if row.share is not None and row.peer_share is not None]
     torchvision = [row for row in rows if row.family == "torchvision"]
     lines = [
         "## Result",
@@ -65,7 +66,7 @@ def _summary(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         f"- {sum(row.as_wide for row in torchvision)} of torchvision's {len(torchvision)} compacted exactly, with half "
         "of their channels in groups wherever Torch-Pruning has that",
         f"- mean share of channels in groups: {mean(row.share or 0 for row in shared):.2f} here, "
-        f"{mean(row.peer_share or 0 for row in shared):.2f} in Torch-Pruning ({len(shared)} networks that both read)",
+        f"{mean(row.peer_share or 0 for row in shared):.2f} in Torch-Pruning ({len(shared)} of torchvision and timm)",
         f"- Torch-Pruning removes channels exactly from {_exact(rows, 'peer_whole')} of {count} networks where all "
         f"that belongs to them is zero, and from {_exact(rows, 'peer_filters')} where only their filters are",
         f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",

@@ -49,13 +49,9 @@ TORCHVISION = {
     "resnet34": _torchvision("resnet34"),
     "resnet50": _torchvision("resnet50"),
     "resnext50_32x4d": _torchvision("resnext50_32x4d"),
-    "efficientnet_v2_s": _torchvision("efficientnet_v2_s"),
     "convnext_tiny": _torchvision("convnext_tiny"),
     "swin_t": _torchvision("swin_t"),
-    "wide_resnet50_2": _torchvision("wide_resnet50_2"),
-    "alexnet": _torchvision("alexnet"),
     "vit_b_16": _torchvision("vit_b_16", image_size=64),
-    "vgg11_bn": _torchvision("vgg11_bn"),
 }
 
 TIMM = {
@@ -72,15 +68,9 @@ TIMM = {
     "vit_tiny_patch16_224": _timm("vit_tiny_patch16_224", img_size=64),
     "mixer_s32_224": _timm("mixer_s32_224", img_size=64),
     "ese_vovnet19b_slim": _timm("ese_vovnet19b_slim"),
-    "repvgg_a0": _timm("repvgg_a0"),
-    "resnet18": _timm("resnet18"),
     "seresnet18": _timm("seresnet18"),
     "skresnet18": _timm("skresnet18"),
     "resnest14d": _timm("resnest14d"),
     "res2net50_26w_4s": _timm("res2net50_26w_4s"),
-    "dla34": _timm("dla34"),
-    "densenet121": _timm("densenet121"),
-    "hrnet_w18_small": _timm("hrnet_w18_small"),
-    "cspresnet50": _timm("cspresnet50"),
     "nf_resnet26": _timm("nf_resnet26"),
 }
