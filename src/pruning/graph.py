@@ -41,6 +41,7 @@ class Call:
     """An operation as the user's network has it: a node of its torch.fx graph, with `Ref`s for the values it reads.
 
     attribute: the module that is called, or the parameter that is read. writes: whether it overwrites what it reads.
+    rows: by how many rows it multiplies each weight, by the weight's address.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Call:
     kwargs: Any
     attribute: Any = None
     writes: bool = False
+    rows: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +183,7 @@ class _Reader:
         held = node.meta["value"] if node.op == "get_attr" else None
         if node.op == "call_module":
             held = self.model.get_submodule(str(node.target))
-        return Call(node.op, node.target, args, kwargs, held, bool(node.meta.get("written")))
+        return Call(node.op, node.target, args, kwargs, held, bool(node.meta.get("written")), node.meta.get("rows", {}))
 
 
 def _shared_parameters(model: nn.Module, ops: Sequence[Op]) -> set[str]:

@@ -168,9 +168,10 @@ def analyze_liveness(model: nn.Module, input_size: InputSize = (3, 32, 32), mult
             layers += _kept_whole(op.module, modules[op.module], _read_shape(op, shapes), op.shape)
         elif op.call and op.call.kind == "get_attr":  # the weight of a layer, read by a function
             owner, _, leaf = str(op.call.target).rpartition(".")
-            reader = next(each for each in ops if op.name in each.inputs)
-            if leaf == "weight" and isinstance(modules[owner], nn.Linear):
-                layers += _kept_whole(owner, modules[owner], _read_shape(reader, shapes), reader.shape)
+            readers = [each.call for each in ops if each.call and op.name in each.inputs]
+            pixels = sum(call.rows.get(op.call.attribute.data_ptr(), 0) for call in readers)
+            if leaf == "weight" and pixels and isinstance(modules[owner], nn.Linear):
+                layers.append(_whole_layer(owner, modules[owner], "weight", pixels))
     return Liveness(tuple(ops), constant, kept, tuple(_once(layers)))
 
 
@@ -344,14 +345,15 @@ def _kept_whole(
             pixels = tokens
         else:
             continue
-        parameter = "in_proj_weight" if attention else "weight"
-        weight = _numpy(getattr(layer, parameter))
-        outputs, inputs = np.arange(weight.shape[0]), np.arange(weight.shape[1])
-        dead = ~np.asarray(weight.reshape(len(weight), -1).any(axis=1))
-        found.append(
-            LayerLiveness(path, len(outputs), len(inputs), dead, outputs, inputs, False, pixels, parameter=parameter)
-        )
+        found.append(_whole_layer(path, layer, "in_proj_weight" if attention else "weight", pixels))
     return found
+
+
+def _whole_layer(name: str, layer: nn.Module, parameter: str, pixels: int) -> LayerLiveness:
+    weight = _numpy(getattr(layer, parameter))
+    outputs, inputs = np.arange(weight.shape[0]), np.arange(weight.shape[1])
+    dead = ~np.asarray(weight.reshape(len(weight), -1).any(axis=1))
+    return LayerLiveness(name, len(outputs), len(inputs), dead, outputs, inputs, False, pixels, parameter=parameter)
 
 
 def _once(layers: Sequence[LayerLiveness]) -> list[LayerLiveness]:

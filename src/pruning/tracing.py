@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from utils_quantization import eval_mode
 
@@ -35,6 +37,7 @@ def recorded_graph(model: nn.Module, input_size: InputSize) -> fx.Graph:
         value     what it gave
         image     whether that depends on the image
         written   addresses of the memory that it overwrote
+        rows      of a function: by how many rows it multiplied each weight, by the weight's address
 
     input_size: (C, H, W), or one such size for each input. Raises GraphError where torch.fx cannot follow the forward
     pass or the image does not fit.
@@ -101,6 +104,7 @@ class _Recorder(fx.Tracer):
         super().__init__()
         self.parameter = next(model.parameters(), torch.zeros(()))
         self.images: list[torch.Tensor] = []
+        self.weights: dict[str, fx.Proxy] = {}
         self.inputs = 0
         self.running = False  # an operation, whose own calls and parameters are not recorded
 
@@ -116,7 +120,10 @@ class _Recorder(fx.Tracer):
         if self.running:
             return forward(*args, **kwargs)
         if isinstance(m, parametrize.ParametrizationList):  # somebody reads a parametrized weight, which is a weight
-            return self.create_proxy("get_attr", self.path_of_module(m).replace(".parametrizations", ""), (), {})
+            path = self.path_of_module(m).replace(".parametrizations", "")
+            if path not in self.weights:  # as torch.fx does for parameters
+                self.weights[path] = self.create_proxy("get_attr", path, (), {})
+            return self.weights[path]
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -155,7 +162,10 @@ class _Recorder(fx.Tracer):
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return cast(Any, node.target)(*args, **kwargs)
+        with _LinearUses() as uses:
+            result = cast(Any, node.target)(*args, **kwargs)
+        node.meta["rows"] = uses.rows
+        return result
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _KnownProxy(node, self)
@@ -168,6 +178,21 @@ class _Recorder(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         return iter([obj[number] for number in range(len(obj.node.meta["value"]))])
+
+
+class _LinearUses(TorchFunctionMode):
+    """Counts how many rows a function multiplies by each weight, by the weight's address: rows of F.linear's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            address = args[1].data_ptr()
+            self.rows[address] = self.rows.get(address, 0) + result.numel() // result.shape[-1]
+        return result
 
 
 class _KnownProxy(fx.Proxy):
