@@ -186,6 +186,16 @@ class _Reader:
         return Call(node.op, node.target, args, kwargs, held, bool(node.meta.get("written")), node.meta.get("rows", {}))
 
 
+def _weights_of(held: Any) -> list[Tensor]:
+    """A tensor, or the parameters of a module; of a parametrized weight the latent one alone: a quantizer has no
+    channels, and layers may share one.
+    """
+    if isinstance(held, nn.Module):
+        named = held.named_parameters()
+        return [p for name, p in named if "parametrizations." not in name or ".original" in name]
+    return [held] if isinstance(held, Tensor) else []
+
+
 def _shared_parameters(model: nn.Module, ops: Sequence[Op]) -> set[str]:
     """Operations that have a parameter in common: its channels cannot be changed in one of them alone."""
     readers: dict[int, set[str]] = {}
@@ -195,7 +205,6 @@ def _shared_parameters(model: nn.Module, ops: Sequence[Op]) -> set[str]:
             owner, _, name = str(op.call.target).rpartition(".")
             if parametrize.is_parametrized(layer := model.get_submodule(owner), name):
                 held = layer
-        parameters = held.parameters() if isinstance(held, nn.Module) else [held] if isinstance(held, Tensor) else []
-        for parameter in parameters:
+        for parameter in _weights_of(held):
             readers.setdefault(id(parameter), set()).add(op.name)
     return set().union(*(names for names in readers.values() if len(names) > 1))

@@ -145,7 +145,9 @@ def spoil_number(patch: Patch, number: int, kind: str) -> None:
         parameters, cross_entropy = dict(model.named_parameters()), nn.functional.cross_entropy
         if kind == "loss":
             stack.enter_context(
-                mock.patch("torch.nn.functional.cross_entropy", lambda *given: cross_entropy(*given) * bad)
+                mock.patch(
+                    "torch.nn.functional.cross_entropy", lambda *given, **named: cross_entropy(*given, **named) * bad
+                )
             )
         elif kind == "gradient":
             weight: Any = parameters["layer2.0.conv1.parametrizations.weight.original"]
