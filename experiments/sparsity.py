@@ -45,7 +45,7 @@ def group_norms(groups: ChannelGroups) -> Callable[[nn.Module], Tensor]:
     if not len(groups):
         raise PenaltyError(
             "no removable channel was found: the network has no convolution followed by a layer that reads it, or an "
-            "operation that cannot be followed stands in between; see src/pruning/graph.py for what is recognised"
+            "operation that cannot be followed stands in between; see src/pruning/operations.py for what is known"
         )
     index = torch.cat([torch.from_numpy(member.groups) for member in groups.members])
     index[index < 0] = len(groups)  # what is in no group is summed behind the last one

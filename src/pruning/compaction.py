@@ -2,7 +2,7 @@
 
 What can go is what src/pruning/liveness.py says: a channel stays where it depends on the image and something on the way
 to the output reads it. All others are left out, with their filters, their BatchNorm entries and the slices that read
-them. What constant channels contributed is kept in three places:
+them. What constant channels contributed is kept in these places:
 
     a convolution that reads beyond the border   one more input channel, of ones, that carries all constants of the
                                                  layer: weight[o, last] = sum over c of value_c * weight[o, c]

@@ -44,7 +44,7 @@ class ChannelGroups:
     """Disjoint groups of parameters; group g holds all that removing one channel takes away.
 
     names[g] says where the channel is made first ("layer1.0.conv1[3]"). Channels that the network's output, its input
-    or an operation unknown to src/pruning/graph.py depend on belong to no group, because they cannot be removed.
+    or an operation unknown to src/pruning/operations.py depend on belong to no group, because they cannot be removed.
     """
 
     members: tuple[Member, ...]
