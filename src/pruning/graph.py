@@ -105,7 +105,7 @@ class Op:
 def trace(model: nn.Module, input_size: InputSize = (3, 32, 32)) -> list[Op]:
     """The operations of `model` in the order they run, for one image of `input_size` (C, H, W).
 
-    The network is run once, in eval mode, on one blank image to learn the shapes; its state is left as it was.
+    The network is run once, in eval mode, on one image of noise; its state is left as it was.
     input_size: for a network of several inputs, one size for each, or one that is that of all. Raises GraphError where
     torch.fx cannot follow the forward pass or the image does not fit.
     """

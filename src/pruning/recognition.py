@@ -84,7 +84,7 @@ class Recognizer:
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             plain = len(node.args) == 1 and not node.kwargs and is_image(node.args[0])
-            return self._module(module, node) if plain and not is_changed(module) else None
+            return self._module(module, node) if plain and not is_changed(module, node) else None
         if node.op not in ("call_function", "call_method") or not is_image(node):
             return None
         if node.target in BINARY:
@@ -378,9 +378,13 @@ def _class_of(module: nn.Module, shape: tuple[int, ...]) -> type:
         return cast(type, base if torch.equal(module(x), base.forward(module, x)) else found)
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether calling the module does something else than the forward pass of its class."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def is_changed(module: nn.Module, node: Node) -> bool:
+    """Whether calling the module gave something else than the forward pass of its class: hooks may only watch."""
+    if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+        return False
+    with eval_mode(module), torch.no_grad():
+        own = type(module).forward(module, node.args[0].meta["value"])
+    return not isinstance(own, Tensor) or not torch.equal(own, node.meta["value"])
 
 
 def is_image(value: Any) -> bool:

@@ -109,9 +109,11 @@ class _Recorder(fx.Tracer):
         self.running = False  # an operation, whose own calls and parameters are not recorded
 
     def prepare(self, input_size: InputSize) -> None:
-        """Make the images that the network is run on."""
+        """Make the images that the network is run on: noise, before which hooks and functions show what they do."""
         sizes = [input_size] if all(isinstance(side, int) for side in input_size) else list(input_size)
-        self.images = [self.parameter.new_zeros(1, *cast(Sequence[int], size)) for size in sizes]
+        random = torch.Generator().manual_seed(0)
+        images = [torch.rand(1, *cast(Sequence[int], size), generator=random, device="cpu") for size in sizes]
+        self.images = [image.to(self.parameter.device, self.parameter.dtype) for image in images]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, WHOLE) or super().is_leaf_module(m, module_qualified_name)

@@ -202,3 +202,11 @@ def test_a_network_with_the_old_ending_loses_its_dead_channels_exactly() -> None
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(smaller(x), model(x), rtol=1e-10, atol=1e-12)
     assert smaller.state_dict()["conv2.weight"].shape == (4, 3 + 1, 3, 3)
+
+
+def test_hooks_that_only_watch_change_nothing() -> None:
+    model, seen = Chain(), []
+    model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model.conv2.register_forward_hook(lambda module, inputs, output: 2 * output)
+    ops = {op.module: op.kind for op in trace(model, IMAGE) if op.module}
+    assert (ops["conv1"], ops["conv2"], seen) == ("conv", "opaque", [(1, 3, 6, 6)])
