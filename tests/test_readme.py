@@ -65,6 +65,7 @@ SHORTER = {
     "make walkthrough": "EPOCHS=1 LIMIT=60",
     "make debug": "EPOCHS=1 LIMIT=60",
     "python -m experiments.debug_run --resume": "",
+    "python -m experiments.debug_run --set warmup_epochs=5": "--epochs 6 --limit 60",
     "python -m experiments.debug_run": "--epochs 1 --limit 60",
     "python -m experiments.sweep": "--set limit=60 --set epochs=1 --set batch_size=20",
     "python -m experiments.bench": "--rounds 1 --batch-sizes 1",
