@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from src.pruning.compact_network import FORMAT, CompactionError, CompactNetwork, compare
-from src.pruning.graph import LAYERS, MIXING, Call, Op, Ref
+from src.pruning.graph import LAYERS, MIXING, Call, Op, Ref, trace
 from src.pruning.liveness import LayerLiveness, Liveness, analyze_liveness, check_multiple, is_padded
 from src.pruning.operations import OPERATIONS, WRITTEN_ANEW, Operation, described
 from src.pruning.tracing import InputSize
-from utils_quantization import default_tensors, eval_mode, shared_quantized_weights, unwrapped
+from utils_quantization import default_tensors, shared_quantized_weights, unwrapped
 
 Indices = NDArray[np.int64]
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # of the largest output; half precision: HALF
@@ -98,10 +98,7 @@ def compact(
 
 def own_calls(model: nn.Module, input_size: InputSize) -> dict[str, Call]:
     """The calls of the operations of `model` that the table does not know, by their name."""
-    network = unwrapped(model)
-    with eval_mode(network):
-        ops = analyze_liveness(network, input_size).ops
-    return {op.name: _own_copy(op.call) for op in ops if op.call}
+    return {op.name: _own_copy(op.call) for op in trace(model, input_size) if op.call}
 
 
 def _own_copy(call: Call) -> Call:
