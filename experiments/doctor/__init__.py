@@ -1,18 +1,15 @@
 """The doctor examines a training pipeline in four stages and names what is broken.
 
 before, first_steps, Watcher and afterwards each return a Report; `python -m experiments.doctor` runs all four.
-Its rooms: core, causes, and the checks of quantizer, network, data, step and training.
+Its rooms: the checks by stage, and causes, which ranks what may be wrong.
 """
 
 from __future__ import annotations
 
-from experiments.doctor import demonstration
-from experiments.doctor.core.expected import Expected
-from experiments.doctor.core.figure import report_figure, report_table
-from experiments.doctor.core.findings import Report
-from experiments.doctor.core.pipeline import Pipeline
-from experiments.doctor.examination import Examination
-from experiments.doctor.examine import afterwards, before, first_steps
+from experiments.doctor.examine import Examination, afterwards, before, examine, first_steps
+from experiments.doctor.expected import Expected
+from experiments.doctor.pipeline import Pipeline, PipelineParts, build_pipeline, run_measure
+from experiments.doctor.report import Report, report_figure, report_table
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 
@@ -20,13 +17,16 @@ __all__ = [
     "Examination",
     "Expected",
     "Pipeline",
+    "PipelineParts",
     "Report",
     "Reported",
     "Watcher",
     "afterwards",
     "before",
-    "demonstration",
+    "build_pipeline",
+    "examine",
     "first_steps",
     "report_figure",
     "report_table",
+    "run_measure",
 ]

@@ -1,53 +1,40 @@
-"""The doctor: examine a training pipeline in four stages and name what is broken, not only that something is.
+"""The four stages: each a function from a Pipeline to a Report, so that it can be used alone.
 
-    python -m experiments.doctor --data digits --epochs 14 --output doctor
-    python -m experiments.doctor --run debug_output
-
-The first trains a short run of its own and examines it before, at its first steps, while it trains, and afterwards.
-`--run FOLDER` examines a finished run. stdout gets the checks that failed, and last the headline; --all prints every
-check, and doctor.json in the --output folder holds them. Notices are on stderr.
-Exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted.
-
-Each stage is a function from a Pipeline to a Report, so that it can be used alone:
-
-    pipeline = Pipeline.of_run(run)                  # or Pipeline.of_parts(model, optimizer, batches, step)
-    report = before(pipeline) + first_steps(pipeline)
+pipeline = Pipeline.of_run(run)                  # or Pipeline.of_parts(model, optimizer, batches, step)
+report = before(pipeline) + first_steps(pipeline)
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.doctor.core.check_runner import RAISED, CheckRunner, PartFailed, preserve_state
-from experiments.doctor.core.findings import AFTERWARDS, BEFORE, FIRST_STEPS, STAGES, TRAINING, Report
-from experiments.doctor.core.pipeline import Pipeline, train
 from experiments.doctor.data.data_checks import data_checks
 from experiments.doctor.network.account_checks import account_checks
 from experiments.doctor.network.baseline_checks import baseline_checks
 from experiments.doctor.network.network_checks import network_checks
+from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.quantizer.grid_checks import grid_checks
 from experiments.doctor.quantizer.joint_checks import joint_checks
 from experiments.doctor.quantizer.quantizer_checks import quantizer_checks
+from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, TRAINING, Report
+from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
 from experiments.doctor.step.optimizer_checks import optimizer_checks
 from experiments.doctor.step.penalty_checks import penalty_checks
 from experiments.doctor.step.step_checks import step_checks
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks
-from experiments.pipeline import PRESETS_HELP, build_run, configure, load_run, prepare_data
-from src.runs import CHECKPOINT, RunFolder
-from src.storage import CommandParser, check_writable, fail, log_info
-from src.training import EpochRecord, History, TrainingError
+from experiments.evaluator import EvalResult
+from experiments.pipeline import Run, load_run
+from src.runs import CHECKPOINT
+from src.storage import Notify
+from src.training import EpochRecord, History, Step, TrainingError
 
-HEALTHY, FAULTY, INTERRUPTED = 0, 1, 130
 QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate": 6e-3}
 """What the doctor's own run changes of the preset `smoke`: shorter, with faster logits."""
 
@@ -170,58 +157,39 @@ def examine_folder(path: Path, data_root: str | None = None) -> Report:
     return afterwards(Pipeline.of_run(run), Reported(checkpoint=path / CHECKPOINT, history=run.history))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    options = _parser().parse_args(arguments)
-    started = time.perf_counter()
-    try:
-        report = examine_folder(Path(options.run), options.data_root) if options.run else _own_run(options)
-        print(report.text(passed=options.all))
-        log_info(f"{time.perf_counter() - started:.0f} s")
-        if options.output:
-            RunFolder(Path(options.output)).write_json("doctor.json", report.to_json())
-    except ValueError as error:  # every error of the library that bad input can cause is one
-        return fail(str(error))
-    except OSError as error:
-        return fail(f"{error.filename or options.output!r}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        log_info("interrupted")
-        return INTERRUPTED
-    return FAULTY if report.faulty else HEALTHY
+class Examination:
+    """All four stages around a run. notify: gets one line for each stage, as soon as it is known."""
 
+    def __init__(self, run: Run, notify: Notify) -> None:
+        self._run, self._notify = run, notify
+        self._pipeline = Pipeline.of_run(run)
+        self._watcher = Watcher(self._pipeline)
+        self.report = Report()
 
-def _own_run(options: argparse.Namespace) -> Report:
-    if options.output:
-        check_writable(options.output)
-    changes: dict[str, Any] = {**QUICK} if options.preset == "smoke" else {}
-    asked = {name: getattr(options, name) for name in ("data", "data_root", "epochs", "limit", "seed", "device")}
-    config = configure(options.preset, **changes | {name: value for name, value in asked.items() if value is not None})
-    config, data = prepare_data(config, log_info)
-    run = build_run(config, data)
-    log_info(f"{run.subtitle}; {config.epochs} epochs")
+    def begin(self) -> None:
+        """The first two stages, which take some seconds. A resumed run has its first steps behind it."""
+        if self._run.history.records or self._run.means.steps:
+            self._notify("doctor: this run is resumed; its state before training is not examined again")
+            return
+        self._add(BEFORE, before(self._pipeline))
+        self._add(FIRST_STEPS, first_steps(self._pipeline))
 
-    def told(stage: str, found: Report) -> None:
-        log_info(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
+    def step(self, epoch: int, step: Step) -> None:
+        """After an update; `epoch` from 0."""
+        self._watcher.step(epoch, step)
 
-    return examine(
-        Pipeline.of_run(run), on_stage=told, on_epoch=lambda record: log_info(record.console_line(config.epochs))
-    )
+    def epoch(self, record: EpochRecord) -> None:
+        """After an epoch was measured and before the next one starts."""
+        self._watcher.epoch(record)
 
+    def conclude(self, checkpoint: Path, result: EvalResult, accuracy: float) -> Report:
+        """What was seen in training, and what was reported of it a second time; returns the whole report."""
+        if self._run.history.records:
+            self.report += self._watcher.report()
+        reported = Reported(checkpoint, self._run.history, result, accuracy)
+        self.report += afterwards(self._pipeline, reported)
+        return self.report
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("experiments.doctor", (__doc__ or "").partition("\n\nEach stage")[0])
-    parser.add_argument("--preset", default="smoke", help=f"{PRESETS_HELP} (default: smoke)")
-    parser.add_argument("--data", help="auto, cifar10, digits or folder:PATH (default: the preset's)")
-    parser.add_argument("--data-root", help="where CIFAR-10 is (default: data); with --run, where the run's images are")
-    parser.add_argument("--epochs", type=int, help=f"epochs to train (default: {QUICK['epochs']})")
-    parser.add_argument("--limit", type=int, help="at most this many training and test images (default: all)")
-    parser.add_argument("--seed", type=int, help="seed of weights, order and augmentation (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--output", help="folder for doctor.json (default: none is written)")
-    parser.add_argument("--all", action="store_true", help="print every check, not only those that failed")
-    parser.add_argument("--run", help="examine the finished run in this folder instead of a new one")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    def _add(self, stage: str, found: Report) -> None:
+        self.report += found
+        self._notify(f"doctor: {stage}: {found.line}")

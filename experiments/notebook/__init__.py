@@ -5,13 +5,14 @@ Outside a notebook nothing is displayed, and progress is a line on stderr.
 
 from __future__ import annotations
 
-from experiments.notebook import explorers, lessons
+from experiments.notebook import demonstration, explorers, lessons
 from experiments.notebook.live import FACTS, LiveFigure, ProgressBar, publish, show
 
 __all__ = [
     "FACTS",
     "LiveFigure",
     "ProgressBar",
+    "demonstration",
     "explorers",
     "lessons",
     "publish",

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from experiments.doctor import Pipeline, Report, Watcher, before, first_steps, report_figure, report_table
-from experiments.doctor.causes.causes import CAUSES, causes
-from experiments.doctor.core.findings import BEFORE, FAILED, FIRST_STEPS, PASSED, Finding
-from experiments.doctor.core.pipeline import PipelineParts, build_pipeline
-from experiments.doctor.demonstration import small_config, small_data, small_network
-from experiments.doctor.examine import examine, main
+from experiments.doctor.__main__ import main
+from experiments.doctor.causes.catalogue import CAUSES, causes
+from experiments.doctor.examine import examine
+from experiments.doctor.pipeline import PipelineParts, build_pipeline
+from experiments.doctor.report import BEFORE, FAILED, FIRST_STEPS, PASSED, Finding
+from experiments.notebook.demonstration import small_config, small_data, small_network
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
 from resnet import NETWORKS
 from src.data import ImageData, load_data

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.doctor import Pipeline, Report, before, first_steps
-from experiments.doctor.core.expected import Expected
-from experiments.doctor.core.findings import NOT_JUDGED, PASSED
-from experiments.doctor.demonstration import healthy, small_config, small_data
 from experiments.doctor.examine import examine, while_training
+from experiments.doctor.expected import Expected
+from experiments.doctor.report import NOT_JUDGED, PASSED
+from experiments.notebook.demonstration import healthy, small_config, small_data
 from src.data import ImageData
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import attach_weight_quantizers

@@ -7,7 +7,7 @@ report = examine(pipeline)
 from __future__ import annotations
 
 from experiments.doctor import Pipeline
-from experiments.doctor.demonstration import Fault, broken, healthy, small_config
+from experiments.notebook.demonstration import Fault, broken, healthy, small_config
 from experiments.pipeline import RunConfig
 from tests.faults import (
     attachment_faults,

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.core.pipeline import PipelineParts
-from experiments.doctor.demonstration import Fault, attaching
+from experiments.doctor import Pipeline
+from experiments.doctor import pipeline as parts_of
+from experiments.doctor.pipeline import PipelineParts
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault, attaching
 from experiments.pipeline import RunConfig
 from src import training
 from src.quantizer import DeadZoneLDZCompander

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.core.pipeline import Batch
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import Pipeline
+from experiments.doctor import pipeline as parts_of
+from experiments.doctor.pipeline import Batch
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault
 from src.data import ImageData, epoch_batches, normalize
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.doctor import Pipeline
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import pipeline as parts_of
+from experiments.notebook.demonstration import Fault
 from src import training
 from tests.faults.step_faults import after_each
 from utils_quantization import toggle_quantization

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.demonstration import Fault, accuracy, evaluated, layers, recording, small_network
+from experiments.doctor import Pipeline
+from experiments.doctor import pipeline as parts_of
 from experiments.evaluator import EvalResult, Evaluator
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault, accuracy, evaluated, layers, recording, small_network
 from experiments.pipeline import attach
 from metrics import LayerStats, ModelStats
 from src import training

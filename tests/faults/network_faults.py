@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.doctor import Pipeline
-from experiments.doctor.demonstration import Fault
+from experiments.notebook.demonstration import Fault
 from resnet import BasicBlock
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core.pipeline import PipelineParts
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import Pipeline
+from experiments.doctor.pipeline import PipelineParts
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault
 from experiments.pipeline import RunConfig, build_optimizer
 from src import training
 

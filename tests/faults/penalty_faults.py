@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core.pipeline import PipelineParts
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import Pipeline
+from experiments.doctor.pipeline import PipelineParts
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault
 from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity, safe_sqrt
 from src import training
 from src.pruning import ChannelGroups, Member, channel_groups

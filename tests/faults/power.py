@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from experiments.doctor.demonstration import broken
+from experiments.notebook.demonstration import broken
 from tests.faults import FAULTS, healthy, small_config
 from tests.faults.power_page import page
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.doctor import demonstration
-from experiments.doctor.demonstration import Fault, attaching
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import Fault, attaching
 from tests.faults import broken_quantizers as broken
 
 FAULTS = (

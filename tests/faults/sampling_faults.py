@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.doctor import Pipeline
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.core.pipeline import Batch
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import pipeline as parts_of
+from experiments.doctor.pipeline import Batch
+from experiments.notebook.demonstration import Fault
 from src.data import ImageData, augment, normalize
 from tests.faults.data_faults import data, drawn, loader
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from experiments.doctor import Pipeline
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.demonstration import Fault
+from experiments.doctor import pipeline as parts_of
 from experiments.evaluator import EvalResult
+from experiments.notebook.demonstration import Fault
 from metrics import LayerStats
 from src.data import test_batches
 from src.runs import load_checkpoint

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline, demonstration
-from experiments.doctor.core import pipeline as parts_of
-from experiments.doctor.core.pipeline import PipelineParts
-from experiments.doctor.demonstration import WIDTHS, Fault
+from experiments.doctor import Pipeline
+from experiments.doctor import pipeline as parts_of
+from experiments.doctor.pipeline import PipelineParts
+from experiments.notebook import demonstration
+from experiments.notebook.demonstration import WIDTHS, Fault
 from experiments.pipeline import RunConfig
 from resnet import BasicBlock, ResNet
 from src import training

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from experiments.doctor import Report, afterwards
-from experiments.doctor.causes.causes import CAUSES
-from experiments.doctor.demonstration import BREAKS, EPOCHS, diagnose
+from experiments.doctor.causes.catalogue import CAUSES
 from experiments.doctor.examine import examine, while_training
+from experiments.notebook.demonstration import BREAKS, EPOCHS, diagnose
 from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
 from tests.faults.power import PAGE
 

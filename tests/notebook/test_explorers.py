@@ -12,8 +12,8 @@ import torch
 
 from experiments import figures, pipeline
 from experiments.doctor import Report
-from experiments.doctor.causes.causes import causes
-from experiments.doctor.core.findings import BEFORE, FAILED, PASSED, Finding
+from experiments.doctor.causes.catalogue import causes
+from experiments.doctor.report import BEFORE, FAILED, PASSED, Finding
 from experiments.figures import COMPACTED, FLOAT, QUANTIZED
 from experiments.notebook import explorers, lessons
 from experiments.notebook.image_trace import ThreeNetworks

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import NotApplicable
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import NotApplicable
 from src.pruning import GraphError, Member, Op, groups_of, trace
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, shared_quantized_weights

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
-from experiments.doctor.core.pipeline import Batch, Pipeline
 from experiments.doctor.data.images import LOOKED_UP, Affine, affine_of, digest
 from experiments.doctor.data.loader_checks import fault_of_batch, good_batches
+from experiments.doctor.pipeline import Batch, Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome
 
 TRACED = 480  # images of the first epoch
 FEW = 24  # images of a later epoch

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.core.sources import labels_of_source
 from experiments.doctor.data.augmentation_checks import augmentation_checks
 from experiments.doctor.data.images import digest, some
 from experiments.doctor.data.loader_checks import good_batches, loader_checks
 from experiments.doctor.network.normalisation_checks import normalisation_checks
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome
 from src.data import ImageData
 
 PROBED = 2000  # images that the probe of the labels learns from

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from experiments.doctor.core.pipeline import Batch
+from experiments.doctor.pipeline import Batch
 
 LOOKED_UP = 64  # images of a batch that are traced back
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed
-from experiments.doctor.core.pipeline import Batch, Pipeline
 from experiments.doctor.data.images import LOOKED_UP, digest
+from experiments.doctor.pipeline import Batch, Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed
 
 
 def loader_checks(runner: CheckRunner, pipeline: Pipeline) -> None:

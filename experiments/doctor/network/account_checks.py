@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed, preserve_state, reseed
-from experiments.doctor.core.pipeline import Pipeline, run_test_batches
 from experiments.doctor.network.compression_account import compare_compression
+from experiments.doctor.pipeline import Pipeline, run_test_batches
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, preserve_state, reseed
 from experiments.doctor.training.checkpoint_checks import checkpoint_checks
 from experiments.doctor.training.record_checks import EpochView, counted, fault_of_epoch, few_right, record_fault
 from experiments.doctor.training.reported import Reported, Seen, same_state, state_of, watching

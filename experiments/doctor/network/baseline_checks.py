@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.network_checks import batch_of, scores_of
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from utils_quantization import latent_weight, quantized_layers
 
 IMAGES = 32

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.network_checks import batch_of, scores_of
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from experiments.doctor.step.penalty_diagnosis import parameter_name
 from experiments.doctor.training.perturbation import perturb_
 from utils_quantization import eval_mode

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.doctor.core.check_runner import Outcome, names
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight, flat, logits
+from experiments.doctor.runner import Outcome, names
 from experiments.evaluator import EvalResult
 from metrics import LayerStats, ModelStats
 from src.pruning import compact

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 from experiments.doctor.training.record_checks import EpochView
 
 FEWEST_STEPS = 60  # updates below which accuracy is not judged

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.data.loader_checks import good_batches
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, flat, logits
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
 

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import torch
 
-from experiments.doctor.core.check_runner import CheckRunner, Outcome
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.data.images import Affine, affine_of, some, triple
 from experiments.doctor.data.loader_checks import good_batches
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, Outcome
 
 
 def normalisation_checks(runner: CheckRunner, pipeline: Pipeline) -> None:

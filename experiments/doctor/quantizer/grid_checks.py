@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
-from experiments.doctor.core.expected import ExpectedQuantizer
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.expected import ExpectedQuantizer
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_cases import TOLERANCE, Answer, Case, answer_to, cases_of, stands_still
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, promised_quantizer
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome
 
 DIFFERENCES = 0.01  # central differences of step 1e-5 in float64 are good to 1e-5
 MUCH_NEARER = 0.2  # a mistake explains what was found where its misfit is below this share of the equations'

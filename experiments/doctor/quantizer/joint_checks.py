@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer.quantizer_checks import SINGLE
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of, shared_quantized_weights
 
 GRADIENT_CLOSE = 1e-2  # relative, of one tensor; float32 sums over a layer in another order are good to 1e-4

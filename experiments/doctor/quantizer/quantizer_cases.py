@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
 from experiments.doctor.quantizer.quantizer_checks import SINGLE, flat, logits
 from utils_quantization import latent_weight, quantized_layers, quantizer_of

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.expected import ExpectedQuantizer
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.expected import ExpectedQuantizer
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer import equations
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
 
 SWEEP = tuple(float(theta) for theta in np.linspace(-3.2, 3.2, 23))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome
 
 
 def coefficient_checks(runner: CheckRunner, pipeline: Pipeline) -> None:

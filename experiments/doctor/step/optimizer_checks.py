@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.core.expected import LOGITS, ExpectedGroup
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.expected import LOGITS, ExpectedGroup
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 
 ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False}
 CLOSE = 1e-6

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
 from experiments.doctor.network.channel_group_checks import channel_group_checks
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
 from experiments.doctor.step.coefficient_checks import coefficient_checks
 from experiments.doctor.step.penalty_diagnosis import as_parameters, misfit, penalty_diagnosis
 from experiments.doctor.training.perturbation import at_leaves, perturb_, quantized_leaves, zero_groups_

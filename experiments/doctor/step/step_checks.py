@@ -7,9 +7,9 @@ Axis letters: N batch, G groups.
 
 from __future__ import annotations
 
-from experiments.doctor.core.check_runner import RAISED, CheckRunner, NotApplicable, Outcome, PartFailed
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer.grid_checks import finite_differences
+from experiments.doctor.runner import RAISED, CheckRunner, NotApplicable, Outcome, PartFailed
 from experiments.doctor.step.step_gradients import (
     every_gradient,
     fresh_gradients,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.expected import LOGITS
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.expected import LOGITS
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import NotApplicable, Outcome, names, preserve_state
 from experiments.doctor.step.optimizer_checks import kind_of
 from experiments.doctor.step.penalty_diagnosis import as_parameters, factor_of, misfit
 from experiments.doctor.training.steps_taken import (

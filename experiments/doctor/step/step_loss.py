@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from experiments.doctor.core.check_runner import NotApplicable, Outcome, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import NotApplicable, Outcome, preserve_state
 from experiments.doctor.step.penalty_diagnosis import misfit
 from experiments.doctor.step.step_gradients import GRADIENT_CLOSE, fitted_lambdas, penalty_gradient_fits
 from experiments.doctor.training.steps_taken import (

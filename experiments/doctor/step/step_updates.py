@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import RAISED, NotApplicable, Outcome, PartFailed, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
-from experiments.doctor.core.probe import StepTrace
 from experiments.doctor.network.network_checks import batch_of
+from experiments.doctor.observe import StepTrace
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import RAISED, NotApplicable, Outcome, PartFailed, names, preserve_state
 from experiments.doctor.step.optimizer_checks import groups_by_parameter, kind_of
 from experiments.doctor.step.update_rules import expected_update
 from experiments.doctor.training.steps_taken import Steps, done, gradients_of, is_norm

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import NotApplicable
-from experiments.doctor.core.pipeline import Pipeline
-from experiments.doctor.core.probe import StepTrace
+from experiments.doctor.observe import StepTrace
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import NotApplicable
 from experiments.doctor.step.optimizer_checks import groups_by_parameter, kind_of
 
 

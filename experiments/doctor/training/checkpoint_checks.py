@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from experiments.doctor.training.reported import Reported, equal_tensors
 from src.runs import contradictions, load_checkpoint
 from utils_quantization import eval_mode

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 from experiments.doctor.step.optimizer_checks import kind_of
 from src.training import Step
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.step.penalty_diagnosis import parameter_name
 from utils_quantization import quantized_layers
 

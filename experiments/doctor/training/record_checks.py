@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight
 from src.training import EpochRecord, LayerRecord
 from utils_quantization import latent_weight, quantized_layers, quantizer_of

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from experiments.doctor.core.check_runner import CheckRunner, NotApplicable, Outcome, preserve_state
 from experiments.doctor.core.objective import channel_grouping
-from experiments.doctor.core.pipeline import Batch, Pipeline, step_losses
-from experiments.doctor.core.probe import StepTrace, gradients_left, state_of_parts, watching_step
+from experiments.doctor.observe import StepTrace, gradients_left, state_of_parts, watching_step
+from experiments.doctor.pipeline import Batch, Pipeline, step_losses
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, preserve_state
 from experiments.doctor.step.step_gradients import squared_logits, task_gradient_fits, through_quantizers
 from experiments.doctor.step.step_loss import modes_of_network, step_loss
 from experiments.doctor.step.step_updates import update_by_rule

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import PartFailed
-from experiments.doctor.core.probe import Norm
+from experiments.doctor.observe import Norm
+from experiments.doctor.runner import PartFailed
 from experiments.evaluator import EvalResult
 from src.training import History
 from utils_quantization import FakeQuantParametrization

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.core import objective
-from experiments.doctor.core.check_runner import NotApplicable, PartFailed, preserve_state
-from experiments.doctor.core.pipeline import Pipeline
-from experiments.doctor.core.probe import StepTrace, watched_step
 from experiments.doctor.network.network_checks import batch_of
+from experiments.doctor.observe import StepTrace, watched_step
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.runner import NotApplicable, PartFailed, preserve_state
 from experiments.doctor.step.optimizer_checks import kind_of
 
 IMAGES = 64

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.doctor.causes.causes import causes
-from experiments.doctor.core.check_runner import CheckRunner
-from experiments.doctor.core.findings import FAILED, Finding
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.causes.catalogue import causes
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.report import FAILED, Finding
+from experiments.doctor.runner import CheckRunner
 from experiments.pipeline import judge
 from src.data import steps_per_epoch
 from src.training import History

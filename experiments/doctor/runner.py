@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.causes.causes import CAUSES, causes
-from experiments.doctor.core.findings import FAILED, NOT_JUDGED, PASSED, Finding, Report
-from experiments.doctor.core.pipeline import Pipeline
+from experiments.doctor.causes.catalogue import CAUSES, causes
+from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.report import FAILED, NOT_JUDGED, PASSED, Finding, Report
 
 RAISED = (Exception, SystemExit)
 """What a part of somebody's pipeline may raise; an interruption by the user goes on up."""

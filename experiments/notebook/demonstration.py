@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.findings import Report
-from experiments.doctor.core.pipeline import Pipeline, PipelineParts, build_pipeline, run_measure
-from experiments.doctor.examine import examine
+from experiments.doctor import Pipeline, PipelineParts, Report, build_pipeline, examine, run_measure
 from experiments.evaluator import Evaluator
 from experiments.pipeline import RunConfig, configure, prepare_data
 from experiments.sparsity import coupled_group_lasso

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.check_runner import RAISED, PartFailed
 from experiments.doctor.core.objective import Gradients, plain
-from experiments.doctor.core.pipeline import Pipeline, step_losses
+from experiments.doctor.pipeline import Pipeline, step_losses
+from experiments.doctor.runner import RAISED, PartFailed
 from src.training import StepLosses
 from utils_quantization import FakeQuantParametrization
 

@@ -1,8 +1,10 @@
-"""Causes in the parts of a pipeline, quantizers, optimizer, data, network: by key, a sentence and a remedy."""
+"""What can be wrong with a pipeline, by key: a sentence and a remedy each. Checks rank these by their evidence."""
 
 from __future__ import annotations
 
-TEXTS: dict[str, tuple[str, str]] = {
+from experiments.doctor.report import Cause
+
+_TEXTS: dict[str, tuple[str, str]] = {
     # parts that do not run at all
     "step-raises": ("the step function raises an error.", "run the step alone on one batch and read the traceback"),
     "loader-raises": ("the loader raises an error.", "draw one batch by hand and read the traceback"),
@@ -307,4 +309,256 @@ TEXTS: dict[str, tuple[str, str]] = {
         "the network returns probabilities, of which the cross entropy takes the softmax again.",
         "return plain scores",
     ),
+    # objective
+    "loss-wrong": (
+        "the task loss is not the mean cross entropy of the batch.",
+        "F.cross_entropy(scores.float(), labels)",
+    ),
+    "logit-squares-missing": (
+        "the squared logits are not in the loss, so nothing draws bits down and dead zones open.",
+        "add lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2",
+    ),
+    "lambda-wrong": (
+        "the squared logits have another weight than configured.",
+        "compare lambda_dz and lambda_bit with the configuration",
+    ),
+    "penalty-not-in-loss": (
+        "the sparsity penalty is not in the loss, or carries no gradient there.",
+        "add coefficient x penalty(model) to the loss before backward",
+    ),
+    "penalty-detached": (
+        "the sparsity penalty is computed on detached weights: it has a value but no gradient.",
+        "compute it on layer.weight without detach, .data, .item() or no_grad",
+    ),
+    "penalty-on-latent": (
+        "the sparsity penalty reads the latent weights instead of the quantized ones.",
+        "use layer.weight, not layer.parametrizations.weight.original",
+    ),
+    "penalty-wrong-axis": (
+        "the penalty's groups run along the wrong axis of the weights.",
+        "a channel's filter is W[o] of the layer that makes it, its slices W[:, i] of the layers that read it",
+    ),
+    "penalty-groups-shifted": (
+        "the penalty's groups are shifted against the channels they should hold.",
+        "take the groups from src/pruning; option A's shortcut shifts channels by planes / 4 and nothing else does",
+    ),
+    "penalty-ignores-shortcut": (
+        "the penalty's groups ignore the shortcut: channels that are added are not tied together.",
+        "channels that an addition joins are removed together: one group for all layers that make or read them",
+    ),
+    "penalty-without-batchnorm": (
+        "BatchNorm's scale and shift are not in the penalty's groups, so no channel ever dies.",
+        "put scale and shift into the group of their channel",
+    ),
+    "penalty-without-slices": (
+        "the slices that read a channel are not in its group.",
+        "a group is filter, scale, shift and the slices of every layer that reads the channel",
+    ),
+    "penalty-wrong": (
+        "the penalty is not the coupled group lasso of the network's channels.",
+        "sum over channels of the group's 2-norm",
+    ),
+    "penalty-scaled": (
+        "the sparsity penalty is counted with a wrong factor (twice, for instance).",
+        "add coefficient x penalty(model) to the loss once",
+    ),
+    "penalty-sign": (
+        "the sparsity penalty has the wrong sign, so groups grow.",
+        "add it to the loss, do not subtract it",
+    ),
+    "penalty-not-lasso": (
+        "the penalty is not a group lasso: single weights, or squares without a root.",
+        "sum over groups of the 2-norm; only the root draws whole groups to zero",
+    ),
+    "penalty-not-differentiable": ("the penalty's gradient is not finite.", "guard the square root at 0"),
+    "penalty-dominates": (
+        "the coefficient's peak is far too large: the penalty outweighs the task.",
+        "lower the peak: 0.008 on CIFAR-10 and 0.01 on the digits were measured",
+    ),
+    "coefficient-constant": (
+        "the penalty's coefficient is constant instead of ramping.",
+        "pass schedule(epoch, epochs) of this epoch",
+    ),
+    "coefficient-never-ramps": (
+        "the penalty's coefficient never rises.",
+        "check delay and ramp, and that the epoch is passed on",
+    ),
+    "coefficient-too-large": (
+        "the penalty's coefficient rises far above its peak (to 1.0, for instance), which destroys the network.",
+        "give the schedule the configured peak",
+    ),
+    "coefficient-shifted": ("the coefficient is the one of another epoch.", "epochs count from 0 in schedules"),
+    "coefficient-wrong": (
+        "the penalty's coefficient is not the configured one.",
+        "pass schedule(epoch, epochs) of this epoch",
+    ),
+    "coefficient-not-applied": (
+        "the step does not apply the coefficient that it is given.",
+        "total = task + logits + coefficient x penalty",
+    ),
+    # a step
+    "batchnorm-in-eval": (
+        "BatchNorm is in eval mode while the network trains: its statistics never move.",
+        "model.train() at the start of every epoch, and after every evaluation",
+    ),
+    "gradients-accumulate": ("gradients of earlier steps are added up.", "optimizer.zero_grad() before every backward"),
+    "gradients-scaled": (
+        "gradients are scaled or clipped before the update.",
+        "look for clip_grad_norm_, a loss scale or a division",
+    ),
+    "gradient-missing": ("parameters get no gradient.", "look for a detach or no_grad between them and the loss"),
+    "gradient-not-finite": ("gradients are not finite.", "look for a division by zero or a square root at 0"),
+    "step-labels-wrong": (
+        "the step trains on other labels than it is given.",
+        "look for an index or a permutation inside the step",
+    ),
+    "step-images-wrong": (
+        "the step trains on other images than it is given.",
+        "look for a change of the batch inside the step",
+    ),
+    "step-gradient-wrong": (
+        "the step's gradient is not that of the expected objective.",
+        "compute the loss by hand for one batch",
+    ),
+    "loss-misreported": (
+        "the step reports another loss than it minimises.",
+        "return the parts of the loss that backward saw",
+    ),
+    "no-update": ("the step does not change the parameters.", "call optimizer.step() after backward"),
+    "update-wrong": (
+        "parameters do not move as the optimizer's rule says.",
+        "look for a second optimizer step or a change by hand",
+    ),
+    "ascent": ("the update raises the loss: its sign is wrong.", "look for maximize=True or a negative loss"),
+    "changes-too-much": ("a step changes things that it should leave alone.", "look for assignments in the step"),
+    # training
+    "optimizer-reset": (
+        "the optimizer forgets its moments, or is built again, in mid-run.",
+        "build the optimizer once, before the first epoch, and restore its state where a run goes on",
+    ),
+    "weights-reset": (
+        "the weights are put back or exchanged between two epochs.",
+        "look for load_state_dict, an average that is swapped in, or a network that is built again in the loop",
+    ),
+    "loss-not-finite": ("the loss is not a finite number.", "lower the learning rate or the peak of the penalty"),
+    "stuck-at-chance": (
+        "the network does not learn.",
+        "overfit one batch first; then look at labels and learning rate",
+    ),
+    "accuracy-collapsed": ("accuracy collapsed during the run.", "lower the peak of the penalty, or the learning rate"),
+    "layer-died": ("a whole layer was pruned away.", "lower the peak of the penalty"),
+    "logits-stuck": ("the logits do not move.", "look whether they are in the optimizer and get a gradient"),
+    "logits-rate": (
+        "the logits move at another rate than their optimizer allows.",
+        "compare their learning rate and decay",
+    ),
+    "logits-direction": (
+        "the logits move away from 0 although their squares are in the loss.",
+        "check the sign of the squared logits",
+    ),
+    "too-short": ("the run was too short or too small to show it.", "train longer"),
+    # measuring
+    "sparsity-on-latent": (
+        "sparsity is measured on the latent weights, which are never exactly zero.",
+        "count zeros of layer.weight, the quantized weights",
+    ),
+    "sparsity-wrong": (
+        "the reported sparsity is not the share of zeros of the quantized weights.",
+        "count zeros of layer.weight",
+    ),
+    "dead-per-input": (
+        "dead channels are counted per input channel (axis 1) instead of per filter (axis 0).",
+        "a filter is dead when W[o] is entirely 0: flatten(1).all(1)",
+    ),
+    "dead-wrong": ("the reported dead channels are not the filters that are entirely zero.", "flatten(1), all zero"),
+    "bits-misreported": (
+        "the reported bits are not those the quantizers use.",
+        "read quantizer.get_bitwidth() at the end of the epoch",
+    ),
+    "bops-wrong-bits": (
+        "BOPs are counted with other bit widths than the quantizers'.",
+        "BOPs = MACs x weight bits x 32, the layer's own bits",
+    ),
+    "bops-dense-density": (
+        "BOPs are counted with dense multiply-adds although weights are zero.",
+        "density x dense MACs x weight bits x 32",
+    ),
+    "bops-activation-bits": ("BOPs are counted with other activation bits than 32.", "BOPs = MACs x weight bits x 32"),
+    "bops-wrong": ("the reported BOPs are not MACs x weight bits x 32.", "add up the layers by hand"),
+    "ratio-wrong": (
+        "a compression ratio is not the dense FP32 network's cost divided by the compressed network's.",
+        "ratio = baseline / compressed, at least 1 for a smaller network",
+    ),
+    "baseline-wrong": (
+        "the network is compared with another baseline than the dense FP32 network.",
+        "count the baseline before quantizers are attached: every weight, 32 x 32 bits",
+    ),
+    "macs-wrong": (
+        "the reported MACs are not those of the network.",
+        "count them with torch.utils.flop_counter, divided by 2",
+    ),
+    "dead-counted-as-removed": (
+        "removed channels are overcounted: a dead filter is not a zero channel before BatchNorm's shift.",
+        "count the MACs of the network that exact removal leaves",
+    ),
+    "partial-test-set": (
+        "only a part of the test set is evaluated.",
+        "evaluate every test image once, the last batch included",
+    ),
+    "accuracy-on-training": (
+        "the reported test accuracy is that of the training images.",
+        "evaluate on images that the training has not seen",
+    ),
+    "evaluation-in-training-mode": (
+        "the network is evaluated in training mode, with the batch's own statistics.",
+        "evaluate in eval mode and restore the mode afterwards",
+    ),
+    "evaluation-changes-model": (
+        "evaluating or measuring changes the network.",
+        "evaluate under no_grad in eval mode, and change nothing",
+    ),
+    "evaluation-not-repeatable": (
+        "evaluating twice gives two results.",
+        "eval mode, no random numbers, no shuffled subset",
+    ),
+    "accuracy-wrong": (
+        "the reported accuracy is not the share of right answers on the test set.",
+        "count them by hand",
+    ),
+    "rate-misreported": (
+        "the recorded learning rate is not the one that the epoch's last step had.",
+        "read it from the optimizer when the epoch is over",
+    ),
+    "test-loss-wrong": (
+        "the reported test loss is not the mean over all test images.",
+        "add up the losses of the images and divide by their number; batches may differ in size",
+    ),
+    "history-shifted": (
+        "the history is off by one epoch: a record holds the figures of another epoch.",
+        "measure after the epoch's last step, and append that record",
+    ),
+    "history-stale": ("the record does not describe the network as it is now.", "measure after the epoch's last step"),
+    "checkpoint-of-other-epoch": (
+        "the checkpoint holds the network of another epoch than the history's last.",
+        "save after the epoch is measured, from the network that was measured",
+    ),
+    "checkpoint-incomplete": (
+        "the checkpoint does not give back the network: tensors are missing or differ.",
+        "save model.state_dict() with parameters and buffers",
+    ),
+    "checkpoint-not-resumable": (
+        "a run cannot go on from the checkpoint as if it had not stopped: optimizer, records or configuration differ.",
+        "save optimizer.state_dict(), the whole history and the configuration with the network",
+    ),
+    "report-wrong": (
+        "a reported figure differs from its second computation.",
+        "recompute it by hand from the checkpoint",
+    ),
 }
+
+CAUSES = {key: Cause(key, *texts) for key, texts in _TEXTS.items()}
+
+
+def causes(*keys: str | None) -> tuple[Cause, ...]:
+    """The causes with these keys, in this order, each once; None is left out."""
+    return tuple(CAUSES[key] for key in dict.fromkeys(key for key in keys if key))

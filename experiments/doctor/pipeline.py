@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core.expected import Expected
+from experiments.doctor.expected import Expected
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.pipeline import (
     Run,

@@ -1,0 +1,1 @@
+"""The checks of a pipeline, one module a part of it."""
