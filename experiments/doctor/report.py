@@ -19,10 +19,25 @@ from matplotlib.patches import Patch
 
 from experiments.figures import plain_table, result_css, style
 
-PASSED, FAILED, NOT_JUDGED = "passed", "FAILED", "not judged"
+PASSED, FAILED, UNUSUAL, NOT_JUDGED = "passed", "FAILED", "unusual", "not judged"
 BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS = "before training", "first steps", "while training", "afterwards"
 STAGES = (BEFORE, FIRST_STEPS, TRAINING, AFTERWARDS)
 LINE = 118
+SUBJECTS = {
+    "data": "the images behind the loader",
+    "tests": "the test set",
+    "epochs": "the training",
+    "measure": "what is measured of an epoch",
+    "save": "the checkpoint",
+    "evaluate": "the reported figures",
+    "baseline": "the architecture",
+    "expected.lambda_dz": "the loss",
+    "expected.penalty": "the penalty",
+    "expected.coefficients": "the penalty's schedule",
+    "expected.groups": "the learning rates",
+    "expected.quantizer": "the quantizers' settings",
+}
+"""By field of a Pipeline: what a check would look at if the field were given."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,9 @@ class Cause:
 class Finding:
     """One check and its outcome.
 
-    stage: one of STAGES. status: PASSED, FAILED or NOT_JUDGED, where `measured` says why. causes: what most likely
-    broke it, in order of the evidence; empty unless it failed. error: how far the measurement is from what was
+    stage: one of STAGES. status: PASSED, FAILED, UNUSUAL (legal, and not what most pipelines do) or NOT_JUDGED, where
+    `measured` says why and `needs` names the field that would let the check look. causes: what most likely broke it,
+    in order of the evidence; empty unless it failed or is unusual. error: how far the measurement is from what was
     expected, as a multiple of what is tolerated (above 1 fails); 0 where there is no such number.
     """
 
@@ -51,6 +67,7 @@ class Finding:
     status: str
     causes: tuple[Cause, ...] = ()
     error: float = 0.0
+    needs: str = ""
 
     @property
     def failed(self) -> bool:
@@ -73,6 +90,7 @@ class Finding:
             "status": self.status,
             "causes": [{"key": cause.key, "text": cause.text} for cause in self.causes],
             "what_to_do": self.remedy,
+            "needs": self.needs,
         }
 
 
@@ -98,9 +116,9 @@ class Report:
 
     @property
     def worst_first(self) -> tuple[Finding, ...]:
-        """Failed, then passed, then not judged; within each the earlier stage first, because a fault that shows
-        before training explains what shows after it."""
-        order = {FAILED: 0, PASSED: 1, NOT_JUDGED: 2}
+        """Failed, then unusual, then passed, then not judged; within each the earlier stage first, because a fault that
+        shows before training explains what shows after it."""
+        order = {FAILED: 0, UNUSUAL: 1, PASSED: 2, NOT_JUDGED: 3}
         return tuple(sorted(self.findings, key=lambda f: (order[f.status], STAGES.index(f.stage))))
 
     @property
@@ -127,16 +145,20 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """One line: the most likely cause where something failed, else how many checks passed."""
-        passed = sum(finding.status == PASSED for finding in self.findings)
-        skipped = sum(finding.status == NOT_JUDGED for finding in self.findings)
+        """One line: the most likely cause where something failed, else what passed and what was not looked at."""
         if not self.findings:
             return "DOCTOR: nothing was examined"
         if self.failed:
             likely = self.diagnosis[0].text if self.diagnosis else self.failed[0].measured
             return f"DOCTOR: {len(self.failed)} of {len(self.findings)} checks failed. Most likely: {likely}"
-        rest = f", {skipped} not judged" if skipped else ""
-        return f"DOCTOR: no fault found; {passed} checks passed{rest}"
+        unseen = f"; not looked at: {', '.join(self.not_looked_at)}" if self.not_looked_at else ""
+        return f"DOCTOR: no fault found; {counted(self.findings, 'checks passed')}{unseen}"
+
+    @property
+    def not_looked_at(self) -> tuple[str, ...]:
+        """What checks would look at if one more field were given: "the test set (give tests=)", each once."""
+        missing = dict.fromkeys(f.needs for f in self.findings if f.status == NOT_JUDGED and f.needs)
+        return tuple(f"{SUBJECTS[field]} (give {field}=)" for field in missing)
 
     @property
     def line(self) -> str:
@@ -146,13 +168,14 @@ class Report:
         return f"{count} checks, {len(self.failed)} failed{likely}"
 
     def text(self, passed: bool = False) -> str:
-        """What failed as a table for a terminal, with `passed` all other findings after it; the headline is last."""
-        shown = [finding for finding in self.worst_first if passed or finding.failed]
+        """What failed or is unusual as a table for a terminal, with `passed` all other findings after it; the headline
+        is last."""
+        shown = [finding for finding in self.worst_first if passed or finding.status in (FAILED, UNUSUAL)]
         lines = []
         width = max((len(finding.name) for finding in shown), default=0)
         for finding in shown:
             head = f"  {finding.status:<14}  {finding.stage:<15}  {finding.name:<{width}}  "
-            if not finding.failed:
+            if finding.status not in (FAILED, UNUSUAL):
                 lines.append(_cut(head + finding.measured))
                 continue
             lines.append(head.rstrip())
@@ -173,6 +196,13 @@ class Report:
         }
 
 
+def counted(findings: Sequence[Finding], passed: str = PASSED) -> str:
+    """`30 passed, 1 unusual, 4 not judged`, without what there is none of."""
+    numbers = {passed: PASSED, UNUSUAL: UNUSUAL, NOT_JUDGED: NOT_JUDGED}
+    counts = {word: sum(f.status == status for f in findings) for word, status in numbers.items()}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count or word == passed)
+
+
 def joined(reports: Sequence[Report]) -> Report:
     """One report of many."""
     return sum(reports, Report())
@@ -188,8 +218,8 @@ def _cut(line: str) -> str:
     return line if len(line) <= LINE else line[: LINE - 3].rstrip() + "..."
 
 
-COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, NOT_JUDGED: style.FAINT}
-WORDS = {PASSED: "passed", FAILED: "failed", NOT_JUDGED: "not judged"}
+COLORS = {PASSED: style.BLUE, FAILED: style.VERMILLION, UNUSUAL: style.ORANGE, NOT_JUDGED: style.FAINT}
+WORDS = {PASSED: "passed", FAILED: "failed", UNUSUAL: "unusual", NOT_JUDGED: "not judged"}
 NAMED = 3  # failed checks named beside their stage, causes named of each
 TOP = "text-align: left; vertical-align: top; white-space: normal; overflow-wrap: break-word"
 
@@ -201,10 +231,8 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     rows = [[f for f in report.findings if f.stage == stage] for stage in stages]
     widest = max((len(row) for row in rows), default=1)
     failed = sum(finding.failed for finding in report.findings)
-    passed = sum(finding.status == PASSED for finding in report.findings)
-    title = f"{failed} of {len(report.findings)} checks failed" if failed else f"No fault found: {passed} checks passed"
-    skipped = len(report.findings) - failed - passed
-    title += f", {skipped} not judged" if skipped else ""
+    rest = counted(report.findings, "checks passed")
+    title = f"{failed} of {len(report.findings)} checks failed, {rest}" if failed else f"No fault found: {rest}"
     worst = ", ".join(finding.name for finding in report.failed[:NAMED])
     likely = f" Most likely: {report.diagnosis[0].text}" if report.diagnosis else ""
     alt = f"{title}{f', first {worst}' if worst else ''}.{likely}"
@@ -228,7 +256,7 @@ def report_figure(report: Report, *, subtitle: str = "") -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     handles = [Patch(facecolor=COLORS[status], label=WORDS[status]) for status in COLORS]
-    style.legend_above(axes, columns=3, handles=handles)
+    style.legend_above(axes, columns=4, handles=handles)
     return figure
 
 
@@ -244,7 +272,7 @@ class ReportTable:
         for stage in () if self._only_failed else STAGES:
             rest = [f for f in self._report.worst_first if f.stage == stage and not f.failed]
             if rest:
-                summary = f"{stage}: {_counted(rest)}"
+                summary = f"{stage}: {counted(rest)}"
                 parts.append(f'<details class="stage"><summary>{summary}</summary>{_table(rest)}</details>')
         return "\n".join(parts)
 
@@ -297,9 +325,3 @@ def _table(findings: Sequence[Finding]) -> str:
 def _text(text: str) -> str:
     """As HTML, with what stands between backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
-
-
-def _counted(findings: Sequence[Finding]) -> str:
-    passed = sum(finding.status == PASSED for finding in findings)
-    skipped = len(findings) - passed
-    return f"{passed} passed" + (f", {skipped} not judged" if skipped else "")

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 
 from experiments.doctor.causes.catalogue import CAUSES, causes
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.report import FAILED, NOT_JUDGED, PASSED, Finding, Report
+from experiments.doctor.report import FAILED, NOT_JUDGED, PASSED, UNUSUAL, Finding, Report
 
 RAISED = (Exception, SystemExit)
 """What a part of somebody's pipeline may raise; an interruption by the user goes on up."""
 
 
 class NotApplicable(Exception):
-    """A check needs something that this pipeline does not have; the message says what."""
+    """A check needs something that this pipeline does not have; the message says what.
+
+    needs: the field that would let it look, one of `report.SUBJECTS`; empty where no field would.
+    """
+
+    def __init__(self, reason: str, needs: str = "") -> None:
+        super().__init__(reason)
+        self.needs = needs
 
 
 class PartFailed(Exception):
@@ -34,13 +41,17 @@ class PartFailed(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found. likely: keys of causes, most likely first, where `ok` is False."""
+    """What a check found. likely: keys of causes, most likely first, where `ok` is False.
+
+    unusual: where `ok` is False, this is legal as far as is known, because the intention is open.
+    """
 
     expected: str
     measured: str
     ok: bool
     likely: Sequence[str | None] = ()
     error: float = 0.0
+    unusual: bool = False
 
 
 class CheckRunner:
@@ -57,7 +68,7 @@ class CheckRunner:
         try:
             out = run(*arguments)
         except NotApplicable as reason:
-            self.findings.append(Finding(name, proves, self.stage, "", str(reason), NOT_JUDGED))
+            self.findings.append(Finding(name, proves, self.stage, "", str(reason), NOT_JUDGED, needs=reason.needs))
             return
         except PartFailed as broken:
             self.add(name, proves, Outcome("no error", _short(str(broken)), False, [broken.cause]))
@@ -71,7 +82,7 @@ class CheckRunner:
     def add(self, name: str, proves: str, out: Outcome) -> None:
         """Add what a check found; causes that the catalogue does not know are dropped."""
         likely = () if out.ok else causes(*(key for key in out.likely if key in CAUSES))
-        status = PASSED if out.ok else FAILED
+        status = PASSED if out.ok else UNUSUAL if out.unusual else FAILED
         self.findings.append(Finding(name, proves, self.stage, out.expected, out.measured, status, likely, out.error))
 
     def report(self) -> Report:

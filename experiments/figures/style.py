@@ -203,7 +203,8 @@ def wash(color: str, share: float = 0.28) -> str:
 def result_css(status: str) -> str:
     """How a table shows what passed and what failed, in both themes."""
     failed = f"background-color: {wash(VERMILLION)}; font-weight: bold"
-    return {"passed": f"background-color: {wash(GREEN)}", "FAILED": failed}.get(status, "")
+    washes = {"passed": GREEN, "unusual": ORANGE}
+    return failed if status == "FAILED" else f"background-color: {wash(washes[status])}" if status in washes else ""
 
 
 def plain_table(rows: Iterable[Mapping[str, object]]) -> Styler:

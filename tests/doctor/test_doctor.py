@@ -19,7 +19,7 @@ from experiments.doctor.__main__ import main
 from experiments.doctor.causes.catalogue import CAUSES, causes
 from experiments.doctor.examine import examine
 from experiments.doctor.pipeline import PipelineParts, build_pipeline
-from experiments.doctor.report import BEFORE, FAILED, FIRST_STEPS, PASSED, Finding
+from experiments.doctor.report import BEFORE, FAILED, FIRST_STEPS, NOT_JUDGED, PASSED, UNUSUAL, Finding
 from experiments.notebook.demonstration import small_config, small_data, small_network
 from experiments.pipeline import Run, RunConfig, build_run, configure, prepare_data
 from resnet import NETWORKS
@@ -193,6 +193,19 @@ def test_a_report_puts_failures_of_early_stages_first_and_counts_their_causes() 
     assert last == report.headline
     assert [line.split()[-1] for line in shown if line.startswith("  FAILED")] == ["a", "b"]
     assert sum(line.startswith("  passed") for line in report.text(passed=True).splitlines()) == 1
+
+
+def test_the_headline_counts_what_is_unusual_and_says_what_would_let_the_doctor_look() -> None:
+    odd = Finding("a", "", BEFORE, "1", "2", UNUSUAL, causes("learning-rate-zero"))
+    unseen = [Finding(name, "", BEFORE, "", "no", NOT_JUDGED, needs="tests") for name in "bc"]
+    report = Report((odd, *unseen))
+    assert not report.faulty
+    assert report.diagnosis == ()
+    assert report.headline == (
+        "DOCTOR: no fault found; 0 checks passed, 1 unusual, 2 not judged; not looked at: the test set (give tests=)"
+    )
+    assert "unusual" in report.text()
+    assert "1 unusual" in report_figure(report).get_label()
 
 
 def test_every_cause_says_what_it_is_and_what_to_do() -> None:

@@ -17,7 +17,7 @@ ACCURACY_CLOSE = {torch.float32: 5e-4, torch.bfloat16: 5e-3}  # beside half an i
 def accuracy_by_hand(pipeline: Pipeline, precision: torch.dtype) -> tuple[int, int, float]:
     """Right answers, images, and mean cross entropy over the whole test set. Raises NotApplicable without one."""
     if pipeline.test_batches is None:
-        raise NotApplicable("there is no test set")
+        raise NotApplicable("there is no test set", "tests")
     right = count = 0
     loss = 0.0
     with eval_mode(pipeline.model), shared_quantized_weights(pipeline.model):

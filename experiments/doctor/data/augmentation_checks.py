@@ -86,7 +86,7 @@ def _coverage(pipeline: Pipeline) -> Outcome:
     """Images drawn more often than they are there; classes drawn more often than they are there; batches counted."""
     data, size = pipeline.data, pipeline.expected.batch_size
     if data is None or not size:
-        raise NotApplicable("the raw images or the size of a batch are not known")
+        raise NotApplicable("the raw images or the size of a batch are not known", "data")
     parts, likely = list[str](), list[str | None]()
     meant = max(1, len(data.train_labels) // size)
     try:
@@ -119,7 +119,7 @@ class Tracer:
     def __init__(self, pipeline: Pipeline) -> None:
         data, padding, expected = pipeline.data, pipeline.expected.crop_padding, pipeline.expected
         if data is None or padding is None or expected.mean is None or expected.std is None:
-            raise NotApplicable("the raw images are not known")
+            raise NotApplicable("the raw images are not known", "data")
         if padding > 8:
             raise NotApplicable(f"a crop with padding {padding} leaves too little of an image to find it again")
         self.pipeline, self.data, self.padding = pipeline, data, padding

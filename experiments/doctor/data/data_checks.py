@@ -48,7 +48,7 @@ def _alike(pipeline: Pipeline) -> Outcome:
     """Brightness, contrast and colour of the images of both parts, in standard errors."""
     data = pipeline.data
     if data is None:
-        raise NotApplicable("the raw images are not known")
+        raise NotApplicable("the raw images are not known", "data")
     train, test = _looks(data.train_images), _looks(data.test_images)
     error = np.sqrt(train.var(0) / len(train) + test.var(0) / len(test))
     error += np.array([0.02 * train[:, 0].mean(), 0.02 * train[:, 1].mean(), *[0.01 * train[:, 0].mean()] * 2])
@@ -89,7 +89,7 @@ def _source(pipeline: Pipeline) -> Outcome:
 def _disjoint(pipeline: Pipeline) -> Outcome:
     data = pipeline.data
     if data is None:
-        raise NotApplicable("the raw images are not known")
+        raise NotApplicable("the raw images are not known", "data")
     train = {digest(image) for image in data.train_images.cpu().contiguous().numpy()}
     test = data.test_images.cpu().contiguous().numpy()
     shared = sum(digest(image) in train or digest(image[:, :, ::-1]) in train for image in test)
@@ -103,7 +103,7 @@ def _disjoint(pipeline: Pipeline) -> Outcome:
 def _repeated(pipeline: Pipeline) -> Outcome:
     data = pipeline.data
     if data is None:
-        raise NotApplicable("the raw images are not known")
+        raise NotApplicable("the raw images are not known", "data")
     parts, worst = [], 0.0
     for name, images in (("training", data.train_images), ("test", data.test_images)):
         different = len({digest(image) for image in images.cpu().contiguous().numpy()})

@@ -122,7 +122,7 @@ def _epochs(pipeline: Pipeline) -> Outcome:
 def _test_set(pipeline: Pipeline) -> Outcome:
     """The labels that the test loader gives beside those of the test part."""
     if pipeline.data is None or pipeline.test_batches is None:
-        raise NotApplicable("the raw images are not known, or there is no test set")
+        raise NotApplicable("the raw images are not known, or there is no test set", "data")
     meant = pipeline.data.test_labels.cpu()
     drawn_labels = [batch[1].cpu() for batch in islice(pipeline.test_batches(pipeline), len(meant) + 1)]
     found = torch.cat(drawn_labels) if drawn_labels else meant[:0]

@@ -27,7 +27,7 @@ def baseline_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
 
 def _same_network(pipeline: Pipeline) -> Outcome:
     if pipeline.baseline is None:
-        raise NotApplicable("there is no baseline")
+        raise NotApplicable("there is no baseline", "baseline")
     with preserve_state(pipeline):
         baseline = pipeline.baseline().to(pipeline.device)
         own = _float_state(pipeline.model)

@@ -53,7 +53,7 @@ def task_gradient_fits(steps: Steps, pipeline: Pipeline) -> Outcome:
     """The weights' gradient: nothing but the task loss reaches them while the coefficient is 0."""
     seen = done(steps.plain)
     if steps.task_gradient is None or pipeline.expected.lambda_dz is None:
-        raise NotApplicable("the task loss is not expected")
+        raise NotApplicable("the task loss is not expected", "expected.lambda_dz")
     close = GRADIENT_CLOSE[pipeline.precision]
     found, meant = of_weights(gradients_of(seen)), of_weights(steps.task_gradient)
     miss = misfit(found, meant)

@@ -57,7 +57,7 @@ def step_loss(steps: Steps, pipeline: Pipeline) -> Outcome:
     """The returned loss is task loss + lambda_dz sum theta_dz^2 + lambda_bit sum theta_bit^2 (coefficient 0)."""
     seen = done(steps.plain)
     if pipeline.expected.lambda_dz is None or steps.task_gradient is None or seen.losses is None:
-        raise NotApplicable("the parts of the loss are not expected")
+        raise NotApplicable("the parts of the loss are not expected", "expected.lambda_dz")
     close = LOSS_CLOSE[pipeline.precision]
     squares = expected_squares(pipeline)
     meant, found = steps.task + squares, float(seen.losses.total)
