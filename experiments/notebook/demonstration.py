@@ -10,10 +10,12 @@ stage that finds something, and a run lasts a few epochs. tests/faults/ has many
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,8 @@ class Fault:
     name: stable, for tables and menus. breaks: one sentence. causes: keys of experiments/doctor/causes, any of
     which names this fault rightly. parts, data, pipeline: what is exchanged; each returns what it was given where
     nothing is. settings: of the configuration in which the fault can show at all (decay needs the decoupled form).
+    edits: of the product's own source, what takes the place of a function, by its dotted name ("src.module.function");
+    in force inside `edited(fault)` alone.
     """
 
     name: str
@@ -69,6 +73,16 @@ class Fault:
     data: Callable[[ImageData], ImageData] = lambda data: data
     pipeline: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
     settings: Mapping[str, Any] = field(default_factory=dict)
+    edits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def edited(fault: Fault) -> Iterator[None]:
+    """Inside, the product's source is as the fault edits it: for the doctor, too, who imports it."""
+    with ExitStack() as stack:
+        for name, value in fault.edits.items():
+            stack.enter_context(mock.patch(name, value))
+        yield
 
 
 def small_config(data: str = "digits", seed: int = 0, **settings: Any) -> RunConfig:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from experiments.notebook.demonstration import broken
+from experiments.notebook.demonstration import broken, edited
 from tests.faults import FAULTS, healthy, small_config
 from tests.faults.power_page import page
 
@@ -117,8 +117,11 @@ def examine_case(case: Case) -> Outcome:
     from experiments.doctor.examine import examine
 
     config = small_config(**case.settings)
-    pipeline = broken(FAULTS[case.name], config) if case.kind == "fault" else healthy(config)
-    report = examine(pipeline)
+    if case.kind == "fault":
+        with edited(FAULTS[case.name]):
+            report = examine(broken(FAULTS[case.name], config))
+    else:
+        report = examine(healthy(config))
     fired = tuple((f.stage, f.name, tuple(cause.key for cause in f.causes[:2])) for f in report.failed)
     return Outcome(
         kind=case.kind,

@@ -18,7 +18,7 @@ import pytest
 from experiments.doctor import Report, afterwards
 from experiments.doctor.causes.catalogue import CAUSES
 from experiments.doctor.examine import examine, while_training
-from experiments.notebook.demonstration import BREAKS, EPOCHS, diagnose
+from experiments.notebook.demonstration import BREAKS, EPOCHS, diagnose, edited
 from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
 from tests.faults.power import PAGE
 
@@ -36,7 +36,7 @@ SETTINGS: tuple[Mapping[str, Any], ...] = (
     "name", [pytest.param(name, marks=() if n % 12 == 0 else pytest.mark.slow) for n, name in enumerate(FAULTS)]
 )
 def test_fault_is_caught_and_named(name: str, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), edited(FAULTS[name]):
         warnings.simplefilter("ignore")  # torch itself warns of some of what is broken on purpose
         report = _reporting(name, tmp_path) if name in REPORTING else _up_to_the_first_finding(name, tmp_path)
     named = [cause.key for cause in report.diagnosis[:2]]
