@@ -21,7 +21,7 @@ from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.quantizer.grid_checks import grid_checks
 from experiments.doctor.quantizer.joint_checks import joint_checks
 from experiments.doctor.quantizer.quantizer_checks import quantizer_checks
-from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, TRAINING, Report
+from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
 from experiments.doctor.step.optimizer_checks import optimizer_checks
 from experiments.doctor.step.penalty_checks import penalty_checks
@@ -93,7 +93,7 @@ def _blaming_parts(pipeline: Pipeline) -> Pipeline:
             try:
                 found = part(*arguments)
                 if not isinstance(found, kind):
-                    raise TypeError(f"it returned {type(found).__name__}, not {kind.__name__}")
+                    raise TypeError(f"it returned {type(found).__name__}, neither an accuracy nor {kind.__name__}")
                 return found
             except TrainingError:
                 raise
@@ -125,8 +125,8 @@ def examine(
 ) -> Report:
     """All four stages, training the pipeline in between. folder: for the checkpoint; a temporary one by default.
 
-    stop_when_faulty: leave out the stages after the first that finds a fault. Without `measure` there is no training:
-    the report then ends with the first steps.
+    stop_when_faulty: leave out the stages after the first that finds a fault. Without `epochs` and `measure` there is
+    no training: the report then ends with the first steps.
     """
     with ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="doctor-")))
@@ -139,10 +139,15 @@ def examine(
                 on_stage(stage, found)
             return stop_when_faulty and report.faulty
 
-        if add(BEFORE, before(pipeline)) or add(FIRST_STEPS, first_steps(pipeline)) or pipeline.measure is None:
+        if add(BEFORE, before(pipeline)) or add(FIRST_STEPS, first_steps(pipeline)):
             return report
+        if pipeline.measure is None and not pipeline.expected.epochs:
+            reason = "how many epochs to train is not said"
+            unseen = Finding("training", "the network learns", TRAINING, "", reason, NOT_JUDGED, needs="epochs")
+            return report + Report((unseen,))
         seen, reported = while_training(pipeline, place, on_epoch)
-        if add(TRAINING, seen) or reported.history is None:
+        unmeasured = pipeline.measure is None and pipeline.evaluate is None
+        if add(TRAINING, seen) or reported.history is None or unmeasured:
             return report
         add(AFTERWARDS, afterwards(pipeline, reported))
         return report

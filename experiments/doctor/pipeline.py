@@ -10,12 +10,14 @@ Axis letters: N batch.
 from __future__ import annotations
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,14 +41,16 @@ from src.training import EpochRecord, History
 Batch = tuple[Tensor, Tensor]
 StepFunction = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, training.Objective, float, torch.dtype], Any]
 """`src.training.train_step`'s signature: (model, optimizer, images, labels, objective, coefficient, precision)."""
+COEFFICIENT = ("coefficient", "lambda_", "lam", "penalty", "penalty_weight", "strength")
+"""Names of a step's parameter that gets the penalty's coefficient; any other keeps its default."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """A pipeline. Functions that depend on other parts get the pipeline, so that a replaced part is used everywhere.
 
-    step: one update on one batch; returns the loss: a number, or an object with `total` (and `task`, `logits`,
-        `groups`), such as StepLosses.
+    step: one update on one batch; returns the loss: a number, or an object or a dict with `total` or `loss` (and
+        `task`, `logits`, `groups`, `correct`), such as StepLosses.
     train_batches(pipeline, epoch), test_batches(pipeline): normalised images (N, C, H, W) and labels (N,).
     coefficient(epoch), lr_lambda(share of the run done): what the training loop applies; epochs from 0.
     train_epoch(pipeline, epoch) -> Steps: the loop around `step`, which also puts the model into training mode and sets
@@ -109,23 +113,29 @@ class Pipeline:
         step: Callable[..., Any],
         *,
         tests: Iterable[Batch] | Callable[[], Iterable[Batch]] | None = None,
+        data: Any = None,
+        epochs: int | None = None,
+        measure: Callable[..., Any] | None = None,
         expected: Expected | None = None,
         **parts: Any,
     ) -> Pipeline:
         """A pipeline of one's own. batches: an iterable that can be walked more than once, or fn(epoch) -> iterable.
 
-        step: fn(images, labels), or fn(images, labels, coefficient), which makes one update and returns the loss; it
-        may hold model and optimizer itself. parts: any other field of Pipeline.
+        step: fn(images, labels), which makes one update and returns the loss; it may hold model and optimizer itself.
+        A parameter called `coefficient` (COEFFICIENT has its other names) gets the penalty's. data: the raw images
+        behind the loaders, (images, labels) or ((images, labels), (test images, test labels)), tensors or arrays
+        (N, C, H, W), (N, H, W, C) or (N, H, W). epochs: to train; without it the examination ends with the first steps.
+        measure: fn() -> accuracy from 0 to 1, called after every epoch, or fn(pipeline, means, epoch, seconds) ->
+        accuracy or EpochRecord. parts: any other field of Pipeline.
         """
-        try:
-            takes = len(inspect.signature(step).parameters)
-        except (TypeError, ValueError):  # a function that does not say: it gets images and labels
-            takes = 2
+        expected = expected or Expected()
+        expected = expected if epochs is None else replace(expected, epochs=epochs)
+        asked = [name for name in _parameters(step) if name in COEFFICIENT]
 
         def stepping(
             model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, objective: Any, coefficient: float, _: Any
         ) -> Any:
-            return step(images, labels, coefficient) if takes > 2 else step(images, labels)
+            return step(images, labels, **dict.fromkeys(asked[:1], coefficient))
 
         def training_batches(pipeline: Pipeline, epoch: int) -> Iterable[Batch]:
             return batches(epoch) if callable(batches) else batches
@@ -138,8 +148,10 @@ class Pipeline:
             optimizer=optimizer,
             step=stepping,
             train_batches=training_batches,
-            expected=expected or Expected(),
+            expected=expected,
             test_batches=testing_batches if tests is not None else None,
+            data=None if data is None else raw_images(data, expected.num_classes),
+            measure=None if measure is None else _measuring(measure),
             **parts,
         )
 
@@ -229,7 +241,8 @@ def run_epoch(pipeline: Pipeline, epoch: int) -> Iterator[training.Step]:
 def loop_epoch(pipeline: Pipeline, epoch: int) -> Iterator[training.Step]:
     """The plainest loop around `step`, for any loader: training mode, learning rate, step."""
     pipeline.model.train()
-    batches = list(pipeline.train_batches(pipeline, epoch))
+    given: Any = pipeline.train_batches(pipeline, epoch)
+    batches = given if hasattr(given, "__len__") else list(given)
     epochs = pipeline.expected.epochs or 1
     for index, (images, labels) in enumerate(batches):
         factor = pipeline.lr_lambda((epoch + index / len(batches)) / epochs)
@@ -241,14 +254,46 @@ def loop_epoch(pipeline: Pipeline, epoch: int) -> Iterator[training.Step]:
 
 
 def step_losses(returned: Any) -> training.StepLosses:
-    """What a step returned, as StepLosses: a number or anything with `total` (others then count as 0 or unknown)."""
+    """What a step returned, as StepLosses. Parts that it does not tell count as 0, the task's as all of the loss.
+
+    Raises ValueError where it holds no loss.
+    """
     if isinstance(returned, training.StepLosses):
         return returned
-    total = torch.as_tensor(getattr(returned, "total", returned), dtype=torch.float32).detach()
+    held = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+    total = next((held[name] for name in ("total", "loss") if name in held), returned)
+    if not isinstance(total, Tensor | float | int | np.generic):
+        what = "None" if total is None else type(total).__name__
+        raise ValueError(f"the step returned {what}; return the loss, one number")
+    total = torch.as_tensor(total, dtype=torch.float32).detach()
     if total.numel() != 1:
         raise ValueError(f"the step returned a tensor of shape {tuple(total.shape)}; return the loss, one number")
-    zero = torch.zeros_like(total)
-    return training.StepLosses(total=total, task=total, logits=zero, groups=zero, correct=zero)
+    total = total.reshape(())
+    parts = {"task": total, **dict.fromkeys(("logits", "groups", "correct"), torch.zeros_like(total))}
+    told = {name: torch.as_tensor(held.get(name, part)).detach().to(total) for name, part in parts.items()}
+    return training.StepLosses(total=total, **told)
+
+
+def raw_images(data: Any, classes: int | None = None) -> ImageData:
+    """The `data` of `Pipeline.of_parts` as ImageData: images (N, C, H, W) of any size; an absent test set is empty."""
+    if isinstance(data, ImageData):
+        return data
+    parts = (data, None) if hasattr(data[0], "shape") else data
+    images, labels = _raw_part(*parts[0])
+    tests = (images[:0], labels[:0]) if parts[1] is None else _raw_part(*parts[1])
+    count = classes or int(labels.max()) + 1
+    return ImageData("own", "own", images, labels, *tests, tuple(map(str, range(count))), (0, 0, 0), (1, 1, 1))
+
+
+def _raw_part(images: Any, labels: Any) -> Batch:
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+    if images.dim() == 3:
+        images = images[:, None]
+    if images.dim() != 4 or len(images) != len(labels):
+        shapes = f"{tuple(images.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"data: images {shapes}; need (N, C, H, W), (N, H, W, C) or (N, H, W), and N labels")
+    last = images.shape[1] > 4 and images.shape[3] <= 4
+    return images.permute(0, 3, 1, 2) if last else images, labels
 
 
 def run_measure(pipeline: Pipeline, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
@@ -284,12 +329,7 @@ def run_save(pipeline: Pipeline, history: History, folder: Path) -> Path:
 def train(
     pipeline: Pipeline, folder: Path | None = None, on_step: Callable[[int, training.Step], None] | None = None
 ) -> Iterator[tuple[EpochRecord, Path | None]]:
-    """Train the expected epochs in the pipeline's order (steps, measure, append, save); yields record and checkpoint.
-
-    Raises ValueError where the pipeline has no `measure`: there is then nothing to record.
-    """
-    if pipeline.measure is None:
-        raise ValueError("this pipeline has no `measure`: give one that returns an EpochRecord, or examine its parts")
+    """Train the expected epochs in their order (steps, measure, append, save); yields record and checkpoint."""
     history = History(pipeline.expected.epochs or 1)
     for epoch in range(history.epochs):
         means, started = training.EpochMeans(), time.perf_counter()
@@ -297,10 +337,57 @@ def train(
             means.add(step)
             if on_step:
                 on_step(epoch, step)
-        record = pipeline.measure(pipeline, means, epoch, time.perf_counter() - started)
+        record = (pipeline.measure or plain_record)(pipeline, means, epoch, time.perf_counter() - started)
         history.records.append(record)  # not `append`, which refuses what the doctor wants to report
         path = pipeline.save(pipeline, history, folder) if pipeline.save and folder else None
         yield record, path
+
+
+def plain_record(
+    pipeline: Pipeline, means: training.EpochMeans, epoch: int, seconds: float, accuracy: float = math.nan
+) -> EpochRecord:
+    """The record of an epoch of which the steps' losses are known, and the accuracy at most; the rest is NaN."""
+    groups = getattr(pipeline.optimizer, "param_groups", None) or [{}]
+    return EpochRecord(
+        epoch=epoch + 1,
+        **means.read(),
+        test_loss=math.nan,
+        unstructured_sparsity=math.nan,
+        structured_sparsity=math.nan,
+        mean_bits=math.nan,
+        coefficient=pipeline.coefficient(epoch),
+        learning_rate=float(groups[0].get("lr", math.nan)),
+        accuracy=accuracy,
+        seconds=seconds,
+        layers=(),
+    )
+
+
+def is_plain(record: EpochRecord) -> bool:
+    """Whether a record is a `plain_record`, of which only losses and at most the accuracy can be compared."""
+    return record.layers == () and math.isnan(record.test_loss)
+
+
+def _measuring(measure: Callable[..., Any]) -> Callable[[Pipeline, training.EpochMeans, int, float], EpochRecord]:
+    """The `measure` of `Pipeline.of_parts` as that of a Pipeline."""
+
+    def record(pipeline: Pipeline, means: training.EpochMeans, epoch: int, seconds: float) -> EpochRecord:
+        found = measure(pipeline, means, epoch, seconds) if _parameters(measure) else measure()
+        if not isinstance(found, float | int | np.floating | Tensor):
+            return found
+        if not 0 <= float(found) <= 1:
+            raise ValueError(f"`measure` returned {float(found):g}; return the share of right answers, from 0 to 1")
+        return plain_record(pipeline, means, epoch, seconds, float(found))
+
+    return record
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters; none where it does not say."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _fresh(config: RunConfig, data: ImageData) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from experiments.doctor import Pipeline, Report, before, first_steps
 from experiments.doctor.examine import examine, while_training
 from experiments.doctor.expected import Expected
+from experiments.doctor.pipeline import raw_images, step_losses
 from experiments.doctor.report import NOT_JUDGED, PASSED
 from experiments.notebook.demonstration import healthy, small_config, small_data
 from src.data import ImageData
@@ -151,6 +152,59 @@ def test_an_endless_loader_does_not_hang() -> None:
     own.batches = endless
     report = examine(own.pipeline())
     assert not report.faulty, report.text(passed=False)
+
+
+@pytest.mark.parametrize("name", ["coefficient", "lambda_", "penalty"])
+def test_a_step_gets_the_coefficient_by_name_alone(name: str) -> None:
+    own, heard = Own(), list[Any]()
+    place: dict[str, Any] = {"own": own, "heard": heard}
+    exec(
+        f"def step(images, labels, amp=True, {name}=9.0): heard.append((amp, {name})); return own.step(images, labels)",
+        place,
+    )
+    own.pipeline(place["step"]).take_step(*own.batches[0], 0.25)
+    own.pipeline(lambda images, labels, amp=True: heard.append(amp)).take_step(*own.batches[0], 0.25)
+    assert heard == [(True, 0.25), True]
+
+
+@pytest.mark.parametrize(
+    ("told", "total", "task"),
+    [(2.5, 2.5, 2.5), ({"loss": torch.tensor([2.5])}, 2.5, 2.5), ({"total": 3.0, "task": 2.0, "other": "x"}, 3.0, 2.0)],
+)
+def test_a_step_may_return_its_loss_in_a_dict(told: Any, total: float, task: float) -> None:
+    losses = step_losses(told)
+    assert (float(losses.total), float(losses.task), float(losses.groups)) == (total, task, 0.0)
+
+
+@pytest.mark.parametrize("told", [None, {"accuracy": 0.5}, (torch.tensor(1.0), torch.zeros(3))])
+def test_a_step_without_a_loss_says_what_is_wanted(told: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"returned {'None' if told is None else type(told).__name__}; return the loss"
+    ):
+        step_losses(told)
+
+
+def test_raw_images_may_be_arrays_of_any_size_and_layout() -> None:
+    images, labels = torch.randint(256, (6, 3, 40, 24), dtype=torch.uint8), torch.arange(6) % 3
+    for given in (images, images.permute(0, 2, 3, 1).numpy()):
+        data = raw_images((given, labels.numpy()))
+        assert torch.equal(data.train_images, images)
+        assert (data.num_classes, len(data.test_images)) == (3, 0)
+    grey = raw_images(((images[:, 0], labels), (images[:2, 0], labels[:2])), 5)
+    assert (grey.train_images.shape, grey.test_images.shape, grey.num_classes) == ((6, 1, 40, 24), (2, 1, 40, 24), 5)
+
+
+@pytest.mark.parametrize("measure", [None, lambda: 0.9, lambda pipeline, means, epoch, seconds: torch.tensor(0.9)])
+def test_training_is_watched_with_a_number_of_epochs_alone(measure: Any) -> None:
+    own = Own()
+    report = examine(own.pipeline(epochs=3, measure=measure))
+    assert not report.faulty, report.text(passed=False)
+    found = statuses(report)
+    assert {found[name] for name in ("training runs", "epochs go on", "all keep moving")} == {PASSED}
+    assert own.model.norm.num_batches_tracked == 12
+    assert ("what is measured of an epoch" in report.headline) == (measure is None)
+    unwatched = examine(Own().pipeline())
+    assert "the training (give epochs=)" in unwatched.headline
 
 
 # What cannot be used.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
 from experiments.doctor.network.compression_account import compare_compression
-from experiments.doctor.pipeline import Pipeline, run_test_batches
+from experiments.doctor.pipeline import Pipeline, is_plain, run_test_batches
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, preserve_state, reseed
 from experiments.doctor.training.checkpoint_checks import checkpoint_checks
 from experiments.doctor.training.record_checks import EpochView, counted, fault_of_epoch, few_right, record_fault
@@ -68,6 +68,8 @@ def _record(pipeline: Pipeline, reported: Reported) -> Outcome:
     if reported.history is None or not reported.history.records:
         raise NotApplicable("there is no history")
     record = reported.history.records[-1]
+    if is_plain(record):
+        raise NotApplicable("no record of an epoch is made")
     if not quantized_layers(pipeline.model):
         raise NotApplicable("no layer is quantized")
     fault, likely = record_fault(pipeline, record)
@@ -252,6 +254,8 @@ def _stressed_record(pipeline: Pipeline) -> Outcome:
         few = _small(pipeline)
         again = _measured_again(few)
         assert again is not None
+        if is_plain(again[0]):
+            raise NotApplicable("no record of an epoch is made")
         # A test loader of its own does not know of the few images.
         right = few_right(few) if pipeline.test_batches is run_test_batches else None
         fault, likely = fault_of_epoch(EpochView(again[0], None, right, *counted(few)), few)

@@ -29,6 +29,14 @@ def _enough(views: Sequence[EpochView], count: int) -> None:
         raise NotApplicable(f"{len(views)} epochs were recorded; this needs {count}")
 
 
+def _accuracies(views: Sequence[EpochView], count: int) -> list[float]:
+    _enough(views, count)
+    accuracies = [view.record.accuracy for view in views]
+    if any(map(math.isnan, accuracies)):
+        raise NotApplicable("no accuracy is measured", "measure")
+    return accuracies
+
+
 def _falls(views: Sequence[EpochView], steps: int, first_epoch: int, classes: int | None) -> Outcome:
     _enough(views, 2)
     first, last = views[0].record.task_loss, min(view.record.task_loss for view in views[1:])
@@ -43,8 +51,7 @@ def _falls(views: Sequence[EpochView], steps: int, first_epoch: int, classes: in
 
 
 def _chance(views: Sequence[EpochView], steps: int, classes: int | None) -> Outcome:
-    _enough(views, 2)
-    best = max(view.record.accuracy for view in views)
+    best = max(_accuracies(views, 2))
     if classes is None or steps < FEWEST_STEPS:
         raise NotApplicable(f"{100 * best:.1f}% after {steps} steps, too few to tell")
     floor = min(1.5 / classes, (1 + 1 / classes) / 2)
@@ -54,8 +61,7 @@ def _chance(views: Sequence[EpochView], steps: int, classes: int | None) -> Outc
 
 
 def _collapse(views: Sequence[EpochView], classes: int | None) -> Outcome:
-    _enough(views, 4)
-    accuracies = [view.record.accuracy for view in views]
+    accuracies = _accuracies(views, 4)
     best, last = max(accuracies), max(accuracies[-2:])
     if best < 3 / (classes or 10):
         raise NotApplicable(f"the best epoch reached {100 * best:.1f}%, which is no height to fall from")

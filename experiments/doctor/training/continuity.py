@@ -7,6 +7,7 @@ as long as it does not jump: its first step of an epoch moves the weights at mos
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from src.training import Step
 
 MOST = 10.0  # times the second step; Adam's steps differ by less than a factor of 3
 SLOW = 1e-3  # of its first learning rate; below it a parameter may stand still
+VISIBLE = 1e-5  # of a parameter's length, in an epoch
 State = dict[str, Tensor]
 
 
@@ -32,7 +34,8 @@ class Continuity:
         self.still: list[list[str]] = []  # what should learn and did not move in an epoch
         self.counts: list[tuple[int, int]] = []  # the optimizer's own count of updates, and the one that follows
         self._learnable = [name for name, p in self._model.named_parameters() if p.requires_grad]
-        self._start: State | None = None  # at the beginning of the epoch, where that was seen
+        self._start: State | None = _state(self._model)  # at the beginning of the epoch, where that was seen
+        self._moved: set[str] = set()
         self._last: State | None = None  # after the last step that was seen
         self._held: State | None = None
         self._first, self._count, self._hook = 0.0, -1, _no_hook
@@ -68,7 +71,12 @@ class Continuity:
     def _epoch_over(self) -> None:
         now = _state(self._model)
         if self._start is not None and self._rate > SLOW * self._fastest:
-            self.still.append([n for n in self._learnable if n in now and torch.equal(self._start[n], now[n])])
+            known = [n for n in self._learnable if n in now]
+            still = [n for n in known if torch.equal(self._start[n], now[n])]
+            frozen = {n for n, p in self._model.named_parameters() if not p.requires_grad}
+            # What never moved visibly may have a gradient of rounding errors, as a bias before BatchNorm has.
+            self.still.append([n for n in still if len(still) == len(known) or n in self._moved | frozen])
+            self._moved |= {n for n in known if _share(self._start[n], now[n]) > VISIBLE}
         self._last, self._count = now, _updates(self._pipeline.optimizer)
         self._start = None
         self._hook = self._at_next_pass()
@@ -122,7 +130,7 @@ class Continuity:
         if not self.still:
             raise NotApplicable("this needs an epoch that was seen from its beginning to its end")
         count = len(self._learnable)
-        for place, still in enumerate(self.still, 2):
+        for place, still in enumerate(self.still, 1):
             if still:
                 now = dict(self._model.named_parameters())
                 frozen = [n for n in still if n in now and not now[n].requires_grad]
@@ -151,6 +159,11 @@ def _state(model: nn.Module) -> State:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
+
+
+def _share(before: Tensor, now: Tensor) -> float:
+    """How far a parameter moved, as a share of its length."""
+    return float((now - before).norm() / before.norm().clamp(min=1e-12)) if before.shape == now.shape else math.inf
 
 
 def _distance(before: State, now: State, learnable: list[str]) -> float:

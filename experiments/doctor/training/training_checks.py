@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.doctor.expected import LOGITS, factor_of
 from experiments.doctor.network.learning_checks import learning_checks
-from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.pipeline import Pipeline, is_plain
 from experiments.doctor.report import TRAINING, Report
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 from experiments.doctor.step.coefficient_checks import coefficient_outcome
@@ -166,6 +166,8 @@ class Watcher:
 
     def _records(self) -> Outcome:
         views = self._seen()
+        if all(is_plain(view.record) for view in views):
+            raise NotApplicable("no record of an epoch is made", "" if self.pipeline.measure else "measure")
         if accuracy_is_off(views[-1], self.pipeline):  # the last stage sees how it was measured, and names why
             views = [replace(view, right=None) for view in views]
         likely: list[str | None] = []
