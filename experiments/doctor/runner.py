@@ -144,8 +144,11 @@ def _keep_model(model: nn.Module) -> Callable[[], None]:
                 if module.__dict__.get(name) is not value:
                     module.__dict__[name] = value
         for name, tensor in tensors.items():
-            if not tensor.is_meta and not torch.equal(tensor, values[name]):
-                tensor.copy_(values[name])
+            if tensor.is_meta or torch.equal(tensor, values[name]):
+                continue
+            if tensor.shape != values[name].shape:  # an observer's, which takes the size of what it first sees
+                tensor.resize_(values[name].shape)
+            tensor.copy_(values[name])
         for name, p in model.named_parameters():
             p.requires_grad_(learns[name])
             p.grad = gradients[name]

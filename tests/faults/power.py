@@ -25,6 +25,7 @@ import torch
 
 from experiments.notebook.demonstration import broken, edited
 from tests.faults import FAULTS, healthy, small_config
+from tests.faults.foreign import FOREIGN
 from tests.faults.power_page import page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ CIFAR10 = ROOT / "data" / "cifar-10-batches-py"
 
 @dataclass(frozen=True)
 class Case:
-    """One run to examine. kind: "fault" or "healthy"; settings: of `small_config`."""
+    """One run to examine. kind: "fault", "healthy" or "foreign" (healthy, too); settings: of `small_config`."""
 
     kind: str
     name: str
@@ -116,12 +117,13 @@ def examine_case(case: Case) -> Outcome:
     """Build the pipeline of `case` and examine it whole."""
     from experiments.doctor.examine import examine
 
-    config = small_config(**case.settings)
-    if case.kind == "fault":
-        with edited(FAULTS[case.name]):
-            report = examine(broken(FAULTS[case.name], config))
+    if case.kind == "foreign":
+        report = examine(FOREIGN[case.name].build())
+    elif case.kind == "healthy":
+        report = examine(healthy(small_config(**case.settings)))
     else:
-        report = examine(healthy(config))
+        with edited(FAULTS[case.name]):
+            report = examine(broken(FAULTS[case.name], small_config()))
     fired = tuple((f.stage, f.name, tuple(cause.key for cause in f.causes[:2])) for f in report.failed)
     return Outcome(
         kind=case.kind,
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", help="examine what holds this text in its name, and put it into the last results")
     options = parser.parse_args(arguments)
     data = ["digits", "cifar10"] if CIFAR10.is_dir() else ["digits"]
-    cases = [*fault_cases(), *healthy_cases(options.seeds, data)]
+    cases = [*fault_cases(), *healthy_cases(options.seeds, data), *(Case("foreign", name, {}) for name in FOREIGN)]
     part = options.only or options.again
     if part:
         cases = [case for case in cases if part in f"{case.kind}: {case.name}"]
