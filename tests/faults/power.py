@@ -1,11 +1,13 @@
-"""Measure the doctor's power: every fault, and healthy runs of every kind, examined in all four stages.
+"""Measure the doctor's power on every fault, on healthy runs of every kind and on healthy pipelines of other forms.
 
     python -m tests.faults.power [--workers 2] [--seeds 10] [--only TEXT] [--again TEXT]
 
-Writes docs/measured/doctor.md and the raw findings to build/doctor_power.json. Exit status: 0 where every fault is
-caught with its right cause among the first two and no healthy run has a finding, otherwise 1. With `--only`, faults and
-healthy runs whose name ("fault: ...", "healthy: ...") holds TEXT are examined and printed, and nothing is written. With
-`--again` their outcomes replace those that the last whole run left in build/, and the page is written.
+The examination of a fault stops, as a user's would, at the first stage that finds something; of faults in measuring
+and saving, and of all that is healthy, every stage is run. Writes docs/measured/doctor.md and the raw findings to
+build/doctor_power.json. Exit status: 0 where every fault is caught with its right cause among the first two and nothing
+healthy fails, otherwise 1. With `--only`, what holds TEXT in its name ("fault: ...", "healthy: ...", "foreign: ...") is
+examined and printed, and nothing is written. With `--again` its outcomes replace those that the last whole run left in
+build/, and the page is written.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 from experiments.notebook.demonstration import broken, edited
-from tests.faults import FAULTS, healthy, small_config
+from tests.faults import FAULTS, THEMES, healthy, small_config
 from tests.faults.foreign import FOREIGN
 from tests.faults.power_page import page
 
@@ -57,6 +59,7 @@ class Outcome:
     causes: tuple[str, ...]
     checks: tuple[tuple[str, str], ...]
     judged: int
+    unusual: tuple[str, ...]
     said: tuple[str, ...]
 
     @property
@@ -114,7 +117,7 @@ VARIANTS: tuple[Mapping[str, Any], ...] = (
 
 
 def examine_case(case: Case) -> Outcome:
-    """Build the pipeline of `case` and examine it whole."""
+    """Build the pipeline of `case` and examine it."""
     from experiments.doctor.examine import examine
 
     if case.kind == "foreign":
@@ -123,7 +126,8 @@ def examine_case(case: Case) -> Outcome:
         report = examine(healthy(small_config(**case.settings)))
     else:
         with edited(FAULTS[case.name]):
-            report = examine(broken(FAULTS[case.name], small_config()))
+            stop = case.name not in {fault.name for fault in THEMES["measuring and saving"]}
+            report = examine(broken(FAULTS[case.name], small_config()), stop_when_faulty=stop)
     fired = tuple((f.stage, f.name, tuple(cause.key for cause in f.causes[:2])) for f in report.failed)
     return Outcome(
         kind=case.kind,
@@ -133,6 +137,7 @@ def examine_case(case: Case) -> Outcome:
         causes=tuple(cause.key for cause in report.diagnosis),
         checks=tuple((f.stage, f.name) for f in report.findings),
         judged=sum(f.status != "not judged" for f in report.findings),
+        unusual=tuple(f.name for f in report.findings if f.status == "unusual"),
         said=tuple(f"{f.name}: expected {f.expected}; measured {f.measured}" for f in report.failed),
     )
 
@@ -161,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = sum(outcome.kind == "fault" for outcome in outcomes)
     missed = sum(outcome.kind == "fault" for outcome in bad)
     print(f"{faults - missed} of {faults} faults caught and named; {len(bad) - missed} false alarms in", end=" ")
-    print(f"{len(outcomes) - faults} healthy runs")
+    print(f"{len(outcomes) - faults} healthy runs and pipelines")
     return 1 if bad else 0
 
 
@@ -170,7 +175,7 @@ def _last_results() -> list[Outcome]:
     found = []
     for kept in json.loads(RESULTS.read_text()):
         fired = tuple((stage, name, tuple(causes)) for stage, name, causes in kept["fired"])
-        lists = {name: tuple(kept[name]) for name in ("causes", "said")}
+        lists = {name: tuple(kept[name]) for name in ("causes", "unusual", "said")}
         found.append(Outcome(**{**kept, **lists, "fired": fired, "checks": tuple(map(tuple, kept["checks"]))}))
     return found
 
@@ -187,8 +192,8 @@ def _examine_all(cases: Sequence[Case], workers: int) -> list[Outcome]:
 def _line(outcome: Outcome) -> str:
     if outcome.good:
         return f"good  {outcome.kind}: {outcome.name}"
-    if outcome.kind == "healthy":
-        return "\n      ".join([f"FALSE ALARM  {outcome.name}", *outcome.said])
+    if outcome.kind != "fault":
+        return "\n      ".join([f"FALSE ALARM  {outcome.kind}: {outcome.name}", *outcome.said])
     if not outcome.caught:
         return f"MISSED  {outcome.name}"
     wanted = " or ".join(FAULTS[outcome.name].causes)

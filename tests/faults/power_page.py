@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tests.faults import THEMES
+from tests.faults.foreign import FOREIGN
 
 if TYPE_CHECKING:
     from tests.faults.power import Outcome
@@ -16,8 +17,9 @@ LETTERS = dict(zip(STAGES, "BFTA", strict=True))
 
 INTRODUCTION = """# What the doctor caught
 
-Written by `make doctor-power`. Every fault is built into the pipeline alone, and the examination is always of all four
-stages; [../doctor.md](../doctor.md) says how the doctor works.
+Written by `make doctor-power`. Every fault is built into the pipeline alone, and its examination stops at the first
+stage that finds something; faults in measuring and saving, and all that is healthy, see every stage.
+[../doctor.md](../doctor.md) says how the doctor works.
 """
 
 
@@ -25,13 +27,15 @@ def page(outcomes: Sequence[Outcome], data: Sequence[str]) -> str:
     """The page as Markdown."""
     faults = [outcome for outcome in outcomes if outcome.kind == "fault"]
     healthy = [outcome for outcome in outcomes if outcome.kind == "healthy"]
+    foreign = [outcome for outcome in outcomes if outcome.kind == "foreign"]
     codes = _codes(outcomes)
     parts = [
         INTRODUCTION,
-        _summary(faults, healthy, data),
+        _summary(faults, healthy, foreign, data),
         _faults(faults, codes),
-        _checks(faults, healthy, codes),
+        _checks(faults, [*healthy, *foreign], codes),
         _healthy(healthy),
+        _foreign(foreign),
     ]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
@@ -46,7 +50,9 @@ def _codes(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], str]:
     return codes
 
 
-def _summary(faults: Sequence[Outcome], healthy: Sequence[Outcome], data: Sequence[str]) -> str:
+def _summary(
+    faults: Sequence[Outcome], healthy: Sequence[Outcome], foreign: Sequence[Outcome], data: Sequence[str]
+) -> str:
     caught, named = sum(o.caught for o in faults), sum(o.good for o in faults)
     alarms = sum(o.caught for o in healthy)
     lines = [
@@ -54,6 +60,7 @@ def _summary(faults: Sequence[Outcome], healthy: Sequence[Outcome], data: Sequen
         "",
         f"- {caught} of {len(faults)} faults caught, {named} of {len(faults)} with the right cause among the first two",
         f"- {alarms} false alarms in {len(healthy)} healthy runs, {sum(o.judged for o in healthy):,} checks judged",
+        f"- {sum(o.caught for o in foreign)} false alarms in {len(foreign)} healthy pipelines of other forms",
     ]
     if "cifar10" not in data:
         lines.append("- CIFAR-10 was not under data/, so the healthy runs on it were skipped")
@@ -114,6 +121,20 @@ def _healthy(healthy: Sequence[Outcome]) -> str:
     lines += ["", "And one run each on the digits with other settings:", ""]
     lines += _header("settings", "checks judged", "false alarms")
     lines += [_row(f"`{outcome.name}`", _judged([outcome]), str(int(outcome.caught))) for outcome in others]
+    return "\n".join(lines)
+
+
+def _foreign(foreign: Sequence[Outcome]) -> str:
+    lines = [
+        "## Healthy pipelines of other forms",
+        "",
+        "Unusual: what the doctor remarks on and does not call wrong.",
+        "",
+    ]
+    lines += _header("pipeline", "what it is", "checks judged", "unusual", "false alarms")
+    for outcome in foreign:
+        said = ", ".join(outcome.unusual) or "nothing"
+        lines.append(_row(outcome.name, FOREIGN[outcome.name].what, _judged([outcome]), said, str(int(outcome.caught))))
     return "\n".join(lines)
 
 

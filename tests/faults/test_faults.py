@@ -1,7 +1,7 @@
 """Every fault once, and healthy runs: what is broken is caught and named, what is healthy raises no finding.
 
 The examination stops at the first stage that finds something. Faults in measuring and saving are whole until training
-starts, so the two stages before it are left out there; `python -m tests.faults.power` runs all stages on all faults.
+starts, so the two stages before it are left out there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from experiments.doctor.causes.catalogue import CAUSES
 from experiments.doctor.examine import examine, while_training
 from experiments.notebook.demonstration import BREAKS, EPOCHS, diagnose, edited
 from tests.faults import FAULTS, THEMES, break_it, healthy, power, small_config
+from tests.faults.foreign import FOREIGN
 from tests.faults.power import PAGE
 
 REPORTING = {fault.name for fault in THEMES["measuring and saving"]}
@@ -71,12 +72,13 @@ def test_the_page_was_measured_on_these_faults() -> None:
     ] == []
     assert f"{len(FAULTS)} of {len(FAULTS)} faults caught, {len(FAULTS)} of {len(FAULTS)} with the right cause" in text
     assert "0 false alarms in" in text
+    assert [case.name for case in FOREIGN.values() if f"| {case.name} | {case.what} |" not in text] == []
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fired = (("first steps", "a check", ("penalty-wrong", "penalty-scaled")),)
     outcome = power.Outcome(
-        "fault", "a name", {"seed": 1}, fired, ("penalty-wrong",), (("first steps", "a check"),), 1, ("so",)
+        "fault", "a name", {"seed": 1}, fired, ("penalty-wrong",), (("first steps", "a check"),), 1, ("odd",), ("so",)
     )
     monkeypatch.setattr(power, "RESULTS", tmp_path / "results.json")
     power.RESULTS.write_text(json.dumps([asdict(outcome)]))
