@@ -2,16 +2,20 @@
 
     python -m experiments.doctor --data digits --epochs 14 --output doctor
     python -m experiments.doctor --run debug_output
+    python -m experiments.doctor --pipeline docs.doctor_example:pipeline
 
 The first trains a short run of its own and examines it before, at its first steps, while it trains, and afterwards.
-`--run FOLDER` examines a finished run. stdout gets the checks that failed, and last the headline; --all prints every
-check, and doctor.json in the --output folder holds them. Notices are on stderr.
+`--run FOLDER` examines a finished run. `--pipeline MODULE:FUNCTION` examines the Pipeline that the function returns:
+before training and at its first steps, and while it trains where the pipeline says `epochs`. stdout gets what failed or
+is unusual, and last the headline; --all prints every check, and doctor.json in the --output folder holds them. Notices
+are on stderr.
 Exit status: 0 no fault found, 1 a check failed, 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
     try:
-        report = examine_folder(Path(options.run), options.data_root) if options.run else _own_run(options)
+        report = _examined(options)
         print(report.text(passed=options.all))
         log_info(f"{time.perf_counter() - started:.0f} s")
         if options.output:
@@ -48,21 +52,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return FAULTY if report.faulty else HEALTHY
 
 
-def _own_run(options: argparse.Namespace) -> Report:
+def _examined(options: argparse.Namespace) -> Report:
+    if options.run:
+        return examine_folder(Path(options.run), options.data_root)
     if options.output:
         check_writable(options.output)
+    if options.pipeline:
+        return examine(pipeline_of(options.pipeline), on_stage=_tell)
+    return _own_run(options)
+
+
+def pipeline_of(place: str) -> Pipeline:
+    """The Pipeline that a function returns. place: "package.module:function"; the working folder's modules are found.
+
+    Raises ValueError where there is none.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise ValueError(f"--pipeline {place!r}: need MODULE:FUNCTION, as in my_project.train:pipeline")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+        if not callable(function):
+            raise ValueError(f"--pipeline {place}: module {module} has no function {name!r}")
+        found = function()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--pipeline {place}: there is no module {error.name!r} in {Path.cwd()}") from error
+    if not isinstance(found, Pipeline):
+        what = type(found).__name__
+        raise ValueError(f"--pipeline {place}: {name}() returned {what}; return Pipeline.of_parts(...)")
+    return found
+
+
+def _tell(stage: str, found: Report) -> None:
+    log_info(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
+
+
+def _own_run(options: argparse.Namespace) -> Report:
     changes: dict[str, Any] = {**QUICK} if options.preset == "smoke" else {}
     asked = {name: getattr(options, name) for name in ("data", "data_root", "epochs", "limit", "seed", "device")}
     config = configure(options.preset, **changes | {name: value for name, value in asked.items() if value is not None})
     config, data = prepare_data(config, log_info)
     run = build_run(config, data)
     log_info(f"{run.subtitle}; {config.epochs} epochs")
-
-    def told(stage: str, found: Report) -> None:
-        log_info(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}: {found.line}")
-
     return examine(
-        Pipeline.of_run(run), on_stage=told, on_epoch=lambda record: log_info(record.console_line(config.epochs))
+        Pipeline.of_run(run), on_stage=_tell, on_epoch=lambda record: log_info(record.console_line(config.epochs))
     )
 
 
@@ -77,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--output", help="folder for doctor.json (default: none is written)")
     parser.add_argument("--all", action="store_true", help="print every check, not only those that failed")
-    parser.add_argument("--run", help="examine the finished run in this folder instead of a new one")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--run", help="examine the finished run in this folder instead of a new one")
+    other.add_argument("--pipeline", metavar="MODULE:FUNCTION", help="examine the Pipeline that this function returns")
     return parser
 
 

@@ -234,6 +234,35 @@ def test_bad_input_of_the_command_is_exit_status_2(tmp_path: Path, capsys: pytes
     assert "error:" in capsys.readouterr().err
 
 
+def test_the_example_of_a_plain_script_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--pipeline", "docs.doctor_example:pipeline"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("DOCTOR: no fault found; "), told.out
+    assert "the training (give epochs=)" in told.out
+    assert "[2/4] first steps: " in told.err
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("train", "need MODULE:FUNCTION"),
+        ("nowhere.train:pipeline", "there is no module 'nowhere'"),
+        ("made_up:other", "module made_up has no function 'other'"),
+        ("made_up:number", "number() returned int; return Pipeline.of_parts"),
+        ("imports:pipeline", "there is no module 'not_installed'"),
+    ],
+)
+def test_a_function_that_gives_no_pipeline_is_told(
+    place: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "made_up.py").write_text("def number(): return 3")
+    (tmp_path / "imports.py").write_text("import not_installed")
+    assert main(["--pipeline", place]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_finished_run_is_examined_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, data = prepare_data(configure("smoke", limit=60, epochs=1, batch_size=30, device="cpu"))
     run = build_run(config, data)
