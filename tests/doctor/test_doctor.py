@@ -115,8 +115,10 @@ def test_the_settings_of_the_recipe_raise_no_alarm(
 
 
 def test_the_page_shows_a_pipeline_of_ones_own_that_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
-    code = page.partition("```python\n")[2].partition("```")[0]
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "doctor.md").read_text(encoding="utf-8")
+    example, code = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    assert example == (docs / "doctor_example.py").read_text(encoding="utf-8")
     torch.manual_seed(0)
     place: dict[str, Any] = {}
     exec(code, place)
