@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.doctor.checks.quantizers import quantizer_checks, step_weight_checks
 from experiments.doctor.data.data_checks import data_checks
 from experiments.doctor.network.account_checks import account_checks
 from experiments.doctor.network.baseline_checks import baseline_checks
 from experiments.doctor.network.network_checks import network_checks
 from experiments.doctor.pipeline import Pipeline, train
-from experiments.doctor.quantizer.grid_checks import grid_checks
-from experiments.doctor.quantizer.joint_checks import joint_checks
-from experiments.doctor.quantizer.quantizer_checks import quantizer_checks
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
 from experiments.doctor.step.optimizer_checks import optimizer_checks
@@ -44,8 +42,6 @@ def before(pipeline: Pipeline) -> Report:
     runner = CheckRunner(BEFORE)
     with preserve_state(pipeline):
         quantizer_checks(runner, pipeline)
-        grid_checks(runner, pipeline)
-        joint_checks(runner, pipeline)
         optimizer_checks(runner, pipeline)
         data_checks(runner, pipeline)
         network_checks(runner, pipeline)
@@ -59,6 +55,7 @@ def first_steps(pipeline: Pipeline) -> Report:
     runner = CheckRunner(FIRST_STEPS)
     with preserve_state(pipeline):
         step_checks(runner, pipeline)
+        step_weight_checks(runner, pipeline)
     return runner.report()
 
 

@@ -16,7 +16,6 @@ from experiments.notebook.demonstration import Fault, attaching
 from experiments.pipeline import RunConfig
 from src import training
 from src.quantizer import DeadZoneLDZCompander
-from tests.faults.broken_quantizers import OneForAll
 from utils_quantization import (
     FakeQuantParametrization,
     attach_weight_quantizers,
@@ -50,11 +49,9 @@ def after_attaching(change: Any) -> Any:
     return apply
 
 
-def one_for_all(parts: PipelineParts) -> PipelineParts:
-    def attach(config: RunConfig, model: nn.Module) -> list[str]:
-        return attach_weight_quantizers(model, config.exclude_layers, OneForAll(), config.quantizer_kwargs)
-
-    return replace(parts, attach=attach)
+def one_for_all(config: RunConfig, model: nn.Module) -> list[str]:
+    only = DeadZoneLDZCompander(**config.quantizer_kwargs)
+    return attach_weight_quantizers(model, config.exclude_layers, lambda: only)
 
 
 def off_in_training(pipeline: Pipeline) -> Pipeline:
@@ -141,7 +138,7 @@ FAULTS = (
         "one quantizer for all layers",
         "Every layer holds the same quantizer, so all share one dead zone and one bit width.",
         ("quantizer-shared",),
-        parts=one_for_all,
+        parts=lambda parts: replace(parts, attach=one_for_all),
     ),
     Fault(
         "attached switched off",

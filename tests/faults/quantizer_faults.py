@@ -1,155 +1,337 @@
-"""Faults inside the quantizer: gradients, range, grid, bits. Each attaches one class of broken_quantizers.py."""
+"""Faults inside the quantizer. Most are the equations with one mistake in them, put into the real network."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.doctor import Pipeline
+from experiments.doctor.causes.explain import Mutant
+from experiments.doctor.causes.quantizer_mutants import (
+    Kept,
+    bound_learned,
+    cast,
+    decimals,
+    detached,
+    mutant,
+    passing,
+    per_filter,
+    quantile,
+)
+from experiments.doctor.reference.quantizer import QuantizerEquations
 from experiments.notebook import demonstration
 from experiments.notebook.demonstration import Fault, attaching
-from tests.faults import broken_quantizers as broken
+from src.quantizer import DeadZoneLDZCompander, quantize
+from utils_quantization import FakeQuantParametrization, shared_quantized_weights
+
+
+class MutatedQuantizer(DeadZoneLDZCompander):
+    """Computes with a mutant of the equations, in the weights' own type and one layer at a time."""
+
+    def __init__(self, change: Callable[[QuantizerEquations], QuantizerEquations], **settings: Any) -> None:
+        super().__init__(**settings)
+        fixed = None if self._learns_bits else self.fixed_bit.item()
+        self.equations = change(QuantizerEquations(self.max_bits.item(), self.min_bits.item(), fixed))
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.equations(w, self.logit_dz, self.logit_bit, self.training)
+
+    def get_bitwidth(self) -> Tensor:
+        return self.equations.bits(self.logit_bit)
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[Tensor]:
+        return [quantizer(w) for quantizer, w in zip(quantizers, weights, strict=True)]
+
+
+def mutated(name: str, breaks: str, mistake: Mutant[QuantizerEquations], *also: str) -> Fault:
+    """The network with quantizers that make `mistake`; also: other keys that name it rightly."""
+    return Fault(name, breaks, (mistake.key, *also), parts=attaching(partial(MutatedQuantizer, mistake.change)))
+
+
+class BitsOfNeighbour(DeadZoneLDZCompander):
+    """Alone a layer has its own bits; where all are computed at once, those of the layer before."""
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        bits = torch.stack([quantizer.get_bitwidth() for quantizer in quantizers])
+        return quantize(weights, torch.stack([quantizer.logit_dz for quantizer in quantizers]), bits.roll(1))
+
+
+class PrunedStopTogether(DeadZoneLDZCompander):
+    """Where all layers are computed at once, a pruned weight gets no gradient."""
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        values = [quantizer(w) for quantizer, w in zip(quantizers, weights, strict=True)]
+        return [value * (value.detach() != 0) for value in values]
+
+
+class KeptUntilEvaluation(MutatedQuantizer):
+    """Keeps a quantized weight that was computed with gradients, until the network is put into eval mode."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(lambda right: right, **settings)
+
+    def forward(self, w: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            self.__dict__.pop("_kept", None)
+            return super().forward(w)
+        return self.__dict__.setdefault("_kept", super().forward(w).detach()) + (w - w.detach())
+
+
+class KeptForTwoSteps(DeadZoneLDZCompander):
+    """What all layers got together is given a second time before it is computed anew."""
+
+    @staticmethod
+    def quantize_many(quantizers: Sequence[DeadZoneLDZCompander], weights: Sequence[Tensor]) -> list[Tensor]:
+        kept = quantizers[0].__dict__.pop("_kept", None)
+        if kept is not None:
+            return [value + (w - w.detach()) for value, w in zip(kept, weights, strict=True)]
+        values = DeadZoneLDZCompander.quantize_many(quantizers, weights)
+        quantizers[0].__dict__["_kept"] = [value.detach() for value in values]
+        return values
+
+
+def never_given_back(pipeline: Pipeline) -> Pipeline:
+    """The quantized weights that a step shares stay behind it."""
+
+    def step(model: nn.Module, *rest: Any) -> Any:
+        switches = [module for module in model.modules() if isinstance(module, FakeQuantParametrization)]
+        with torch.no_grad(), shared_quantized_weights(model):
+            kept = [switch._shared for switch in switches]
+        returned = pipeline.step(model, *rest)
+        for switch, value in zip(switches, kept, strict=True):
+            switch._shared = value
+        return returned
+
+    return replace(pipeline, step=step)
+
 
 FAULTS = (
     demonstration.FAULTS["round stops the gradient"],
-    Fault(
+    mutated(
         "relu stops the gradient",
         "The dead zone's relu is not straight-through, so a pruned weight never moves again.",
-        ("no-ste-relu",),
-        parts=attaching(broken.ReluStops),
+        mutant("no-ste-relu", relu=torch.relu),
     ),
-    Fault(
+    mutated(
         "clip stops the gradient",
         "Clipping is not straight-through, so a saturated weight never moves again.",
-        ("no-ste-clip",),
-        parts=attaching(broken.ClipStops),
+        mutant("no-ste-clip", clip=lambda x, bound: x.clamp(-bound.detach(), bound.detach())),
     ),
-    Fault(
+    mutated(
+        "clip's bound passes the gradient",
+        "The bound Q of clip is differentiated, so saturated weights pull at the bit width.",
+        mutant("gradient-through-clip-bound", clip=bound_learned),
+    ),
+    mutated(
         "sign passes the gradient",
         "sign() hands its gradient on as if it were the identity.",
-        ("gradient-through-sign",),
-        parts=attaching(broken.SignPasses),
+        mutant("gradient-through-sign", sign=passing(torch.sign)),
     ),
-    Fault(
+    mutated(
         "sign of the index passes the gradient",
         "The shift's sign hands its gradient on, so the weights get shift / step too much of it.",
-        ("gradient-through-sign",),
-        parts=attaching(broken.IndexSignPasses),
+        mutant("gradient-through-sign", value=lambda q, w, s, delta: s * q + delta * passing(torch.sign)(q)),
     ),
-    Fault(
+    mutated(
         "gradient through the quantile",
         "The range R is differentiated, so the task pulls at the largest weights.",
-        ("gradient-through-quantile",),
-        parts=attaching(broken.QuantilePasses),
+        mutant("gradient-through-quantile", range_of=lambda w: w.abs().flatten().quantile(0.99)),
     ),
-    Fault(
+    mutated(
         "range is the maximum",
         "R is the largest |w| instead of its 0.99-quantile: one outlier widens every step.",
-        ("range-wrong",),
-        parts=attaching(broken.RangeIsMaximum),
+        mutant("range-wrong", range_of=quantile(1.0)),
     ),
-    Fault(
+    mutated(
         "range of signed weights",
         "R is the 0.99-quantile of w instead of |w|, which clips twice as many weights.",
-        ("range-wrong",),
-        parts=attaching(broken.RangeOfSignedWeights),
+        mutant("range-wrong", range_of=lambda w: w.detach().flatten().quantile(0.99).clamp(min=1e-8)),
     ),
-    Fault(
-        "dead zone doubled",
-        "d = 4 R (1 - |tanh theta|): the half width was taken for the width.",
-        ("dead-zone-wrong",),
-        parts=attaching(broken.DeadZoneDoubled),
+    mutated(
+        "range is another quantile",
+        "R is the 0.97-quantile of |w|: three times as many weights are clipped.",
+        mutant("range-wrong", range_of=quantile(0.97)),
     ),
-    Fault(
-        "dead zone detached",
-        "The dead zone is computed without gradient, so the task never moves its logit.",
-        ("logits-detached", "logit-gradient-wrong", "dead-zone-frozen"),
-        parts=attaching(broken.DeadZoneDetached),
+    mutated(
+        "range by the mean",
+        "R is four times the mean of |w|, which knows nothing of outliers.",
+        mutant("range-wrong", range_of=lambda w: 4 * w.detach().abs().mean()),
     ),
-    Fault(
-        "shift on zeros",
-        "The shift is added to weights in the dead zone as well, so no weight is ever exactly 0.",
-        ("grid-wrong", "dead-zone-wrong"),
-        parts=attaching(broken.ShiftOnZeros),
-    ),
-    Fault(
-        "one bit more than said",
-        "2^b - 1 levels on each side where b bits have room for 2^(b-1) - 1.",
-        ("grid-wrong",),
-        parts=attaching(broken.OneBitMore),
-    ),
-    Fault(
-        "quantizer in bfloat16",
-        "The quantized weight is rounded to bfloat16, whose steps are as wide as the grid's.",
-        ("quantizer-precision", "grid-wrong"),
-        parts=attaching(broken.RoundedInBfloat16),
-    ),
-    Fault(
-        "bits rounded down",
-        "b = floor(...): with 8 bits as the most, 7 are used from the first step on.",
-        ("bits-floored",),
-        parts=attaching(broken.BitsRoundedDown),
-    ),
-    Fault(
-        "bits frozen",
-        "The bit width is computed without gradient, so the task never moves its logit.",
-        ("bits-frozen", "logits-detached", "logit-gradient-wrong"),
-        parts=attaching(broken.BitsFrozen),
-    ),
-    Fault(
-        "bits not restricted",
-        "tanh is missing, so the bit width leaves the range of 2 to 8.",
-        ("bits-out-of-range",),
-        parts=attaching(broken.BitsUnlimited),
-    ),
-    Fault(
-        "bits not rounded",
-        "The bit width is used as a fraction, which no file can store.",
-        ("bits-not-rounded",),
-        parts=attaching(broken.BitsNotRounded),
-    ),
-    Fault(
-        "first quantized weight kept",
-        "A cache that nobody empties: every step computes with the weights of the first.",
-        ("weights-stale",),
-        parts=attaching(broken.FirstResultKept),
-    ),
-    Fault(
-        "quantizer off in training mode",
-        "The quantizer hands the float weight on while the network trains.",
-        ("quantizers-off-in-training",),
-        parts=attaching(broken.OffInTraining),
-    ),
-    Fault(
-        "quantizer off in eval mode",
-        "The quantizer hands the float weight on while the network is evaluated.",
-        ("quantizers-off-in-evaluation",),
-        parts=attaching(broken.OffInEvaluation),
-    ),
-    Fault(
-        "noise in the quantizer",
-        "Dithering noise is never switched off, so no two evaluations agree.",
-        ("evaluation-not-repeatable",),
-        parts=attaching(broken.NoisyQuantizer),
-    ),
-    Fault(
+    mutated(
         "a range for every filter",
         "R is the quantile of a filter's weights instead of the layer's.",
-        ("range-wrong",),
-        parts=attaching(broken.RangeOfFilter),
+        mutant("range-wrong", range_of=per_filter),
     ),
-    Fault(
+    mutated(
         "range is a running average",
         "R is an average over all the weights that the quantizer has seen, so it lags behind.",
-        ("weights-stale", "range-wrong"),
-        parts=attaching(broken.RangeRemembered),
+        Mutant("range-kept", lambda right: replace(right, range_of=Kept(right.range_of, 0.1))),
+    ),
+    mutated(
+        "range frozen at the first call",
+        "R is computed once and kept, however the weights grow or shrink.",
+        Mutant("range-kept", lambda right: replace(right, range_of=Kept(right.range_of))),
+    ),
+    mutated(
+        "dead zone doubled",
+        "d = 4 R (1 - |tanh theta|): the half width was taken for the width.",
+        mutant("dead-zone-wrong", dead_zone=lambda r, share: 4 * r * share),
+    ),
+    mutated(
+        "dead zone without the absolute value",
+        "d = 2 R (1 - tanh theta): a negative logit opens it beyond the range.",
+        mutant("dead-zone-squashed", zero_share=lambda theta: 1 - theta.tanh()),
+    ),
+    mutated(
+        "dead zone by a sigmoid",
+        "d = 2 R (1 - sigmoid(theta)) instead of 1 - |tanh theta|.",
+        mutant("dead-zone-squashed", zero_share=lambda theta: 1 - theta.sigmoid()),
+    ),
+    mutated(
+        "dead zone frozen",
+        "The dead zone is computed from the logit's starting point for ever.",
+        Mutant("dead-zone-frozen", lambda right: replace(right, zero_share=Kept(right.zero_share))),
+    ),
+    mutated(
+        "dead zone detached",
+        "The dead zone is computed without gradient, so the task never moves its logit.",
+        Mutant("logits-detached", lambda right: replace(right, zero_share=detached(right.zero_share))),
+        "logit-gradient-wrong",
+    ),
+    mutated(
+        "grid detached",
+        "Step and shift are computed without gradient, so the task moves no logit.",
+        Mutant("logits-detached", lambda right: replace(right, step=detached(right.step), shift=detached(right.shift))),
+        "logit-gradient-wrong",
+    ),
+    mutated(
+        "shift on zeros",
+        "The shift is added to weights in the dead zone as well, so no weight is ever exactly 0.",
+        mutant("grid-wrong", value=lambda q, w, s, delta: s * q + delta * w.sign()),
+        "dead-zone-wrong",
+    ),
+    mutated(
+        "shift half a step too large",
+        "The shift is d / 2, so the first level lies a step and a half beyond the dead zone.",
+        mutant("grid-wrong", shift=lambda d, step: d / 2),
+    ),
+    mutated(
+        "index rounded down",
+        "The index is floor(|w| / s) instead of the nearest, so every value is too small.",
+        mutant("grid-wrong", round=passing(torch.trunc)),
+    ),
+    mutated(
+        "one bit more than said",
+        "2^b - 1 levels on each side where b bits have room for 2^(b-1) - 1.",
+        mutant("grid-wrong", levels=lambda bits: torch.exp2(bits) - 1),
+    ),
+    mutated(
+        "clip forgotten",
+        "Weights beyond the range get levels of their own, which b bits cannot number.",
+        mutant("clip-missing", clip=lambda x, bound: x),
+    ),
+    mutated(
+        "weights in half precision first",
+        "The latent weights are rounded to half precision before they are quantized.",
+        mutant("weights-rounded-first", latent=cast(torch.float16)),
+    ),
+    mutated(
+        "weights to two decimals first",
+        "The latent weights are rounded to hundredths before they are quantized.",
+        mutant("weights-rounded-first", latent=decimals(100)),
+    ),
+    mutated(
+        "quantized twice",
+        "The quantized weights are quantized again, on a grid laid over themselves.",
+        Mutant("quantized-twice", lambda right: replace(right, latent=right)),
+    ),
+    mutated(
+        "quantizer in bfloat16",
+        "The quantized weight is rounded to bfloat16, whose steps are as wide as the grid's.",
+        mutant("quantizer-precision", result=lambda v, w, training: v.bfloat16().to(v.dtype)),
+    ),
+    mutated(
+        "bits rounded down",
+        "b = floor(...): with 8 bits as the most, 7 are used from the first step on.",
+        mutant("bits-floored", round_bits=passing(torch.floor)),
+    ),
+    mutated(
+        "bits frozen",
+        "The bit width is computed without gradient, so the task never moves its logit.",
+        Mutant("logits-detached", lambda right: replace(right, round_bits=detached(right.round_bits))),
+        "bits-frozen",
+    ),
+    mutated(
+        "bits not restricted",
+        "tanh is missing, so the bit width leaves the range of 2 to 8.",
+        mutant("bits-out-of-range", bit_share=torch.abs),
+    ),
+    mutated(
+        "bits not rounded",
+        "The bit width is used as a fraction, which no file can store.",
+        mutant("bits-not-rounded", round_bits=lambda x: x),
+    ),
+    mutated(
+        "bits by a sigmoid",
+        "b = round(sigmoid(theta) (b_max - 2) + 2): negative logits mean few bits.",
+        mutant("bits-wrong", bit_share=torch.sigmoid),
+    ),
+    mutated(
+        "first quantized weight kept",
+        "A cache that nobody empties: every step computes with the weights of the first.",
+        Mutant("weights-stale", lambda right: replace(right, result=Kept(right.result))),
+    ),
+    mutated(
+        "quantizer off in training mode",
+        "The quantizer hands the float weight on while the network trains.",
+        mutant("quantizers-off-in-training", result=lambda v, w, training: w if training else v),
+    ),
+    mutated(
+        "quantizer off in eval mode",
+        "The quantizer hands the float weight on while the network is evaluated.",
+        mutant("quantizers-off-in-evaluation", result=lambda v, w, training: v if training else w),
+    ),
+    mutated(
+        "noise in the quantizer",
+        "Dithering noise is never switched off, so no two evaluations agree.",
+        mutant("evaluation-not-repeatable", round=passing(lambda x: (x + torch.rand_like(x) - 0.5).round())),
     ),
     Fault(
         "bits of the layer before",
         "Where all layers are computed at once, each gets the bits of the layer before it.",
         ("joint-quantization",),
-        parts=attaching(broken.BitsOfNeighbour),
+        parts=attaching(BitsOfNeighbour),
     ),
     Fault(
         "pruned weights stop together",
         "Where all layers are computed at once, a pruned weight gets no gradient.",
         ("joint-quantization",),
-        parts=attaching(broken.PrunedStopTogether),
+        parts=attaching(PrunedStopTogether),
+    ),
+    Fault(
+        "quantized weight kept until evaluation",
+        "The quantized weight of the first step is used until the network is evaluated.",
+        ("weights-stale",),
+        parts=attaching(KeptUntilEvaluation),
+    ),
+    Fault(
+        "quantized weights of the step before",
+        "The quantized weights are computed anew in every second step only.",
+        ("weights-stale",),
+        parts=attaching(KeptForTwoSteps),
+    ),
+    Fault(
+        "shared weights never given back",
+        "The quantized weights that a step shares stay behind it, for whoever reads them next.",
+        ("weights-stale",),
+        pipeline=never_given_back,
     ),
 )

@@ -87,14 +87,30 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "the range R is not the 0.99-quantile of |w| (its maximum, for instance).",
         "R = quantile(|w|, 0.99), linear interpolation, over the whole layer",
     ),
+    "range-kept": (
+        "the range R is kept from earlier calls: frozen at the first one, or averaged over them.",
+        "compute R from the weights of this call",
+    ),
     "dead-zone-wrong": (
         "the dead zone is not d = 2 R (1 - |tanh theta_dz|).",
         "compute d from the layer's range and logit",
+    ),
+    "dead-zone-squashed": (
+        "the dead zone's logit goes through another function than |tanh| (tanh without the absolute value, a sigmoid).",
+        "d = 2 R (1 - |tanh theta_dz|); the sign of a logit means nothing",
     ),
     "dead-zone-frozen": ("the dead zone does not follow its logit.", "compute d from logit_dz at every call"),
     "grid-wrong": (
         "the quantizer's grid is not the one of CoDeQ (step, shift, or number of levels).",
         "s = (R - d/2) / (Q - 1/2), delta = d/2 - s/2, Q = 2^(b-1) - 1; value s q + delta sign(q)",
+    ),
+    "weights-rounded-first": (
+        "the weights are rounded before they are quantized (half precision, decimals).",
+        "hand the latent weight itself to the quantizer",
+    ),
+    "quantized-twice": (
+        "the weights are quantized twice: the second grid is laid over values of the first.",
+        "quantize the latent weight once; look for a quantizer in the forward pass beside the parametrization",
     ),
     "clip-missing": ("weights beyond the range are not clipped to the last level.", "q = clip(q, -Q, Q)"),
     "not-quantized": (

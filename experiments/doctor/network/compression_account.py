@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.doctor.checks.quantizers import bits_in_use, expected_weight, logits
+from experiments.doctor.core.objective import plain
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.quantizer import equations
-from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight, flat, logits
+from experiments.doctor.reference.quantizer import near_a_threshold
 from experiments.doctor.runner import Outcome, names
 from experiments.evaluator import EvalResult
 from metrics import LayerStats, ModelStats
@@ -62,9 +62,9 @@ def costs(pipeline: Pipeline) -> dict[str, Cost]:
         if name in quantized and settings is not None:
             values, grid = expected_weight(settings, layer)
             bits = bits_in_use(settings, logits(layer)[1])
-            weights = flat(latent_weight(layer))
-            border = np.abs(weights) < grid.shift + grid.step
-            nonzero, unsure = int((values != 0).sum()), int((border & equations.near_a_threshold(weights, grid)).sum())
+            weights = plain(latent_weight(layer))
+            border = weights.abs() < grid.shift + grid.step
+            nonzero, unsure = int((values != 0).sum()), int((border & near_a_threshold(weights, grid)).sum())
         elif name in quantized:
             with torch.no_grad():
                 nonzero = int(cast(Tensor, layer.weight).count_nonzero())
@@ -222,7 +222,7 @@ def _dead(pipeline: Pipeline, found: ModelStats, wrong: list[str], likely: list[
         if stats.name not in layers or settings is None:
             continue
         layer = layers[stats.name]
-        values = torch.from_numpy(expected_weight(settings, layer)[0]).view(latent_weight(layer).shape)
+        values = expected_weight(settings, layer)[0]
         dead = {int(i) for i in torch.nonzero((values == 0).flatten(1).all(1)).flatten()}
         inputs = {int(i) for i in torch.nonzero((values == 0).transpose(0, 1).flatten(1).all(1)).flatten()}
         if set(stats.dead_out) != dead:

@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from experiments.doctor.checks.quantizers import expected_weight
 from experiments.doctor.core import objective
 from experiments.doctor.data.loader_checks import good_batches
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.quantizer import equations
-from experiments.doctor.quantizer.quantizer_checks import bits_in_use, flat, logits
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
@@ -166,9 +165,7 @@ def _grid_error(pipeline: Pipeline, layer: nn.Module) -> Tensor:
     latent = latent_weight(layer).detach()
     settings = pipeline.expected.quantizer
     if settings is not None:
-        w, (theta_dz, theta_bit) = flat(latent), logits(layer)
-        g = equations.grid(w, theta_dz, bits_in_use(settings, theta_bit))
-        return torch.from_numpy(equations.quantized(w, g) - w).view(latent.shape)
+        return expected_weight(settings, layer)[0] - objective.plain(latent)
     quantizer = cast(Any, quantizer_of(layer))
     bits = float(quantizer.get_bitwidth()) if hasattr(quantizer, "get_bitwidth") else 4.0
     step = 2 * float(latent.abs().max()) / 2.0**bits

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from experiments.doctor.checks.quantizers import bits_in_use, expected_weight
 from experiments.doctor.core.by_hand import ACCURACY_CLOSE, accuracy_by_hand
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.quantizer.quantizer_checks import bits_in_use, expected_weight
 from src.training import EpochRecord, LayerRecord
 from utils_quantization import latent_weight, quantized_layers, quantizer_of
 
@@ -63,7 +63,7 @@ def counted(pipeline: Pipeline) -> tuple[tuple[LayerRecord, ...], float, tuple[i
             quantizer = cast(Any, quantizer_of(layer))
             theta = [float(getattr(quantizer, leaf, torch.tensor(math.nan))) for leaf in ("logit_dz", "logit_bit")]
             if settings is not None and not math.isnan(theta[0]):
-                values = torch.from_numpy(expected_weight(settings, layer)[0]).view(raw.shape)
+                values = expected_weight(settings, layer)[0]
                 bits = bits_in_use(settings, theta[1])
             else:
                 values = cast(Tensor, layer.weight).detach().cpu()
