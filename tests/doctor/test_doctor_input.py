@@ -210,11 +210,17 @@ def test_training_is_watched_with_a_number_of_epochs_alone(measure: Any) -> None
 # What cannot be used.
 
 
-def test_a_network_without_quantizers_is_a_finding_and_the_rest_goes_on() -> None:
-    report = examine(Own(quantized=False).pipeline())
+def test_a_network_without_quantizers_is_a_finding_where_some_are_expected_and_the_rest_goes_on() -> None:
+    report = examine(Own(quantized=False).pipeline(expected=Expected(quantized=("conv",))))
     assert [finding.name for finding in report.failed] == ["layers quantized"]
     assert causes_of(report)[0] == "no-quantizers"
     assert statuses(report)["one batch"] == PASSED
+
+
+def test_nothing_is_said_of_quantizers_where_there_are_none_and_none_are_expected() -> None:
+    report = examine(Own(quantized=False).pipeline())
+    assert not report.faulty, report.text(passed=False)
+    assert statuses(report)["layers quantized"] == NOT_JUDGED
 
 
 IMAGES = torch.zeros(4, 1, 8, 8)
