@@ -21,6 +21,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from experiments import debug_run
+from experiments.doctor.examine import QUICK
 from experiments.headless import inject, read_notebook, to_html
 from tests.browser import lab_server
 from tests.browser.conftest import ROOT
@@ -205,12 +206,12 @@ def test_page_of_the_run_is_small_and_has_no_figure_without_words(page_file: Pat
     page.close()
 
 
-def test_make_lab_opens_a_trained_run_that_is_not_trained_again(
+def test_make_lab_opens_a_trained_run_in_which_run_all_finds_nothing(
     browser: Browser, workplace: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    few = ["--data", "digits", "--epochs", "3", "--limit", "60", "--batch-size", "20", "--output", str(run)]
-    assert debug_run.main(few) in (0, 1)
+    short = [f"--set={name}={value}" for name, value in QUICK.items()]
+    assert debug_run.main(["--preset=smoke", *short, f"--output={run}"]) == 0
     trained = rows(run / "history.csv")
     copy = (workplace / "lab.ipynb").relative_to(ROOT)
     code = f"from experiments import lab; lab.COPY = lab.Path({str(copy)!r}); raise SystemExit(lab.main())"
@@ -220,12 +221,15 @@ def test_make_lab_opens_a_trained_run_that_is_not_trained_again(
         page.goto(address.format(""))  # the address that is printed leads to the copy
         page.wait_for_url(f"**/lab/tree/{copy.as_posix()}**", timeout=60_000)
         notebook = Notebook(page)
-        training = notebook.tagged("training")
-        notebook.run("notebook:run-all-above", training + 1)
-        notebook.wait(lambda: bool(notebook.cells[training]["count"]), 240, "the training cell to end")
-        notebook.wait_until_done(60)
+        training, summary = notebook.tagged("training"), notebook.tagged("summary")
+        notebook.run("runmenu:run-all")
+        notebook.wait_until_done(400)
         assert notebook.cell(training).locator(PICTURE).count() == 1
         assert notebook.errors == []
+        notebook.cell(summary).scroll_into_view_if_needed()
+        said = notebook.cell(summary).inner_text()
+        assert "DOCTOR: no fault found" in said
+        assert "HEALTHY" in said
         assert rows(run / "history.csv") == trained
         page.close()
     assert not (run / "previous").exists()
