@@ -13,7 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.doctor.checks.optimizer import optimizer_checks
+from experiments.doctor.checks.penalty import penalty_checks
 from experiments.doctor.checks.quantizers import quantizer_checks, step_weight_checks
+from experiments.doctor.checks.step import step_checks
 from experiments.doctor.data.data_checks import data_checks
 from experiments.doctor.network.account_checks import account_checks
 from experiments.doctor.network.baseline_checks import baseline_checks
@@ -21,9 +24,6 @@ from experiments.doctor.network.network_checks import network_checks
 from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
-from experiments.doctor.step.optimizer_checks import optimizer_checks
-from experiments.doctor.step.penalty_checks import penalty_checks
-from experiments.doctor.step.step_checks import step_checks
 from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 from experiments.doctor.training.verdict_checks import verdict_checks

@@ -18,6 +18,12 @@ from src.data import ImageData
 LOGITS = ("logit_dz", "logit_bit")
 
 
+def kind_of(name: str) -> str:
+    """The group a parameter belongs to: logit_dz, logit_bit, or weights."""
+    leaf = name.rpartition(".")[2]
+    return leaf if leaf in LOGITS else "weights"
+
+
 @dataclass(frozen=True)
 class ExpectedGroup:
     """Learning rate and decoupled decay that a kind of parameter should have at the start of a run."""
@@ -45,7 +51,10 @@ class Expected:
 
     quantized: names of the layers that should have a quantizer. groups: by kind of parameter, "weights", "logit_dz",
     "logit_bit". optimizer: class name. coefficients: of every epoch. lr_factors: the learning rate's factor at the
-    start of every epoch. mean, std: of the images per channel, in units of 0..1.
+    start of every epoch. mean, std: of the images per channel, in units of 0..1. clip_norm, clip_value: gradients are
+    clipped to this 2-norm over all parameters, each entry to this size. label_smoothing: the task loss's. objective:
+    "open" where the loss holds what cannot be told here (mixup, distillation, an L1 term): it is then not judged.
+    Without it and without lambda_dz, a step is compared with the mean cross entropy, and another loss is "unusual".
     """
 
     quantized: tuple[str, ...] | None = None
@@ -54,6 +63,10 @@ class Expected:
     optimizer: str | None = None
     lambda_dz: float | None = None
     lambda_bit: float | None = None
+    label_smoothing: float = 0.0
+    objective: str | None = None
+    clip_norm: float | None = None
+    clip_value: float | None = None
     penalty: str | None = None
     coefficients: tuple[float, ...] | None = None
     lr_factors: tuple[float, ...] | None = None
@@ -70,7 +83,7 @@ class Expected:
     @classmethod
     def of_config(cls, config: RunConfig, model: nn.Module, data: ImageData) -> Expected:
         """What `config` asks of a network and data from `pipeline`."""
-        decoupled, softened = config.regularization == "decoupled", config.label_smoothing or config.distill
+        decoupled, open_ = config.regularization == "decoupled", bool(config.target or config.distill)
         schedule = tuple(_coefficient(config, epoch) for epoch in range(config.epochs))
         factor = factor_of(config)
         return cls(
@@ -92,9 +105,11 @@ class Expected:
             },
             optimizer="AdamW",
             # With a budget the penalty and its coefficient follow the run: there is nothing to expect beforehand.
-            # Nor is a task loss of another kind computed a second time.
-            lambda_dz=None if config.target or softened else 0.0 if decoupled else config.logit_decay_dz,
-            lambda_bit=None if config.target or softened else 0.0 if decoupled else config.logit_decay_bit,
+            # Nor are a teacher's scores computed a second time.
+            lambda_dz=None if open_ else 0.0 if decoupled else config.logit_decay_dz,
+            lambda_bit=None if open_ else 0.0 if decoupled else config.logit_decay_bit,
+            label_smoothing=config.label_smoothing,
+            objective="open" if open_ else None,
             penalty="coupled group lasso" if config.peak > 0 and not config.target else None,
             coefficients=None if config.target else schedule,
             lr_factors=tuple(factor(epoch / config.epochs) for epoch in range(config.epochs)),

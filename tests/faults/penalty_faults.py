@@ -7,120 +7,79 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from experiments.doctor import Pipeline
-from experiments.doctor.pipeline import PipelineParts
+from experiments.doctor import Pipeline, PipelineParts
+from experiments.doctor.causes.explain import Mutant
+from experiments.doctor.causes.step_mutants import (
+    by_block,
+    cut_add,
+    grouped,
+    layerwise,
+    one_branch,
+    only,
+    pads_at_the_end,
+    piece,
+    retied,
+    rolled,
+    times,
+)
 from experiments.notebook import demonstration
 from experiments.notebook.demonstration import Fault
-from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity, safe_sqrt
+from experiments.sparsity import coupled_group_lasso, group_lasso, l1_kernel_sparsity
 from src import training
-from src.pruning import ChannelGroups, Member, channel_groups
+from src.pruning import channel_groups
+from tests.faults.mutated import penalty_fault, step_fault
 
 Penalty = training.Penalty
 STEP: Callable[..., training.StepLosses] = training.train_step
 
 
-def penalty(change: Callable[[Penalty], Penalty]) -> Callable[[PipelineParts], PipelineParts]:
-    """The pipeline with `change` applied to its penalty function."""
-    return lambda parts: replace(parts, penalty=lambda model: change(coupled_group_lasso(model)))
+def penalty(make: Callable[[nn.Module], Penalty]) -> Callable[[PipelineParts], PipelineParts]:
+    """The pipeline with another penalty function."""
+    return lambda parts: replace(parts, penalty=make)
 
 
-def members(change: Callable[[ChannelGroups], ChannelGroups]) -> Callable[[PipelineParts], PipelineParts]:
-    """The pipeline's penalty over other groups."""
-    return lambda parts: replace(parts, penalty=lambda model: group_lasso(change(channel_groups(model))))
+def unguarded(sums: Tensor) -> Tensor:
+    """A plain square root, whose gradient at 0 is infinite."""
+    return sums.sqrt()
 
 
-def roles(*kept: str) -> Callable[[ChannelGroups], ChannelGroups]:
-    return lambda groups: replace(groups, members=tuple(m for m in groups.members if m.role in kept))
-
-
-def unguarded(model: nn.Module) -> Penalty:
-    """The coupled group lasso with a plain square root."""
+def first_stage_only(model: nn.Module) -> Penalty:
     groups = channel_groups(model)
-
-    def penalty(network: nn.Module) -> Tensor:
-        sums = torch.zeros(len(groups))
-        for member in groups.members:
-            weight = getattr(network.get_submodule(member.module), member.parameter)
-            squares = (
-                weight.square().transpose(0, member.dim).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
-            )
-            index = torch.from_numpy(member.groups)
-            sums = sums.index_add(0, index[index >= 0], squares[index >= 0])
-        return sums.sqrt().sum()
-
-    return penalty
+    return group_lasso(replace(groups, members=tuple(m for m in groups.members if m.module.startswith("layer1"))))
 
 
-def slices_shifted(groups: ChannelGroups) -> ChannelGroups:
-    """What reads channel c is in the group of channel c + 1."""
-    shifted = [replace(m, groups=np.roll(m.groups, 1)) if m.role == "slice" else m for m in groups.members]
-    return replace(groups, members=tuple(shifted))
-
-
-def without_shortcut(groups: ChannelGroups) -> ChannelGroups:
-    """Every block has groups of its own, as if nothing were added to the stream that runs past it."""
-    blocks = {member.module.partition(".")[0]: None for member in groups.members}
-    offset = {block: place * len(groups) for place, block in enumerate(blocks)}
-
-    def apart(m: Member) -> Member:
-        block = m.module.partition(".")[0]
-        return replace(m, groups=np.where(m.groups < 0, -1, m.groups + offset[block]))
-
-    names = tuple(f"{block}/{name}" for block in blocks for name in groups.names)
-    return ChannelGroups(tuple(apart(m) for m in groups.members), names)
-
-
-def first_stage_only(groups: ChannelGroups) -> ChannelGroups:
-    return replace(groups, members=tuple(m for m in groups.members if m.module.startswith("layer1")))
-
-
-def over_inputs(model: nn.Module) -> Tensor:
-    """The group lasso over input channels: sum over i of || W[:, i] ||."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return torch.stack([safe_sqrt(w.square().sum((0, 2, 3))).sum() for w in weights]).sum()
-
-
-def ridge(groups: ChannelGroups) -> Penalty:
-    """The sum of squares of everything in a group: the square root is missing."""
-
-    def squares(model: nn.Module) -> Tensor:
-        found = {f"{m.module}.{m.parameter}" for m in groups.members}
-        values = [getattr(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in sorted(found)]
-        return torch.stack([value.square().sum() for value in values]).sum()
-
-    return squares
-
-
-def kept_from_first(of: Penalty) -> Penalty:
+def kept_from_first(model: nn.Module) -> Penalty:
     """The value of the first call, ever after."""
-    kept: list[Tensor] = []
+    of, kept = coupled_group_lasso(model), list[Tensor]()
 
-    def first(model: nn.Module) -> Tensor:
-        kept.append(of(model).detach()) if not kept else None
+    def first(network: nn.Module) -> Tensor:
+        kept.append(of(network).detach()) if not kept else None
         return kept[0]
 
     return first
 
 
+def one_call_behind(model: nn.Module) -> Penalty:
+    """The value of the call before, from a cache that is filled after it is read."""
+    of, kept = coupled_group_lasso(model), list[Tensor]()
+
+    def last(network: nn.Module) -> Tensor:
+        kept.append(of(network).detach())
+        return kept[-2] if len(kept) > 1 else kept[-1]
+
+    return last
+
+
+def detached_later(model: nn.Module) -> Penalty:
+    """Whole at first; after 50 calls its weights are read through .data."""
+    of, calls = coupled_group_lasso(model), count()
+    return lambda network: of(network) if next(calls) < 50 else of(network).detach()
+
+
 def coefficient(change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Callable[[Pipeline], Pipeline]:
     return lambda pipeline: replace(pipeline, coefficient=change(pipeline.coefficient))
-
-
-def applied(change: Callable[[float], float]) -> Callable[[Pipeline], Pipeline]:
-    """The step applies another coefficient than it is given."""
-
-    def apply(pipeline: Pipeline) -> Pipeline:
-        def step(*rest: Any) -> training.StepLosses:
-            *others, given, precision = rest
-            return STEP(*others, change(given), precision)
-
-        return replace(pipeline, step=step)
-
-    return apply
 
 
 def schedule_by_step(pipeline: Pipeline) -> Pipeline:
@@ -134,91 +93,124 @@ def schedule_by_step(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, step=step)
 
 
-def objective(**change: Any) -> Callable[[Pipeline], Pipeline]:
-    return lambda pipeline: replace(pipeline, objective=replace(pipeline.objective, **change))
-
-
 FAULTS = (
-    Fault(
+    penalty_fault(
         "penalty detached",
         "The penalty has a value, and no gradient.",
-        ("penalty-detached", "penalty-not-in-loss"),
-        parts=penalty(lambda of: lambda model: of(model).detach()),
+        piece("penalty-detached", norm=lambda sums: sums.detach().sqrt()),
+        "penalty-not-in-loss",
     ),
     demonstration.FAULTS["penalty on latent weights"],
-    Fault(
+    penalty_fault(
         "penalty along inputs",
         "The norm of a group runs over an input channel's weights instead of a filter's.",
-        ("penalty-wrong-axis",),
-        parts=lambda parts: replace(parts, penalty=lambda model: over_inputs),
+        grouped("penalty-wrong-axis", layerwise(1)),
     ),
-    Fault(
+    penalty_fault(
         "groups shifted by one",
         "The slices that read channel c are penalised with the filter of channel c + 1.",
-        ("penalty-groups-shifted",),
-        parts=members(slices_shifted),
+        grouped("penalty-groups-shifted", rolled(1, "slice")),
     ),
-    Fault(
+    penalty_fault(
+        "BatchNorm of the channel before",
+        "Scale and shift of channel c are penalised with the filter of channel c - 1.",
+        grouped("penalty-groups-shifted", rolled(-1, "scale", "shift")),
+    ),
+    penalty_fault(
         "groups without the shortcut",
         "Filters that write to one residual stream are in groups of their own.",
-        ("penalty-ignores-shortcut",),
-        parts=members(without_shortcut),
+        grouped("penalty-ignores-shortcut", by_block),
     ),
-    Fault(
+    penalty_fault(
+        "groups of one branch",
+        "An addition passes on the groups of its first input alone.",
+        grouped("penalty-ignores-shortcut", retied(one_branch(0))),
+        "penalty-groups-shifted",
+    ),
+    penalty_fault(
+        "groups end at additions",
+        "What reads a sum is in the group of nothing that was added.",
+        grouped("penalty-ignores-shortcut", retied(cut_add)),
+        "penalty-without-slices",
+    ),
+    penalty_fault(
+        "groups of another padding",
+        "The groups have option A's zero channels all at the end instead of half on each side.",
+        grouped("penalty-groups-shifted", retied(pads_at_the_end)),
+    ),
+    penalty_fault(
         "groups without BatchNorm",
         "Scale and shift are not penalised, and without them no channel ever dies.",
-        ("penalty-without-batchnorm",),
-        parts=members(roles("filter", "slice", "bias")),
+        grouped("penalty-without-batchnorm", only("filter", "slice", "bias")),
     ),
-    Fault(
+    penalty_fault(
         "groups without what reads them",
         "The slices that read a channel are not in its group.",
-        ("penalty-without-slices",),
-        parts=members(roles("filter", "scale", "shift", "bias")),
+        grouped("penalty-without-slices", only("filter", "scale", "shift", "bias")),
     ),
     Fault(
         "penalty in the first stage alone",
         "Two of three stages are not penalised.",
         ("penalty-wrong",),
-        parts=members(first_stage_only),
+        parts=penalty(first_stage_only),
     ),
-    Fault(
+    penalty_fault(
         "penalty counted twice",
         "The penalty enters the loss with twice its weight.",
-        ("penalty-scaled", "penalty-wrong"),
-        parts=penalty(lambda of: lambda model: 2 * of(model)),
+        piece("penalty-scaled", coefficient=lambda given: 2 * given),
+        "penalty-wrong",
     ),
-    Fault(
+    penalty_fault(
         "mean instead of sum",
         "The penalty is divided by the number of groups.",
-        ("penalty-scaled", "penalty-wrong"),
-        parts=lambda parts: replace(
-            parts, penalty=lambda model: lambda m: coupled_group_lasso(model)(m) / len(channel_groups(model))
-        ),
+        piece("penalty-scaled", norm=lambda sums: sums.clamp(min=1e-30).sqrt() / len(sums)),
+        "penalty-wrong",
     ),
-    Fault(
+    penalty_fault(
         "penalty with the wrong sign",
         "The penalty is subtracted, so channels grow.",
-        ("penalty-sign", "penalty-wrong"),
-        parts=penalty(lambda of: lambda model: -of(model)),
+        piece("penalty-sign", coefficient=lambda given: -given),
+        "penalty-wrong",
     ),
-    Fault(
+    penalty_fault(
         "squares without root",
         "A sum of squares shrinks every weight and sets none to zero.",
-        ("penalty-not-lasso", "penalty-wrong"),
-        parts=lambda parts: replace(parts, penalty=lambda model: ridge(channel_groups(model))),
+        piece("penalty-not-lasso", norm=lambda sums: sums),
+        "penalty-wrong",
+    ),
+    penalty_fault(
+        "one norm for all groups",
+        "The root is taken of the sum over all groups, so no group is drawn to zero before another.",
+        piece("penalty-not-lasso", norm=lambda sums: sums.sum().sqrt()),
+    ),
+    penalty_fault(
+        "a constant under the root",
+        "The penalty takes sqrt(x + 1e-4), which is flat where a group is small.",
+        piece("penalty-smoothed", norm=lambda sums: (sums + 1e-4).sqrt()),
     ),
     Fault(
         "L1 instead of groups",
         "Every weight is penalised by itself, so channels do not vanish together.",
-        ("penalty-wrong",),
-        parts=lambda parts: replace(parts, penalty=lambda model: l1_kernel_sparsity),
+        ("penalty-not-lasso", "penalty-wrong"),
+        parts=penalty(lambda model: l1_kernel_sparsity),
     ),
     Fault(
         "penalty never recomputed",
         "The value of the first step is added to every loss.",
-        ("penalty-detached", "penalty-not-in-loss"),
+        ("penalty-stale", "penalty-detached"),
         parts=penalty(kept_from_first),
+    ),
+    Fault(
+        "penalty one call behind",
+        "Every loss holds the penalty's value of the step before.",
+        ("penalty-stale", "penalty-detached"),
+        parts=penalty(one_call_behind),
+    ),
+    Fault(
+        "penalty detached in mid-run",
+        "After 50 calls the penalty has no gradient any more.",
+        ("penalty-detached",),
+        parts=penalty(detached_later),
     ),
     Fault(
         "coefficient constant",
@@ -245,46 +237,45 @@ FAULTS = (
         ("coefficient-not-applied", "coefficient-wrong"),
         pipeline=schedule_by_step,
     ),
-    Fault(
+    step_fault(
         "coefficient ignored",
         "The step adds the penalty with weight 1 whenever the coefficient is not 0.",
-        ("coefficient-not-applied",),
-        pipeline=applied(lambda given: float(given > 0)),
+        piece("coefficient-not-applied", coefficient=lambda given: 1.0),
     ),
-    Fault(
+    step_fault(
         "coefficient applied twice",
         "The penalty is multiplied by the square of the coefficient.",
-        ("coefficient-not-applied",),
-        pipeline=applied(lambda given: given * given),
+        piece("coefficient-not-applied", coefficient=lambda given: given * given),
     ),
-    Fault(
+    step_fault(
         "penalty left out of the loss",
-        "The step is called without the penalty.",
-        ("penalty-not-in-loss",),
-        pipeline=objective(penalty=None),
+        "The step adds no penalty to its loss.",
+        piece("penalty-not-in-loss", grouping=None),
     ),
-    Fault(
+    step_fault(
         "squares of the logits missing",
         "Neither dead zones nor bits are drawn anywhere but by the task.",
-        ("logit-squares-missing",),
-        pipeline=objective(lambda_dz=0.0, lambda_bit=0.0),
+        Mutant("logit-squares-missing", times(0.0, "logit_dz", "logit_bit")),
     ),
-    Fault(
+    step_fault(
         "squares of one kind of logits missing",
         "The dead-zone logits are regularised, the bit logits are not.",
-        ("logit-squares-missing", "lambda-wrong"),
-        pipeline=objective(lambda_bit=0.0),
+        Mutant("logit-squares-missing", times(0.0, "logit_bit")),
+        "lambda-wrong",
     ),
-    Fault(
+    step_fault(
         "squares ten times too heavy",
         "lambda of the dead-zone logits is 0.1 instead of 0.01.",
-        ("lambda-wrong",),
-        pipeline=objective(lambda_dz=0.1),
+        Mutant("lambda-wrong", times(10.0, "logit_dz")),
     ),
-    Fault(
+    step_fault(
+        "squares with the wrong sign",
+        "The squares of the logits are subtracted, so dead zones close and bits rise.",
+        Mutant("lambda-wrong", times(-1.0, "logit_dz", "logit_bit")),
+    ),
+    penalty_fault(
         "root not guarded at zero",
         "The gradient of the square root is 0 / 0 as soon as a group is dead.",
-        ("penalty-not-differentiable",),
-        parts=lambda parts: replace(parts, penalty=unguarded),
+        piece("penalty-not-differentiable", norm=unguarded),
     ),
 )

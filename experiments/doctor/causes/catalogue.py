@@ -6,6 +6,10 @@ from experiments.doctor.report import Cause
 
 _TEXTS: dict[str, tuple[str, str]] = {
     # parts that do not run at all
+    "step-returns-no-loss": (
+        "the step returns no loss.",
+        "return the loss, one number, or an object with `total`",
+    ),
     "step-raises": ("the step function raises an error.", "run the step alone on one batch and read the traceback"),
     "loader-raises": ("the loader raises an error.", "draw one batch by hand and read the traceback"),
     "loader-empty": (
@@ -209,6 +213,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "a learning rate is 0, so nothing moves.",
         "set the group's learning rate, and look at its schedule",
     ),
+    "learning-rate-too-small": (
+        "the learning rate is far too small: nothing is learned in the steps that are made.",
+        "multiply the learning rate by 10 until one batch is learned within some ten steps",
+    ),
     "learning-rate-too-large": (
         "the learning rate is far too large: one step moves weights by more than their own size.",
         "divide the learning rate by 10 until the first steps lower the loss",
@@ -386,6 +394,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "the penalty is not a group lasso: single weights, or squares without a root.",
         "sum over groups of the 2-norm; only the root draws whole groups to zero",
     ),
+    "penalty-smoothed": (
+        "a constant is added under the penalty's root, so small groups are hardly drawn to zero.",
+        "take the root of the plain sum of squares, and give it the gradient 0 at 0",
+    ),
+    "penalty-stale": (
+        "the penalty's value is an old one: it does not follow the weights.",
+        "compute the penalty anew in every step",
+    ),
     "penalty-not-differentiable": ("the penalty's gradient is not finite.", "guard the square root at 0"),
     "penalty-dominates": (
         "the coefficient's peak is far too large: the penalty outweighs the task.",
@@ -444,6 +460,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "update-wrong": (
         "parameters do not move as the optimizer's rule says.",
         "look for a second optimizer step or a change by hand",
+    ),
+    "weights-averaged": (
+        "an average of the weights is written back after the update, so each step moves them by a part of it.",
+        "keep the average (EMA, Lookahead) in a copy of the network, and evaluate that",
     ),
     "ascent": ("the update raises the loss: its sign is wrong.", "look for maximize=True or a negative loss"),
     "changes-too-much": ("a step changes things that it should leave alone.", "look for assignments in the step"),

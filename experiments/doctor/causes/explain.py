@@ -4,6 +4,8 @@ A mutant is the reference with one mistake in it. Reference and mutants predict 
 the measurement where it comes much nearer to it than the reference does:
 
     misfit(guess) = mean, over the observables that are not right, of min(1, ||found - guess|| / ||found - right||)
+
+An observable that is right and would not be under the mutant counts as 1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ Observables = Mapping[str, Tensor]
 """Numbers and tensors by name, float64 on the CPU."""
 
 MUCH_NEARER = 0.3
+SAME = 1e-3  # of an observable's size; what a mutant changes by less, it leaves as it is
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,17 @@ def explain(
 
 
 def misfit(found: Observables, guess: Observables, right: Observables) -> float:
-    """Mean over the observables that are not right, of ||found - guess|| / ||found - right||, each at most 1."""
+    """Mean over the observables that are not right, of ||found - guess|| / ||found - right||, each at most 1.
+
+    Those that are right and would not be under the guess count as 1.
+    """
     shares = []
     for name, value in found.items():
         off = distance(value, right[name])
         if off > 0:
             shares.append(min(1.0, distance(value, guess[name]) / off))
+        elif distance(guess[name], right[name]) > SAME * float(torch.linalg.vector_norm(right[name].double())):
+            shares.append(1.0)
     return sum(shares) / len(shares) if shares else 0.0
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from experiments.doctor.core.objective import cross_entropy
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.reference.objective import cross_entropy
 from experiments.doctor.runner import NotApplicable
 from src.training import autocast
 from utils_quantization import eval_mode, shared_quantized_weights

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.core import objective
 from experiments.doctor.network.network_checks import batch_of, scores_of
+from experiments.doctor.observe import grouping_of, perturb_
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.reference.objective import Grouping, parameter_name
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
-from experiments.doctor.step.penalty_diagnosis import parameter_name
-from experiments.doctor.training.perturbation import perturb_
 from utils_quantization import eval_mode
 
 
@@ -27,7 +26,7 @@ def _groups(pipeline: Pipeline) -> Outcome:
     """Zero everything that makes the channels of random groups; those who read them must see zeros there."""
     if pipeline.expected.penalty is None:
         raise NotApplicable("no penalty on channel groups is expected")
-    grouping = objective.channel_grouping(pipeline)
+    grouping = grouping_of(pipeline)
     images, _ = batch_of(pipeline, 8)
     random = np.random.default_rng(0)
     wrong: set[str] = set()
@@ -45,7 +44,7 @@ def _groups(pipeline: Pipeline) -> Outcome:
     return Outcome("zero at every reader", measured, not wrong and not uncovered, likely)
 
 
-def _intervene(pipeline: Pipeline, grouping: objective.Grouping, chosen: np.ndarray, images: Tensor) -> set[str]:
+def _intervene(pipeline: Pipeline, grouping: Grouping, chosen: np.ndarray, images: Tensor) -> set[str]:
     """Modules that read something else than zero from the channels of the chosen groups."""
     model = pipeline.model
     with torch.no_grad():
@@ -82,7 +81,7 @@ def _keeper(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any], No
     return keep
 
 
-def _uncovered(pipeline: Pipeline, grouping: objective.Grouping) -> list[str]:
+def _uncovered(pipeline: Pipeline, grouping: Grouping) -> list[str]:
     """Convolutions with output channels in no group."""
     whole = {m.module for m in grouping.members if m.role == "filter" and (m.groups >= 0).all()}
     return [n for n, m in pipeline.model.named_modules() if isinstance(m, nn.Conv2d) and n not in whole]

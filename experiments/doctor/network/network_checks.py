@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.checks.quantizers import expected_weight
-from experiments.doctor.core import objective
 from experiments.doctor.data.loader_checks import good_batches
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.reference.objective import cross_entropy
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
@@ -125,7 +125,7 @@ def _first_loss(pipeline: Pipeline) -> Outcome:
     if classes is not None and scores.shape[1] != classes:
         measured = f"{scores.shape[1]} outputs for {classes} classes"
         return Outcome(f"{classes} outputs", measured, False, ["classes-mismatch"])
-    loss, chance = float(objective.cross_entropy(scores, labels)), math.log(scores.shape[1])
+    loss, chance = float(cross_entropy(scores, labels)), math.log(scores.shape[1])
     layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in pipeline.model.modules())
     above = HIGHEST_START + PER_LAYER * layers  # a residual stream grows with every block that is added to it
     ok = chance - LOWEST_START < loss < chance + above

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.doctor.expected import kind_of
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.step.optimizer_checks import kind_of
 from src.training import Step
 
 MOST = 10.0  # times the second step; Adam's steps differ by less than a factor of 3

@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 
-from experiments.doctor.core.objective import channel_grouping
-from experiments.doctor.observe import StepTrace, gradients_left, state_of_parts, watching_step
+from experiments.doctor.checks.step import gradient_fits, loss_fits, modes_of_network, squared_logits, update_by_rule
+from experiments.doctor.observe import (
+    Steps,
+    StepTrace,
+    compute_again,
+    gradients_left,
+    other_images,
+    state_of_parts,
+    watching_step,
+)
 from experiments.doctor.pipeline import Batch, Pipeline, step_losses
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, preserve_state
-from experiments.doctor.step.step_gradients import squared_logits, task_gradient_fits, through_quantizers
-from experiments.doctor.step.step_loss import modes_of_network, step_loss
-from experiments.doctor.step.step_updates import update_by_rule
-from experiments.doctor.training.steps_taken import Steps, other_images, own_task
 from src.training import Step, StepLosses
 
 SPREAD = 8  # the step that is taken apart is among the first SPREAD of its epoch, another one in every epoch
@@ -38,8 +42,8 @@ CHECKS = {
 Check = Callable[[Steps, Pipeline], Outcome]
 _WITHOUT_BATCH: Mapping[str, Check] = {"mode in mid-run": modes_of_network, "update in mid-run": update_by_rule}
 _WITH_BATCH: Mapping[str, Check] = {
-    "loss in mid-run": step_loss,
-    "gradient in mid-run": task_gradient_fits,
+    "loss in mid-run": loss_fits,
+    "gradient in mid-run": gradient_fits,
     "squared logits in mid-run": squared_logits,
 }
 _NOTHING = torch.zeros(0)
@@ -114,10 +118,13 @@ class Replay:
             seen.gradients = gradients_left(self.pipeline.model)
         try:
             with preserve_state(self.pipeline), preserve_state(twin):
-                self._judge(armed.epoch, Steps(_NOTHING, _NOTHING, plain=seen), twin, _WITHOUT_BATCH)
+                self._judge(armed.epoch, Steps(_NOTHING, _NOTHING, twin, plain=seen), twin, _WITHOUT_BATCH)
                 batch = self._drawn_again(armed)
                 if batch is not None:
-                    self._judge(armed.epoch, _without_penalty(twin, seen, batch, armed.epoch), twin, _WITH_BATCH)
+                    steps = Steps(*batch, twin, plain=seen, given=_applied(twin, seen.losses, armed.epoch))
+                    with preserve_state(twin):
+                        compute_again(steps)
+                    self._judge(armed.epoch, steps, twin, _WITH_BATCH)
         except NotApplicable as reason:
             self._reason = str(reason)
         except Exception as error:  # what cannot be computed a second time is not judged
@@ -143,10 +150,13 @@ class Replay:
                 self._reason = str(reason)
 
 
-def _applied(losses: StepLosses, expected: float) -> float:
+def _applied(pipeline: Pipeline, losses: StepLosses, epoch: int) -> float:
     """The coefficient that the step's own losses hold; whether it is the expected one is checked elsewhere."""
+    expected = pipeline.expected.coefficients
+    if expected is None or epoch >= len(expected):
+        raise NotApplicable("the objective is not expected")
     total, task, logits, groups = (float(part) for part in (losses.total, losses.task, losses.logits, losses.groups))
-    return (total - task - logits) / groups if groups > 0 else expected
+    return (total - task - logits) / groups if groups > 0 else expected[epoch]
 
 
 def _same_rates(twin: Any, optimizer: Any) -> None:
@@ -154,26 +164,3 @@ def _same_rates(twin: Any, optimizer: Any) -> None:
     pairs = zip(getattr(twin, "param_groups", []), getattr(optimizer, "param_groups", []), strict=False)
     for copied, group in pairs:
         copied["lr"] = group.get("lr")
-
-
-def _without_penalty(twin: Pipeline, seen: StepTrace, batch: Batch, epoch: int) -> Steps:
-    """The watched step less what the expected penalty adds to its loss and gradient: the task and the squares are left.
-
-    Raises NotApplicable where the objective is not expected.
-    """
-    expected = twin.expected.coefficients
-    if twin.expected.lambda_dz is None or expected is None or epoch >= len(expected) or seen.losses is None:
-        raise NotApplicable("the objective is not expected")
-    twin.model.train()
-    if twin.expected.penalty and expected[epoch]:
-        grouping = channel_grouping(twin)
-        value, slopes = grouping.lasso(grouping.weights(twin.model))
-        extra = through_quantizers(twin, slopes)
-        weight = _applied(seen.losses, expected[epoch])
-        less = {n: g if g is None else g - weight * extra[n] for n, g in seen.gradients.items() if n in extra}
-        total = seen.losses.total - weight * value
-        seen = replace(seen, gradients=less, losses=replace(seen.losses, total=total))
-    steps = Steps(*batch, plain=seen)
-    with preserve_state(twin):
-        steps.task, steps.task_gradient = own_task(twin, steps)
-    return steps

@@ -13,13 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from experiments.doctor.expected import LOGITS, factor_of
+from experiments.doctor.checks.penalty import coefficient_outcome
+from experiments.doctor.expected import LOGITS, factor_of, kind_of
 from experiments.doctor.network.learning_checks import learning_checks
 from experiments.doctor.pipeline import Pipeline, is_plain
 from experiments.doctor.report import TRAINING, Report
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.step.coefficient_checks import coefficient_outcome
-from experiments.doctor.step.optimizer_checks import kind_of
 from experiments.doctor.training.continuity import Continuity
 from experiments.doctor.training.record_checks import (
     EpochView,

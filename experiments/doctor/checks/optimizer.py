@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from experiments.doctor.expected import LOGITS, ExpectedGroup
+from experiments.doctor.expected import ExpectedGroup, kind_of
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 
@@ -22,12 +23,6 @@ def optimizer_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     runner.check("every parameter once", "all that should learn is in the optimizer, exactly once", _members, pipeline)
     runner.check("rates and decays", "each group has the learning rate and the decay meant for it", _settings, pipeline)
     runner.check("learning-rate schedule", "the weights' learning rate follows the expected shape", _schedule, pipeline)
-
-
-def kind_of(name: str) -> str:
-    """The group a parameter belongs to: logit_dz, logit_bit, or weights."""
-    leaf = name.rpartition(".")[2]
-    return leaf if leaf in LOGITS else "weights"
 
 
 def groups_by_parameter(optimizer: Any) -> dict[int, list[dict[str, Any]]]:
@@ -110,7 +105,7 @@ def _settings(pipeline: Pipeline) -> Outcome:
     holding = groups_by_parameter(pipeline.optimizer)
     trainable = [(n, p) for n, p in pipeline.model.named_parameters() if p.requires_grad and id(p) in holding]
     if expected is None:
-        return _sensible(pipeline, trainable, holding)
+        return _sensible(trainable, holding)
     wrong: dict[str, str] = {}
     likely: Counter[str] = Counter()
     started = bool(pipeline.optimizer.state)
@@ -162,13 +157,16 @@ def _compare(
     return odd
 
 
-def _sensible(pipeline: Pipeline, trainable: list[tuple[str, nn.Parameter]], holding: Any) -> Outcome:
-    """Without a expected: rates above 0."""
-    rates = {float(holding[id(p)][0].get("lr", float("nan"))) for _, p in trainable}
-    if not rates:
+def _sensible(trainable: list[tuple[str, nn.Parameter]], holding: Any) -> Outcome:
+    """Where none is expected: rates above 0, but at the start of a torch scheduler's warm-up."""
+    groups = [holding[id(p)][0] for _, p in trainable]
+    if not groups:
         raise NotApplicable("no trainable parameter is in the optimizer")
-    shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
-    return Outcome("learning rates above 0; none is expected", shown, 0.0 not in rates, ["learning-rate-zero"])
+    rates = sorted({float(group.get("lr", math.nan)) for group in groups})
+    warm = all(group.get("initial_lr") for group in groups if group.get("lr") == 0.0)
+    shown = ", ".join(f"{rate:g}" for rate in rates) + (" at the start of a warm-up" if 0.0 in rates and warm else "")
+    ok = warm or 0.0 not in rates
+    return Outcome("learning rates above 0; none is expected", shown, ok, ["learning-rate-zero"])
 
 
 def _schedule(pipeline: Pipeline) -> Outcome:

@@ -1,0 +1,604 @@
+"""The first steps: does one real step minimise the expected objective, move what it should, and nothing else?
+
+What was seen of the steps (observe.py) is held against the reference; causes/step_mutants.py says which mistake
+explains a difference. Axis letters: N batch, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from experiments.doctor.causes.explain import Observables, distance
+from experiments.doctor.causes.step_mutants import (
+    PENALTY,
+    TASK,
+    UPDATE,
+    fitted_gradients,
+    fitted_penalty,
+    fitted_update,
+    ranked,
+)
+from experiments.doctor.checks.optimizer import groups_by_parameter
+from experiments.doctor.expected import LOGITS, kind_of
+from experiments.doctor.network.network_checks import batch_of
+from experiments.doctor.observe import (
+    Steps,
+    StepTrace,
+    compute_again,
+    done,
+    full_rates_,
+    gradients_of,
+    grouping_of,
+    objective_of,
+    other_images,
+    take_steps,
+    watched_step,
+)
+from experiments.doctor.pipeline import Pipeline, step_losses
+from experiments.doctor.quantizer.grid_checks import finite_differences
+from experiments.doctor.reference.objective import (
+    Gradients,
+    Objective,
+    cross_entropy,
+    gradients,
+    plain,
+    trainable,
+)
+from experiments.doctor.reference.update import RULES, UNKNOWN, Moved, Update
+from experiments.doctor.runner import RAISED, CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
+from src.training import autocast
+from utils_quantization import quantized_layers, shared_quantized_weights
+
+LOSS_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative; bf16 has 8 bits of mantissa
+GRADIENT_CLOSE = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
+FLOAT32 = 2.4e-7  # relative rounding of one update
+LARGEST_STEP = 0.7  # of a layer's own root mean square; the presets' first steps stay below 0.1
+SMALLEST_STEP = 1e-5  # the same; below it 24 steps change a weight by less than a thousandth
+OVERFIT_IMAGES, OVERFIT_STEPS = 32, 24
+ALWAYS_WRONG = ("step-labels-wrong", "ascent", "softmax-twice", "gradient-missing", "batchnorm-in-eval")
+"""Of what explains a step whose objective is not promised: wrong under any intention."""
+
+
+def step_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
+    """Take the steps and add their findings."""
+    proves = "the step function works on a batch"
+    try:
+        steps = take_steps(pipeline)
+    except (NotApplicable, PartFailed) as reason:
+        text = f"no step could be taken: {reason}"
+        likely = [reason.cause] if isinstance(reason, PartFailed) else ["loader-shapes"]
+        runner.add("a step runs", proves, Outcome("no error", text, False, likely))
+        return
+    except RAISED as error:
+        text = f"no step could be watched: {type(error).__name__}: {error}"
+        runner.add("a step runs", proves, Outcome("no error", text, False, ["model-raises", "step-raises"]))
+        return
+    runner.check("a step runs", proves, _runs, steps, blame="step-raises")
+    if steps.plain is None:
+        return
+    for name, proves, check in CHECKS:
+        runner.check(name, proves, check, steps, pipeline)
+
+
+def _runs(steps: Steps) -> Outcome:
+    """A step ends without an error, with a finite loss."""
+    if steps.error is not None:
+        return Outcome("a finite loss", str(steps.error), False, [steps.error.cause])
+    losses = done(steps.plain).losses
+    assert losses is not None
+    loss = float(losses.total)
+    often = f"; {steps.calls} calls for one update" if steps.calls > 1 else ""
+    return Outcome("a finite loss", f"{loss:.4g}{often}", math.isfinite(loss), ["loss-not-finite"])
+
+
+def modes_of_network(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """During a step quantizers are on, and normalisation layers are in training mode."""
+    seen = done(steps.plain)
+    quantizers, norms = quantized_layers(pipeline.model), [m for m in pipeline.model.modules() if is_norm(m)]
+    if not quantizers and not norms:
+        raise NotApplicable("the network has neither BatchNorm nor quantizers")
+    parts = [f"BatchNorm in training mode in {len(seen.means)} of {len(norms)} layers"] if norms else []
+    parts += [f"quantizers on in {len(seen.quantizers_seen - seen.quantizers_off)} of {len(quantizers)}"]
+    off = sorted(seen.quantizers_off | {name for name in quantizers if name not in seen.quantizers_seen})
+    likely = ["batchnorm-in-eval" if seen.norms_in_eval else None, "quantizers-off-in-training" if off else None]
+    likely += ["quantizers-off"] if off else []
+    frozen = bool(seen.norms_in_eval) and not seen.model_in_eval and not off and pipeline.expected.groups is None
+    ok = not seen.norms_in_eval and not off
+    return Outcome("all of them", "; ".join(parts), ok, likely, unusual=frozen)  # as for fine-tuning
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that keeps running statistics."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+
+
+def loss_fits(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The returned loss is task loss + squared logits (+ coefficient x penalty)."""
+    right, seen, promised = _right(steps), done(steps.plain), pipeline.expected.lambda_dz is not None
+    assert seen.losses is not None
+    found, meant = float(seen.losses.total), float(right["total"])
+    close = LOSS_CLOSE[pipeline.precision] * (1 if promised else 20)
+    error = abs(found - meant) / max(abs(meant), 1e-9) / close
+    likely: list[str] = []
+    if not error <= 1:
+        fits = _miss(steps, "weights") <= GRADIENT_CLOSE[pipeline.precision]
+        likely = [*_explained(steps), *(["loss-misreported"] if fits else []), "loss-wrong"]
+    measured = f"{found:.4f} for {meant:.4f}" + (f" with coefficient {steps.given:g}" if steps.given else "")
+    unusual = not promised and _is_unusual(likely)
+    return Outcome("the expected parts, added", measured, error <= 1, likely, error, unusual)
+
+
+def gradient_fits(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The weights' gradient is the reference's; the logits' is looked at by `squared_logits`."""
+    _right(steps)
+    promised = pipeline.expected.lambda_dz is not None
+    close = GRADIENT_CLOSE[torch.bfloat16 if not promised else pipeline.precision]
+    miss = _miss(steps, "weights")
+    likely = [] if miss <= close else [*_explained(steps), "step-gradient-wrong"]
+    text = f"the gradient of the expected objective, within {100 * close:g}%"
+    unusual = not promised and _is_unusual(likely)
+    return Outcome(text, f"differs by {100 * miss:.2g}%", miss <= close, likely, miss / close, unusual)
+
+
+def _is_unusual(likely: list[str]) -> bool:
+    return not set(likely[:1]) & set(ALWAYS_WRONG)
+
+
+def _right(steps: Steps) -> Observables:
+    if steps.right is not None:
+        return steps.right
+    expected = steps.bare.expected
+    if expected.objective == "open":
+        raise NotApplicable("the objective is left open")
+    if expected.lambda_dz is None and steps.calls > 1:
+        raise NotApplicable(f"{steps.calls} calls make one update", "expected.lambda_dz")
+    if expected.lambda_dz is None and len(done(steps.plain).passes) != 1:
+        raise NotApplicable("the network does not run once a step", "expected.lambda_dz")
+    raise NotApplicable("the loss could not be computed again")
+
+
+def _found(steps: Steps) -> Observables:
+    """What was seen of the plain step; what agrees with the reference within what is tolerated is the reference's."""
+    right, seen = _right(steps), done(steps.plain)
+    assert seen.losses is not None
+    precision = steps.bare.precision
+    found = {"total": plain(seen.losses.total)}
+    found |= {f"gradient of {name}": g for name, g in gradients_of(seen).items() if f"gradient of {name}" in right}
+    return settled(found, right, LOSS_CLOSE[precision], GRADIENT_CLOSE[precision])
+
+
+def settled(found: Observables, right: Observables, number: float, tensor: float) -> Observables:
+    """`found` with what is close to `right` replaced by it: numbers to `number`, tensors to `tensor` of their size."""
+    sizes = {name: float(value.norm()) for name, value in right.items()}
+    largest = max((size for name, size in sizes.items() if right[name].dim()), default=0.0)
+
+    def near(name: str) -> bool:
+        close = number * sizes[name] if not right[name].dim() else tensor * max(sizes[name], 0.01 * largest)
+        return distance(found[name], right[name]) <= close
+
+    return {name: right[name] if near(name) else value for name, value in found.items() if name in right}
+
+
+def _miss(steps: Steps, kind: str) -> float:
+    """Relative error of the gradient of the parameters of a kind."""
+    right, found = _right(steps), gradients_of(done(steps.plain))
+    both = {n: right[f"gradient of {n}"] for n in found if f"gradient of {n}" in right and kind_of(n) == kind}
+    return relative({n: found[n] for n in both}, both)
+
+
+def relative(found: Gradients, meant: Gradients) -> float:
+    """||found - meant|| / ||meant|| over all parameters of either; what one lacks is 0."""
+    keys = found.keys() | meant.keys()
+    zero = torch.zeros(())
+    square = sum(float((found.get(k, zero) - meant.get(k, zero)).square().sum()) for k in keys)
+    size = sum(float(value.square().sum()) for value in meant.values())
+    return math.sqrt(square / size) if size else math.sqrt(square)
+
+
+def _explained(steps: Steps) -> list[str]:
+    """The mistakes that explain the plain step, best first. What was measured directly goes before."""
+    if steps.explained is None:
+        seen, promised = done(steps.plain), steps.bare.expected.lambda_dz is not None
+        found, right = _found(steps), _right(steps)
+        mutants, fitted = [*TASK, *(PENALTY if steps.given else ())], fitted_gradients(found, right)
+        assert steps.reference is not None
+        keys = ranked(found, steps.reference, mutants, fitted, steps.predict)
+        if promised and (not seen.passes or other_images(seen.passes[0], steps.images)):
+            keys = ["step-images-wrong", *keys]
+        if not keys and _labels_are_mixed(steps):
+            keys = ["step-labels-wrong"]
+        zero = [n for n, g in gradients_of(seen).items() if n.endswith("original") and not float(g.abs().max()) > 0]
+        steps.explained = [*keys, *(["no-ste-round"] if zero else [])]
+    return steps.explained
+
+
+def _labels_are_mixed(steps: Steps) -> bool:
+    """With one label for all images a permutation changes nothing: are loss and gradient then right?"""
+    same = torch.zeros_like(steps.labels) + steps.labels[0]
+    pipeline = steps.bare
+    one = replace(steps, labels=same, right=None, explained=None, given=0.0)
+    with preserve_state(pipeline):
+        pipeline.model.train()
+        with preserve_state(pipeline):
+            one.plain = watched_step(pipeline, steps.images, same, 0.0)
+        compute_again(one)
+    if one.right is None or one.plain.losses is None:
+        return False
+    off = abs(float(one.plain.losses.total) - float(one.right["total"]))
+    loss = off < LOSS_CLOSE[pipeline.precision] * max(float(one.right["total"]), 1.0)
+    return loss and _miss(one, "weights") <= GRADIENT_CLOSE[pipeline.precision]
+
+
+def every_gradient(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """Every trainable parameter gets a non-zero, finite gradient in one step."""
+    seen = done(steps.plain)
+    missing = [n for n, g in seen.gradients.items() if g is None or not float(g.abs().max()) > 0]
+    broken = [n for n, g in seen.gradients.items() if g is not None and not torch.isfinite(g).all()]
+    missing = [n for n in missing if n not in broken]
+    asleep = _asleep(steps, pipeline, missing) if missing else []
+    missing = [n for n in missing if n not in asleep]
+    quantized = [n for n in missing if n.endswith("parametrizations.weight.original")]
+    logits = [n for n in missing if kind_of(n) != "weights"]
+    likely: list[str | None] = ["gradient-not-finite" if broken else None]
+    likely += ["no-ste-round"] if quantized and len(quantized) == len(missing) - len(logits) else []
+    likely += ["logits-detached"] if logits and len(logits) == len(missing) else []
+    likely += ["bits-frozen"] if logits and all("logit_bit" in n for n in logits) else []
+    likely += ["quantizers-off-in-training"] if logits else []
+    likely += ["gradient-missing", "no-update" if not seen.updates else None]
+    count = len(seen.gradients)
+    measured = f"{count - len(missing) - len(broken) - len(asleep)} of {count}"
+    measured += f"; none for {names(missing)}" if missing else ""
+    measured += f"; none yet for {names(asleep)}, behind weights that start at 0" if asleep else ""
+    measured += f"; not finite for {names(broken)}" if broken else ""
+    return Outcome(f"all {count}", measured, not missing and not broken, likely)
+
+
+def _asleep(steps: Steps, pipeline: Pipeline, missing: list[str]) -> list[str]:
+    """Which of these get a gradient as soon as no parameter is 0: a branch that starts with a scale of 0."""
+    if pipeline.expected.groups is not None:
+        return []
+    with preserve_state(pipeline), torch.no_grad():
+        pipeline.model.train()
+        for p in trainable(pipeline.model).values():
+            if not p.any():
+                p.add_(0.1)
+        with torch.enable_grad():
+            seen = watched_step(pipeline, steps.images, steps.labels, 0.0, steps.calls)
+    awake = {n for n, g in seen.gradients.items() if g is not None and float(g.abs().max()) > 0}
+    return [n for n in missing if n in awake]
+
+
+def squared_logits(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The logits' gradient is the task's + 2 lambda theta."""
+    lambdas = {"logit_dz": pipeline.expected.lambda_dz, "logit_bit": pipeline.expected.lambda_bit}
+    if lambdas["logit_dz"] is None:
+        raise NotApplicable("no weights of the squared logits are expected", "expected.lambda_dz")
+    _right(steps)
+    misses = {leaf: _miss(steps, leaf) for leaf in LOGITS if any(n.endswith(leaf) for n in trainable(pipeline.model))}
+    if not misses:
+        raise NotApplicable("no logit is learned")
+    close = GRADIENT_CLOSE[pipeline.precision]
+    worst = max(misses.values()) / close
+    measured = ", ".join(f"{leaf} off by {100 * miss:.2g}%" for leaf, miss in misses.items())
+    likely = [] if worst <= 1 else [*_explained(steps), "lambda-wrong", "logit-squares-missing"]
+    expected = ", ".join(f"{leaf} {weight:g}" for leaf, weight in lambdas.items())
+    return Outcome(f"lambda of {expected}, within {100 * close:g}%", measured, worst <= 1, likely, worst)
+
+
+def penalty_added(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """What the step with the penalty has more, in loss and gradient, is coefficient x the penalty's."""
+    if steps.penalised is None or not steps.coefficient:
+        raise NotApplicable("there is no penalty")
+    alone, more = done(steps.plain), done(steps.penalised)
+    slopes = [gradients_of(seen) for seen in (alone, more)]
+    found = _weights({n: (slopes[1][n] - g) / steps.coefficient for n, g in slopes[0].items()})
+    size = relative(found, {})
+    if not pipeline.expected.penalty:
+        return Outcome("a gradient", f"norm {size:.3g}", size > 0, ["penalty-detached", "penalty-not-in-loss"])
+    assert alone.losses is not None
+    assert more.losses is not None
+    value = (more.losses.total - alone.losses.total) / steps.coefficient
+    grouping = grouping_of(pipeline)
+    reference = objective_of(pipeline, grouping)
+
+    def predict(objective: Objective) -> Observables:
+        """By the quantizers' own backward, which another check looks at."""
+        with shared_quantized_weights(pipeline.model):
+            factor = objective.coefficient(steps.coefficient) / steps.coefficient
+            total = factor * objective.penalty(objective, pipeline.model)
+            return {"value": plain(total), **_weights(gradients(total, pipeline.model))}
+
+    right = predict(reference)
+    target = {n: g for n, g in right.items() if n != "value"}
+    # the difference of two gradients carries the rounding of both
+    noise = relative(_weights(slopes[0]), {}) / max(relative(target, {}), 1e-15) / steps.coefficient
+    close = 0.02 + 1e-4 * noise
+    miss, off = relative(found, target), float((value - right["value"]).abs() / right["value"].clamp(min=1e-12))
+    ok = max(miss, off) < close
+    likely: list[str | None] = []
+    if not ok:
+        seen = settled({"value": plain(value), **found}, right, close, close)
+        likely += ["loss-misreported" if miss < close else None]
+        likely += ranked(seen, reference, PENALTY, fitted_penalty(seen, right), predict)
+        likely += ["penalty-detached" if not size else None, "coefficient-not-applied", "penalty-wrong"]
+    measured = f"loss {float(value):.4g} for {float(right['value']):.4g}, gradient off by {100 * miss:.2g}%"
+    wanted = f"the norms of {grouping.count} groups, times the coefficient"
+    return Outcome(wanted, measured, ok, likely, max(miss, off) / close)
+
+
+def _weights(grads: Gradients) -> Gradients:
+    return {name: g for name, g in grads.items() if kind_of(name) == "weights"}
+
+
+def _differences(steps: Steps, pipeline: Pipeline) -> Outcome:
+    return finite_differences(pipeline)
+
+
+def fresh_gradients(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The same step made twice gives the same gradients: none is left over from the step before."""
+    if steps.calls > 1:
+        raise NotApplicable(f"gradients are added up over {steps.calls} calls")
+    miss = relative(gradients_of(done(steps.again)), gradients_of(done(steps.plain)))
+    measured = f"the second step's gradient differs by {100 * miss:.2g}%"
+    likely = ["gradients-accumulate", "step-gradient-wrong"]
+    return Outcome("the same gradient on the same batch", measured, miss < 0.2, likely)
+
+
+def update_by_rule(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """Every parameter moves as the optimizer's own rule says, computed from its gradient in float64."""
+    seen = done(steps.plain)
+    moved = _movements(pipeline, seen)
+    open_ = pipeline.expected.groups is None
+    if not any(float(m.abs().max()) > 0 for m in moved.values()):
+        foreign = "foreign-parameter" if len(_absent(pipeline, list(moved))) == len(moved) else None
+        rates = [float(settings.get("lr", 1.0)) for settings in seen.settings.values()]
+        zero = "learning-rate-zero" if seen.updates else None
+        warm = open_ and bool(rates) and not any(rates)
+        text = "nothing moved at all" + (" at a rate of 0" if warm else "")
+        return Outcome("the optimizer's update", text, False, [foreign, zero, "no-update"], unusual=warm)
+    if seen.updates > 1:
+        return Outcome("one update", f"{seen.updates} updates in one step", False, ["update-wrong"])
+    rule = None if open_ and type(pipeline.optimizer) not in RULES else _rule(pipeline.optimizer)
+    held = {n: of for n in moved if rule is not None and (of := _moved(pipeline, n, seen)) is not None}
+    if not held or rule is None:
+        movers = sum(bool(m.abs().max() > 0) for m in moved.values())
+        text = f"{movers} of {len(moved)} parameters moved"
+        return Outcome("a movement; the rule is not known here", text, True)
+
+    def predict(update: Update) -> Observables:
+        return {n: update.movement(of) for n, of in held.items()}
+
+    right, found = predict(Update(rule)), {n: moved[n] for n in held}
+    misses = {n: _beyond_rounding(found[n], right[n], held[n].p) for n in held}
+    odd = sorted((n for n in misses if misses[n] > 0.02), key=lambda n: -misses[n])
+    measured = f"as the rule says for {len(held) - len(odd)} of {len(held)}"
+    likely: list[str | None] = []
+    if odd:
+        measured += f"; {names(odd)} off by up to {100 * misses[odd[0]]:.2g}%"
+        still = _absent(pipeline, [n for n in odd if not float(moved[n].abs().max()) > 0])
+        likely += ["logits-not-in-optimizer" if any(kind_of(n) != "weights" for n in still) else None]
+        likely += ["parameter-not-in-optimizer" if still else None]
+        at_rest = all(seen.settings.get(n, {}).get("lr") == 0 for n in odd)
+        likely += ["learning-rate-zero" if at_rest else None]
+        found = {n: value if n in odd else right[n] for n, value in found.items()}
+        fitted = fitted_update(found, right, {n: of.p for n, of in held.items()})
+        likely += ranked(found, Update(rule), UPDATE, fitted, predict)
+        likely += ["update-wrong", "changes-too-much"]
+    return Outcome("the optimizer's rule for every parameter", measured, not odd, likely, max(misses.values()) / 0.02)
+
+
+def _movements(pipeline: Pipeline, seen: StepTrace) -> Gradients:
+    """By how much every learnable moved that was there before the step and after it."""
+    both = seen.before.keys() & seen.after.keys()
+    return {n: seen.after[n] - seen.before[n] for n in trainable(pipeline.model) if n in both}
+
+
+def _rule(optimizer: Any) -> Callable[[Moved], Tensor] | None:
+    return next((rule for kind, rule in RULES.items() if isinstance(optimizer, kind)), None)
+
+
+def _moved(pipeline: Pipeline, name: str, seen: StepTrace) -> Moved | None:
+    """What the update of a parameter started from; None where the rule is not known here.
+
+    The optimizer is as it was before the step. Of a fresh one the expected rates and decays count.
+    """
+    settings = dict(seen.settings.get(name, {}))
+    if pipeline.expected.groups is not None and not pipeline.optimizer.state:
+        expected = pipeline.expected.groups[kind_of(name)]
+        settings |= {"lr": expected.learning_rate, "weight_decay": expected.decay}
+    if "lr" not in settings or name not in seen.gradients or any(settings.get(key) for key in UNKNOWN):
+        return None
+    gradient = seen.gradients[name]
+    if gradient is None:
+        settings, gradient = {"lr": 0.0}, torch.zeros_like(seen.before[name])
+    state = pipeline.optimizer.state.get(dict(pipeline.model.named_parameters())[name], {})
+    return Moved(seen.before[name], gradient, settings, state)
+
+
+def _absent(pipeline: Pipeline, members: list[str]) -> list[str]:
+    """Those of these parameters that the optimizer does not hold."""
+    try:
+        holding = groups_by_parameter(pipeline.optimizer)
+    except NotApplicable:
+        return []
+    own = dict(pipeline.model.named_parameters())
+    return [name for name in members if id(own[name]) not in holding]
+
+
+def _beyond_rounding(found: Tensor, meant: Tensor, p: Tensor) -> float:
+    """Relative error of a movement, beyond what float32 rounds of a parameter that hardly moves."""
+    rounded = FLOAT32 * float(p.norm())
+    return max(0.0, float((found - meant).norm()) - rounded) / max(float(meant.norm()), 1e-6)
+
+
+def size_of_step(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The update of every weight tensor is below LARGEST_STEP of its size, both as root mean squares."""
+    seen = done(steps.plain)
+    if seen.inside:
+        raise NotApplicable("the optimizer calls backward itself, so that one update may be many")
+    moved = {n: m for n, m in _movements(pipeline, seen).items() if m.dim() > 1 and seen.before[n].any()}
+    if not moved:
+        raise NotApplicable("no weight has more than one dimension")
+    ratios = {n: float(m.norm() / seen.before[n].norm()) for n, m in moved.items()}
+    worst = max(ratios, key=lambda name: ratios[name])
+    ok = ratios[worst] < LARGEST_STEP
+    measured = f"at most {100 * ratios[worst]:.2g}% of its size" + ("" if ok else f" ({worst})")
+    likely = ["learning-rate-too-large"]
+    return Outcome(f"below {100 * LARGEST_STEP:g}%", measured, ok, likely, ratios[worst] / LARGEST_STEP)
+
+
+def only_what_it_should(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """A step changes every learnable parameter and BatchNorm's statistics (to the batch's), and nothing else.
+
+    Where intentions are open, other buffers may change too (observers, averages), and BatchNorm may be frozen.
+    """
+    seen, open_ = done(steps.plain), pipeline.expected.groups is None
+    learnables = _movements(pipeline, seen)
+    changed = {n for n in seen.before if not _equal(seen.before[n], seen.after.get(n, seen.before[n]))}
+    still = [n for n in learnables if n not in changed and not _may_stand_still(steps, pipeline, n)]
+    norms = {n: m for n, m in pipeline.model.named_modules() if is_norm(m) and not (open_ and n in seen.norms_in_eval)}
+    statistics = {f"{n}.{b}" for n in norms for b in ("running_mean", "running_var", "num_batches_tracked")}
+    frozen = [n for n in norms if f"{n}.running_mean" not in changed]
+    once = not seen.inside and len(seen.passes) == 1
+    off = [n for n, m in norms.items() if once and n not in frozen and _statistic_miss(seen, n, m) > 0.05]
+    extra = sorted((changed | (seen.after.keys() ^ seen.before.keys())) - set(learnables) - statistics)
+    if open_:
+        buffers = {n for n, _ in pipeline.model.named_buffers()} & seen.after.keys()
+        extra = [n for n in extra if n not in buffers]
+    modes = seen.modes_changed and not (open_ and not seen.model_in_eval)
+    parts = [f"{len(learnables) - len(still)} of {len(learnables)} learnables moved"]
+    parts += [f"not moved: {names(still)}"] if still else []
+    parts += [f"statistics of {names(frozen)} stood still"] if frozen else []
+    parts += [f"statistics of {names(off)} are not the batch's"] if off else []
+    parts += [f"also changed: {names(extra)}"] if extra else []
+    parts += ["the network's mode changed"] if modes else []
+    absent = _absent(pipeline, still)
+    likely: list[str | None] = ["batchnorm-in-eval" if frozen or modes else None]
+    likely += ["foreign-parameter" if absent and len(absent) == len(learnables) else None]
+    likely += ["no-update" if still and len(still) == len(learnables) else None]
+    likely += ["logits-not-in-optimizer" if any(kind_of(n) != "weights" for n in absent) else None]
+    likely += ["parameter-not-in-optimizer" if absent else None, "batchnorm-in-eval" if off else None]
+    likely += ["changes-too-much", "update-wrong" if still else None]
+    ok = not (still or frozen or off or extra or modes)
+    return Outcome("all learnables, BatchNorm's statistics", "; ".join(parts), ok, likely)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _may_stand_still(steps: Steps, pipeline: Pipeline, name: str) -> bool:
+    """Whether the parameter's movement is lost in the rounding of float32 (a bias before BatchNorm, for instance), or
+    intentions are open and it has no gradient yet or a rate of 0, which other checks look at."""
+    seen = done(steps.plain)
+    gradient, rule = seen.gradients.get(name), _rule(pipeline.optimizer)
+    if pipeline.expected.groups is None:
+        silent = gradient is not None and not gradient.any()
+        if silent or seen.settings.get(name, {}).get("lr") == 0:
+            return True
+    of = _moved(pipeline, name, seen) if rule is not None and type(pipeline.optimizer) in RULES else None
+    if of is not None and rule is not None:
+        meant = Update(rule).movement(of)
+        return bool((meant.abs() <= FLOAT32 * of.p.abs().max() + 1e-12).all()) and bool(meant.any())
+    largest = max((float(g.abs().max()) for g in seen.gradients.values() if g is not None), default=0.0)
+    return gradient is not None and 0 < float(gradient.abs().max()) < 1e-6 * largest
+
+
+def _statistic_miss(seen: StepTrace, name: str, module: nn.Module) -> float:
+    """How far the running mean is from (1 - momentum) old + momentum batch, as a share of what it moved."""
+    momentum = cast(Any, module).momentum
+    if momentum is None or name not in seen.means:
+        return 0.0
+    before, after = seen.before[f"{name}.running_mean"], seen.after[f"{name}.running_mean"]
+    meant = momentum * (seen.means[name] - before)
+    return float((after - before - meant).norm() / max(float(meant.norm()), 1e-6))
+
+
+def downhill(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """The slope of the loss along the update, by the gradient that the update was made of."""
+    seen = done(steps.plain)
+    grads, moved = gradients_of(seen), _movements(pipeline, seen)
+    if not any(m.any() for m in moved.values()):
+        raise NotApplicable("nothing moved")
+    slope = sum(float((grads[n] * moved[n]).sum()) for n in grads if n in moved)
+    return Outcome(
+        "downhill", f"slope along the update {slope:.3g}", slope < 0, ["ascent", "no-update", "update-wrong"]
+    )
+
+
+def overfit_one_batch(steps: Steps, pipeline: Pipeline) -> Outcome:
+    """Some steps on one small batch lower its loss to below 0.7 of what it was (0.98 for an unknown rate).
+
+    The loss is the cross entropy; where the objective is open, or what the network reads is made in the step, the loss
+    that the steps return. A rate that is not known may also be that of a warm-up: any fall is then legal.
+    """
+    images, labels = batch_of(pipeline, OVERFIT_IMAGES)
+    seen, expected = done(steps.plain), pipeline.expected
+    returned = expected.objective == "open" or steps.right is None or other_images(seen.passes[0], steps.images)
+    losses: list[float] = []
+    with preserve_state(pipeline):
+        pipeline.model.train()
+        full_rates_(pipeline)
+        losses += [] if returned else [_batch_loss(pipeline, images, labels)]
+        start = [plain(p) for p in trainable(pipeline.model).values() if p.dim() > 1]
+        for _ in range(OVERFIT_STEPS * steps.calls):
+            try:
+                found = float(step_losses(pipeline.take_step(images, labels, 0.0)).total)
+            except RAISED as error:
+                raise PartFailed("step-raises", error) from error
+            losses += [found] if returned else []
+        losses += [] if returned else [_batch_loss(pipeline, images, labels)]
+        now = [plain(p) for p in trainable(pipeline.model).values() if p.dim() > 1]
+    first, last = losses[0], losses[-1]
+    size = sum(float(a.square().sum()) for a in start) ** 0.5
+    far = sum(float((a - b).square().sum()) for a, b in zip(start, now, strict=True)) ** 0.5 / max(size, 1e-12)
+    share = 0.7 if expected.groups is not None else 0.98
+    ok = last < share * first if first > 0 else last < first
+    if not math.isfinite(last):
+        likely = ["learning-rate-too-large", "loss-not-finite"]
+    elif last == first:
+        likely = ["no-update", "foreign-parameter"]
+    elif last > first:
+        likely = ["learning-rate-too-large", "stuck-at-chance"]
+    else:
+        likely = ["learning-rate-too-small"] if far < OVERFIT_STEPS * SMALLEST_STEP else []
+        likely += ["stuck-at-chance", "step-gradient-wrong"]
+    if not ok and steps.right is not None and steps.explained is not None:
+        likely = [*steps.explained, *likely]
+    unusual = expected.groups is None and last < first
+    wanted = f"below {share * first:.2f} after {OVERFIT_STEPS} steps"
+    return Outcome(wanted, f"{first:.2f} -> {last:.2f}", ok, likely, unusual=unusual)
+
+
+def _batch_loss(pipeline: Pipeline, images: Tensor, labels: Tensor) -> float:
+    """Cross entropy of the batch with BatchNorm on the batch's statistics, which are put back."""
+    with preserve_state(pipeline), torch.no_grad(), autocast(images.device, pipeline.precision):
+        pipeline.model.train()
+        scores = pipeline.model(images)
+        if scores.dim() != 2:
+            raise NotApplicable("the network does not return one score a class")
+        return float(cross_entropy(scores, labels))
+
+
+Check = Callable[[Steps, Pipeline], Outcome]
+CHECKS: tuple[tuple[str, str, Check], ...] = (
+    ("mode of the network", "BatchNorm and quantizers are on while training", modes_of_network),
+    ("loss of a step", "the step reports and minimises the expected parts", loss_fits),
+    ("gradients", "every learnable gets a finite gradient that is not zero", every_gradient),
+    ("finite differences", "each logit's gradient has the right sign and size", _differences),
+    ("gradient of the task", "the step's gradient is that of the cross entropy", gradient_fits),
+    ("squared logits", "lambda theta^2 of every logit is in the loss", squared_logits),
+    ("gradient of the penalty", "coefficient x penalty reaches every group", penalty_added),
+    ("fresh gradients", "a step forgets the gradients of the step before", fresh_gradients),
+    ("update", "parameters move as the optimizer's rule says", update_by_rule),
+    ("size of a step", "no weight moves by more than a fraction of its layer's size", size_of_step),
+    ("only what it should", "a step moves learnables and BatchNorm's statistics, no more", only_what_it_should),
+    ("direction of a step", "a small step along the update lowers the loss", downhill),
+    ("one batch", "a few steps on one batch lower its loss clearly", overfit_one_batch),
+)

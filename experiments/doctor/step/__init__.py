@@ -1,1 +1,0 @@
-"""Checks of one step: loss, penalty, gradients, update, coefficient."""
