@@ -238,9 +238,8 @@ def _of_latent(mutant: ObjectiveMutant) -> ObjectiveMutant:
     return Mutant(mutant.key, lambda right: replace(mutant.change(right), read=latent))
 
 
+DETACHED = piece("penalty-detached", penalty=lambda objective, model: group_lasso(objective, model).detach())
 PENALTY: tuple[ObjectiveMutant, ...] = (
-    piece("penalty-not-in-loss", penalty=lambda objective, model: 0 * group_lasso(objective, model).detach()),
-    piece("penalty-detached", penalty=lambda objective, model: group_lasso(objective, model).detach()),
     piece("penalty-on-latent", read=latent),
     *GROUPS,
     *map(_of_latent, GROUPS),

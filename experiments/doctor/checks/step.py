@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from experiments.doctor.causes.explain import Observables, distance
 from experiments.doctor.causes.step_mutants import (
+    DETACHED,
     PENALTY,
     TASK,
     UPDATE,
@@ -206,7 +207,7 @@ def _explained(steps: Steps) -> list[str]:
     if steps.explained is None:
         seen, promised = done(steps.plain), steps.bare.expected.lambda_dz is not None
         found, right = _found(steps), _right(steps)
-        mutants, fitted = [*TASK, *(PENALTY if steps.given else ())], fitted_gradients(found, right)
+        mutants, fitted = [*TASK, *((DETACHED, *PENALTY) if steps.given else ())], fitted_gradients(found, right)
         assert steps.reference is not None
         keys = ranked(found, steps.reference, mutants, fitted, steps.predict)
         if promised and (not seen.passes or other_images(seen.passes[0], steps.images)):
@@ -325,8 +326,9 @@ def penalty_added(steps: Steps, pipeline: Pipeline) -> Outcome:
     if not ok:
         seen = settled({"value": plain(value), **found}, right, close, close)
         likely += ["loss-misreported" if miss < close else None]
+        likely += [] if size else ["penalty-detached" if value else "penalty-not-in-loss"]
         likely += ranked(seen, reference, PENALTY, fitted_penalty(seen, right), predict)
-        likely += ["penalty-detached" if not size else None, "coefficient-not-applied", "penalty-wrong"]
+        likely += ["coefficient-not-applied", "penalty-wrong"]
     measured = f"loss {float(value):.4g} for {float(right['value']):.4g}, gradient off by {100 * miss:.2g}%"
     wanted = f"the norms of {grouping.count} groups, times the coefficient"
     return Outcome(wanted, measured, ok, likely, max(miss, off) / close)
