@@ -42,7 +42,6 @@ from experiments.doctor.observe import (
     watched_step,
 )
 from experiments.doctor.pipeline import Pipeline, step_losses
-from experiments.doctor.quantizer.grid_checks import finite_differences
 from experiments.doctor.reference.objective import (
     Gradients,
     Objective,
@@ -338,10 +337,6 @@ def _weights(grads: Gradients) -> Gradients:
     return {name: g for name, g in grads.items() if kind_of(name) == "weights"}
 
 
-def _differences(steps: Steps, pipeline: Pipeline) -> Outcome:
-    return finite_differences(pipeline)
-
-
 def fresh_gradients(steps: Steps, pipeline: Pipeline) -> Outcome:
     """The same step made twice gives the same gradients: none is left over from the step before."""
     if steps.calls > 1:
@@ -593,7 +588,6 @@ CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("mode of the network", "BatchNorm and quantizers are on while training", modes_of_network),
     ("loss of a step", "the step reports and minimises the expected parts", loss_fits),
     ("gradients", "every learnable gets a finite gradient that is not zero", every_gradient),
-    ("finite differences", "each logit's gradient has the right sign and size", _differences),
     ("gradient of the task", "the step's gradient is that of the cross entropy", gradient_fits),
     ("squared logits", "lambda theta^2 of every logit is in the loss", squared_logits),
     ("gradient of the penalty", "coefficient x penalty reaches every group", penalty_added),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.doctor.checks.quantizers import bits_in_use, expected_weight, logits
-from experiments.doctor.core.objective import plain
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.reference.objective import plain
 from experiments.doctor.reference.quantizer import near_a_threshold
 from experiments.doctor.runner import Outcome, names
 from experiments.evaluator import EvalResult

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.doctor.checks.quantizers import expected_weight
 from experiments.doctor.data.loader_checks import good_batches
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.reference.objective import cross_entropy
+from experiments.doctor.reference.objective import cross_entropy, plain
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
 from src.training import autocast
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of
@@ -165,7 +165,7 @@ def _grid_error(pipeline: Pipeline, layer: nn.Module) -> Tensor:
     latent = latent_weight(layer).detach()
     settings = pipeline.expected.quantizer
     if settings is not None:
-        return expected_weight(settings, layer)[0] - objective.plain(latent)
+        return expected_weight(settings, layer)[0] - plain(latent)
     quantizer = cast(Any, quantizer_of(layer))
     bits = float(quantizer.get_bitwidth()) if hasattr(quantizer, "get_bitwidth") else 4.0
     step = 2 * float(latent.abs().max()) / 2.0**bits

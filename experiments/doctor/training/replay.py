@@ -143,6 +143,8 @@ class Replay:
 
     def _judge(self, epoch: int, steps: Steps, twin: Pipeline, checks: Mapping[str, Check]) -> None:
         for name, check in checks.items():
+            if any(not outcome.ok for _, outcome in self.found[name]):  # the first epoch is shown
+                continue
             try:
                 with preserve_state(twin):
                     self.found[name].append((epoch, check(steps, twin)))
