@@ -32,7 +32,8 @@ SWEEP = tuple(float(theta) for theta in np.linspace(-3.2, 3.2, 23))
 TOLERANCE, SINGLE = 1e-6, 2e-3  # of the range: float64, and float32, against the equations in float64
 GRADIENT_CLOSE = 1e-2  # relative, of one tensor; float32 sums over a layer in another order are good to 1e-4
 VALUES = ("values", "values after others")
-STEPS = 2  # watched for weights that are kept from one to the next
+MOST_WEIGHTS = 2**16  # of a layer: of larger ones the first filters are observed
+STEPS, LAYERS = 2, 8  # watched for weights that are kept from one to the next
 Observables = dict[str, Tensor]
 
 
@@ -162,24 +163,19 @@ class Observed:
             return ["evaluation-not-repeatable"]
         equations = equations_of(promised_quantizer(self._pipeline))
         off = [name for name in answers[0].found if not all(a.error(name) <= 1 for a in answers)]
-
         values = [name for name in off if name in VALUES]
         read_off = range_read_off(answers[0].found["values"].double(), answers[0].case.w)
         mutants = [*WRONG_VALUES, read_off] if values else WRONG_GRADIENTS
 
-        def stacked(of: Sequence[Observables], chosen: Sequence[str]) -> Observables:
-            pairs = list(zip(answers, of, strict=True))
+        def stacked(of: Callable[[Answer], Observables], chosen: Sequence[str]) -> Observables:
+            pairs = [(answer, of(answer)) for answer in answers]
             return {name: torch.cat([answer.scaled(name, each) for answer, each in pairs]) for name in chosen}
 
         def ranked(chosen: Sequence[str], near: float) -> list[str]:
-            found = stacked([answer.found for answer in answers], chosen)
-            return explain(
-                found,
-                equations,
-                mutants,
-                lambda guess: stacked([predicted(guess, answer.case) for answer in answers], chosen),
-                near=near,
-            )
+            def predict(guess: QuantizerEquations) -> Observables:
+                return stacked(lambda answer: predicted(guess, answer.case), chosen)
+
+            return explain(stacked(lambda answer: answer.found, chosen), equations, mutants, predict, near=near)
 
         return ranked(off, 0.3) or ranked(values, 0.3) or ranked(values or off, 0.7)
 
@@ -217,6 +213,7 @@ def cases_of(pipeline: Pipeline) -> Iterator[Case]:
     kinds: set[type] = set()
     for place, (name, layer) in enumerate(layers):
         quantizer, own, w = quantizer_of(layer), logits(layer), _double(latent_weight(layer))
+        w = w[: max(1, MOST_WEIGHTS // w[0].numel())]
         if not w.any():
             continue  # no range, no grid
         yield Case(name, w, own, own, quantizer)
@@ -470,7 +467,8 @@ def _together(pipeline: Pipeline) -> Outcome:
 
 def _weights_of_steps(pipeline: Pipeline) -> Outcome:
     """Each layer's weight when the network reads it in a step, and after the step, beside its latent weight of then."""
-    settings, layers = promised_quantizer(pipeline), _layers(pipeline)
+    settings, smallest_first = promised_quantizer(pipeline), sorted(_layers(pipeline).items(), key=_size)
+    layers = dict(smallest_first[:LAYERS])
     wrong: dict[str, None] = {}
     step = 1
 
@@ -508,6 +506,10 @@ def _rms(tensor: Tensor) -> float:
 def _tensors(theta: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """theta_dz and theta_bit as tensors, (), float64."""
     return torch.tensor(theta[0], dtype=torch.float64), torch.tensor(theta[1], dtype=torch.float64)
+
+
+def _size(entry: tuple[str, nn.Module]) -> int:
+    return latent_weight(entry[1]).numel()
 
 
 def _read(layer: nn.Module) -> Tensor:
