@@ -39,7 +39,7 @@ QUICK = {"epochs": 14, "delay": 4, "dz_learning_rate": 6e-3, "bit_learning_rate"
 
 def before(pipeline: Pipeline) -> Report:
     """What can be known before training: attachment, quantizers, optimizer, data, network, penalty. Changes nothing."""
-    runner = CheckRunner(BEFORE)
+    runner = CheckRunner(BEFORE, pipeline)
     with preserve_state(pipeline):
         quantizer_checks(runner, pipeline)
         optimizer_checks(runner, pipeline)
@@ -52,7 +52,7 @@ def before(pipeline: Pipeline) -> Report:
 
 def first_steps(pipeline: Pipeline) -> Report:
     """What a few real steps show; afterwards everything is as it was. Changes nothing."""
-    runner = CheckRunner(FIRST_STEPS)
+    runner = CheckRunner(FIRST_STEPS, pipeline)
     with preserve_state(pipeline):
         step_checks(runner, pipeline)
         step_weight_checks(runner, pipeline)
@@ -106,7 +106,7 @@ def _blaming_parts(pipeline: Pipeline) -> Pipeline:
 
 def afterwards(pipeline: Pipeline, reported: Reported) -> Report:
     """Every reported figure a second time, and the healthy list of `experiments.verdict`."""
-    runner = CheckRunner(AFTERWARDS)
+    runner = CheckRunner(AFTERWARDS, pipeline)
     account_checks(runner, pipeline, reported)
     verdict_checks(runner, pipeline, reported.history)
     return runner.report()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.causes.catalogue import CAUSES, causes
+from experiments.doctor.causes.catalogue import CAUSES, OF_QUANTIZERS, causes
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.report import FAILED, NOT_JUDGED, PASSED, UNUSUAL, Finding, Report
+from utils_quantization import quantized_layers
 
 RAISED = (Exception, SystemExit)
 """What a part of somebody's pipeline may raise; an interruption by the user goes on up."""
@@ -55,10 +56,13 @@ class Outcome:
 
 
 class CheckRunner:
-    """The findings of one stage."""
+    """The findings of one stage. Without quantizers, and where none are expected, no cause speaks of them."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, pipeline: Pipeline) -> None:
         self.stage = stage
+        expects = pipeline.expected.quantized or pipeline.expected.quantizer
+        quantizers = bool(expects or quantized_layers(pipeline.model))
+        self._thinkable = frozenset(CAUSES) if quantizers else frozenset(CAUSES) - OF_QUANTIZERS
         self.findings: list[Finding] = []
 
     def check(
@@ -80,8 +84,8 @@ class CheckRunner:
         self.add(name, proves, out)
 
     def add(self, name: str, proves: str, out: Outcome) -> None:
-        """Add what a check found; causes that the catalogue does not know are dropped."""
-        likely = () if out.ok else causes(*(key for key in out.likely if key in CAUSES))
+        """Add what a check found; causes that the catalogue does not know, or that cannot be, are dropped."""
+        likely = () if out.ok else causes(*(key for key in out.likely if key in self._thinkable))
         status = PASSED if out.ok else UNUSUAL if out.unusual else FAILED
         self.findings.append(Finding(name, proves, self.stage, out.expected, out.measured, status, likely, out.error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,6 @@ from src import training
 from src.quantizer import DeadZoneLDZCompander
 from utils_quantization import (
     FakeQuantParametrization,
-    attach_weight_quantizers,
     quantization,
     quantized_layers,
     toggle_quantization,
@@ -27,12 +27,7 @@ from utils_quantization import (
 
 def with_settings(**settings: Any) -> Any:
     """Attach with other arguments of the quantizer than the configuration's."""
-
-    def attach(config: RunConfig, model: nn.Module) -> list[str]:
-        given = {**config.quantizer_kwargs, **settings}
-        return attach_weight_quantizers(model, config.exclude_layers, DeadZoneLDZCompander, given)
-
-    return lambda parts: replace(parts, attach=attach)
+    return attaching(lambda **given: DeadZoneLDZCompander(**{**given, **settings}))
 
 
 def after_attaching(change: Any) -> Any:
@@ -47,11 +42,6 @@ def after_attaching(change: Any) -> Any:
         return replace(parts, attach=attach)
 
     return apply
-
-
-def one_for_all(config: RunConfig, model: nn.Module) -> list[str]:
-    only = DeadZoneLDZCompander(**config.quantizer_kwargs)
-    return attach_weight_quantizers(model, config.exclude_layers, lambda: only)
 
 
 def off_in_training(pipeline: Pipeline) -> Pipeline:
@@ -81,19 +71,13 @@ class StaysOff(FakeQuantParametrization):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self.__dict__["_on"] = value and self.__dict__.get("_on", True)
+        self.__dict__["_on"] = value and self.enabled
 
 
 class StaysOn(FakeQuantParametrization):
     """The switch has no effect."""
 
-    @property
-    def enabled(self) -> bool:
-        return True
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        pass
+    enabled = property(lambda self: True, lambda self, on: None)  # type: ignore[assignment]
 
 
 def switch(kind: type[FakeQuantParametrization], layers: slice = slice(None)) -> Any:
@@ -138,7 +122,7 @@ FAULTS = (
         "one quantizer for all layers",
         "Every layer holds the same quantizer, so all share one dead zone and one bit width.",
         ("quantizer-shared",),
-        parts=lambda parts: replace(parts, attach=one_for_all),
+        parts=attaching(functools.cache(lambda **given: DeadZoneLDZCompander(**given))),
     ),
     Fault(
         "attached switched off",

@@ -241,12 +241,17 @@ FAULTS = (
     mutated(
         "weights in half precision first",
         "The latent weights are rounded to half precision before they are quantized.",
-        mutant("weights-rounded-first", latent=cast(torch.float16)),
+        mutant("weights-changed-first", latent=cast(torch.float16)),
     ),
     mutated(
         "weights to two decimals first",
         "The latent weights are rounded to hundredths before they are quantized.",
-        mutant("weights-rounded-first", latent=decimals(100)),
+        mutant("weights-changed-first", latent=decimals(100)),
+    ),
+    mutated(
+        "weights centred first",
+        "The mean of a layer's weights is taken off before they are quantized.",
+        mutant("weights-changed-first", latent=lambda w, *_: w - w.mean()),
     ),
     mutated(
         "quantized twice",

@@ -108,8 +108,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "the quantizer's grid is not the one of CoDeQ (step, shift, or number of levels).",
         "s = (R - d/2) / (Q - 1/2), delta = d/2 - s/2, Q = 2^(b-1) - 1; value s q + delta sign(q)",
     ),
-    "weights-rounded-first": (
-        "the weights are rounded before they are quantized (half precision, decimals).",
+    "weights-changed-first": (
+        "the weights are changed before they are quantized: rounded to half precision or decimals, centred, squashed.",
         "hand the latent weight itself to the quantizer",
     ),
     "quantized-twice": (
@@ -591,6 +591,27 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "recompute it by hand from the checkpoint",
     ),
 }
+
+OF_QUANTIZERS = frozenset(
+    key
+    for key in _TEXTS
+    if key.startswith(("quantize", "bits-", "range-", "dead-zone", "logit", "no-ste", "gradient-through"))
+) | {
+    "no-quantizers",
+    "not-quantized",
+    "optimizer-built-before-quantizers",
+    "toggle-broken",
+    "grid-wrong",
+    "clip-missing",
+    "weights-changed-first",
+    "weights-stale",
+    "joint-quantization",
+    "penalty-on-latent",
+    "sparsity-on-latent",
+    "weight-gradient-wrong",
+    "bops-wrong-bits",
+}
+"""What cannot be wrong with a pipeline that has no quantizers and is expected to have none."""
 
 CAUSES = {key: Cause(key, *texts) for key, texts in _TEXTS.items()}
 

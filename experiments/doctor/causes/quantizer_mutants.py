@@ -125,8 +125,12 @@ WRONG_VALUES: tuple[Mutant[QuantizerEquations], ...] = (
     Mutant("bits-frozen", lambda right: replace(right, bit_share=Kept(right.bit_share))),
     *(mutant("quantizer-settings", max_bits=float(most), fixed_bits=None) for most in (*range(2, 9), 10, 12, 16)),
     *(mutant("quantizer-settings", fixed_bits=float(bits)) for bits in range(2, 9)),
-    *(mutant("weights-rounded-first", latent=cast(dtype)) for dtype in (torch.float16, torch.bfloat16)),
-    *(mutant("weights-rounded-first", latent=decimals(places)) for places in (10, 100, 1000, 64, 128, 256, 1024)),
+    *(mutant("weights-changed-first", latent=cast(dtype)) for dtype in (torch.float16, torch.bfloat16)),
+    mutant("weights-changed-first", latent=lambda w, *_: w - w.mean()),
+    mutant("weights-changed-first", latent=lambda w, *_: w - w.mean().detach()),
+    mutant("weights-changed-first", latent=lambda w, *_: (w - w.mean()) / w.std()),
+    mutant("weights-changed-first", latent=lambda w, *_: w.tanh()),
+    *(mutant("weights-changed-first", latent=decimals(places)) for places in (10, 100, 1000, 64, 128, 256, 1024)),
     TWICE,
     *(
         mutant("quantizer-precision", result=lambda v, w, training, dtype=dtype: cast(dtype)(v))

@@ -61,9 +61,9 @@ def step_weight_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
 
 def promised_quantizer(pipeline: Pipeline) -> ExpectedQuantizer:
     """The quantizer's expected settings. Raises NotApplicable where there are none, or no quantizer."""
-    if pipeline.expected.quantizer is None:
-        raise NotApplicable("no quantizer settings are expected: give `Expected.quantizer`")
     _layers(pipeline)
+    if pipeline.expected.quantizer is None:
+        raise NotApplicable("no quantizer settings are expected", needs="expected.quantizer")
     return pipeline.expected.quantizer
 
 

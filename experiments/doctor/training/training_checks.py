@@ -131,7 +131,7 @@ class Watcher:
     def report(self) -> Report:
         """What was seen so far."""
         self._read()
-        runner = CheckRunner(TRAINING)
+        runner = CheckRunner(TRAINING, self.pipeline)
         runner.check("training runs", "no error, and every loss is finite", self._finite)
         runner.check(
             "records follow the epochs", "each record describes the network as its epoch left it", self._records
