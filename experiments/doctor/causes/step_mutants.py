@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.doctor.causes.explain import Mutant, Observables, Reference, distance, explain
+from experiments.doctor.causes.explain import MUCH_NEARER, Mutant, Observables, Reference, distance, explain
 from experiments.doctor.expected import LOGITS
 from experiments.doctor.reference.objective import (
     Gradients,
@@ -93,7 +93,6 @@ TASK: tuple[ObjectiveMutant, ...] = (
     task_as(lambda scores, labels: nn.functional.multi_margin_loss(scores, labels)),
     task_as(_focal),
     piece("ascent", total=lambda task, squares, groups: -(task + squares + groups)),
-    piece("gradient-missing", gradients=lambda found: {name: 0 * g for name, g in found.items()}),
     piece("loss-misreported", report=lambda losses: losses._replace(total=losses.task)),
     piece("loss-misreported", report=lambda losses: losses._replace(total=losses.task + losses.logits)),
     piece("loss-misreported", report=lambda losses: losses._replace(total=0 * losses.total)),
@@ -263,10 +262,11 @@ def ranked(
     mutants: Sequence[Mutant[Reference]],
     fitted: Sequence[Mutant[Reference]],
     predict: Callable[[Reference], Observables],
+    near: float = MUCH_NEARER,
 ) -> list[str]:
     """`explain`; a mistake whose number is fitted to what was found is heard where no other fits."""
     exact = explain(found, reference, mutants, predict, near=EXACT)
-    return exact or explain(found, reference, [*mutants, *fitted], predict)
+    return exact or explain(found, reference, [*mutants, *fitted], predict, near=near)
 
 
 def scale_of(found: Observables, right: Observables) -> float | None:
