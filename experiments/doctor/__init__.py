@@ -6,11 +6,11 @@ Its rooms: the checks by stage, and causes, which ranks what may be wrong.
 
 from __future__ import annotations
 
+from experiments.doctor.checks.reported import Reported
 from experiments.doctor.examine import Examination, afterwards, before, examine, first_steps
 from experiments.doctor.expected import Expected
 from experiments.doctor.pipeline import Pipeline, PipelineParts, build_pipeline, run_measure
 from experiments.doctor.report import Report, report_figure, report_table
-from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
 
 __all__ = [

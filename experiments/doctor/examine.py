@@ -16,17 +16,15 @@ from typing import Any
 from experiments.doctor.checks.optimizer import optimizer_checks
 from experiments.doctor.checks.penalty import penalty_checks
 from experiments.doctor.checks.quantizers import quantizer_checks, step_weight_checks
+from experiments.doctor.checks.reported import Reported, reported_checks
 from experiments.doctor.checks.step import step_checks
 from experiments.doctor.data.data_checks import data_checks
-from experiments.doctor.network.account_checks import account_checks
 from experiments.doctor.network.baseline_checks import baseline_checks
 from experiments.doctor.network.network_checks import network_checks
 from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
-from experiments.doctor.training.reported import Reported
 from experiments.doctor.training.training_checks import Watcher
-from experiments.doctor.training.verdict_checks import verdict_checks
 from experiments.evaluator import EvalResult
 from experiments.pipeline import Run, load_run
 from src.runs import CHECKPOINT
@@ -107,8 +105,7 @@ def _blaming_parts(pipeline: Pipeline) -> Pipeline:
 def afterwards(pipeline: Pipeline, reported: Reported) -> Report:
     """Every reported figure a second time, and the healthy list of `experiments.verdict`."""
     runner = CheckRunner(AFTERWARDS, pipeline)
-    account_checks(runner, pipeline, reported)
-    verdict_checks(runner, pipeline, reported.history)
+    reported_checks(runner, pipeline, reported)
     return runner.report()
 
 

@@ -19,7 +19,6 @@ from tests.faults import (
     penalty_faults,
     quantizer_faults,
     sampling_faults,
-    saving_faults,
     step_faults,
 )
 
@@ -33,7 +32,7 @@ THEMES: dict[str, tuple[Fault, ...]] = {
     "data": data_faults.FAULTS + sampling_faults.FAULTS,
     "network and training step": step_faults.FAULTS + network_faults.FAULTS,
     "in mid-run": late_faults.FAULTS,
-    "measuring and saving": measure_faults.FAULTS + saving_faults.FAULTS,
+    "measuring and saving": measure_faults.FAULTS,
 }
 FAULTS: dict[str, Fault] = {fault.name: fault for faults in THEMES.values() for fault in faults}
 

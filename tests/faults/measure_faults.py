@@ -1,4 +1,4 @@
-"""Faults in what is measured, reported and saved."""
+"""Faults in what is measured, reported and saved, and in the product's own account of compression."""
 
 from __future__ import annotations
 
@@ -8,65 +8,155 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.doctor import Pipeline
 from experiments.doctor import pipeline as parts_of
+from experiments.doctor.causes.account_mutants import NAMED, AccountMutant
+from experiments.doctor.records import wrong_figures
+from experiments.doctor.reference.accounting import Account, layers_of
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.notebook import demonstration
-from experiments.notebook.demonstration import Fault, accuracy, evaluated, layers, recording, small_network
+from experiments.notebook.demonstration import Fault, accuracy, evaluated, recording, small_network
 from experiments.pipeline import attach
-from metrics import LayerStats, ModelStats
 from src import training
-from src.data import ImageData, augment, normalize
+from src.data import ImageData, augment, normalize, test_batches
+from src.pruning import compaction, liveness
 from src.runs import load_checkpoint
 from src.runs.checkpoint import state_bytes
-from src.training import EpochRecord, History, LayerRecord
-from utils_quantization import quantizer_of
+from src.training import EpochRecord, History
 
-Record = Callable[[Pipeline, EpochRecord], EpochRecord]
-Accuracy = Callable[[Pipeline], float]
+Change = Callable[[Pipeline], Pipeline]
+State = dict[str, Any]
 
 
-def on(change: Callable[[ImageData], ImageData]) -> Accuracy:
+def counted(mutant: AccountMutant) -> Change:
+    """The pipeline whose records and evaluation hold what the account with this mistake gives."""
+
+    def record(s: Pipeline, right: EpochRecord) -> EpochRecord:
+        layers = [layer for layer in layers_of(s.model, s.expected.quantizer) if layer.quantized]
+        own, meant = mutant.change(Account()).of_record(layers), Account().of_record(layers)
+        flags = own["dead filters"].bool().split([len(mutant.change(Account()).dead(x.weight)) for x in layers])
+        changed = tuple(
+            replace(x, sparsity=float(zeros), dead=tuple(dead.tolist()), bits=float(bits))
+            for x, zeros, dead, bits in zip(right.layers, own["zeros"], flags, own["bits"], strict=True)
+        )
+        if not wrong_figures(own, meant):
+            return right
+        network = (float(own[name]) for name in ("sparsity", "dead share", "mean bits"))
+        names = ("unstructured_sparsity", "structured_sparsity", "mean_bits")
+        return replace(right, layers=changed, **dict(zip(names, network, strict=True)))
+
+    def result(s: Pipeline, right: EvalResult) -> EvalResult:
+        layers = layers_of(s.model, s.expected.quantizer, (3, 32, 32))
+        layers = tuple(replace(x, left=float(right.structured_stats[x.name].macs)) for x in layers)
+        own = mutant.change(Account()).of_evaluation(layers)
+        stats = {}
+        for part, kind in (("structured_stats", "removal"), ("unstructured_stats", "non-zero weights")):
+            rows = zip(getattr(right, part).layers, own[f"MACs of {kind}"], own[f"BOPs of {kind}"], strict=True)
+            changed = tuple(replace(x, macs=int(macs), bops=float(bops)) for x, macs, bops in rows)
+            stats[part] = replace(getattr(right, part), layers=changed)
+        for kind, name in (("BOP", "bops"), ("MAC", "mac")):
+            stats[f"unstructured_{name}_ratio"], stats[f"structured_{name}_ratio"] = own[f"{kind} ratios"].tolist()
+        return replace(right, **stats)
+
+    return lambda pipeline: evaluation(result)(recording(record)(pipeline))
+
+
+def evaluation(change: Callable[[Pipeline, EvalResult], EvalResult]) -> Change:
+    """The last evaluation, changed."""
+
+    def apply(pipeline: Pipeline) -> Pipeline:
+        def evaluate(s: Pipeline) -> tuple[EvalResult, float]:
+            result, share = pipeline.evaluate(s)  # type: ignore[misc]
+            return change(s, result), share
+
+        return replace(pipeline, evaluate=evaluate)
+
+    return apply
+
+
+def channels_misreported(s: Pipeline, result: EvalResult) -> EvalResult:
+    stats = result.structured_stats
+    layers = tuple(replace(layer, null_out=layer.null_in) for layer in stats.layers)
+    return replace(result, structured_stats=replace(stats, layers=layers))
+
+
+def evaluator(make: Callable[[Any, ImageData], Evaluator]) -> Change:
+    def evaluate(s: Pipeline) -> Any:
+        return evaluated(s, make(s.expected.config, cast(ImageData, s.data)))
+
+    return lambda pipeline: replace(pipeline, evaluate=evaluate)
+
+
+def quantized_baseline(config: Any, data: ImageData) -> Evaluator:
+    baseline = small_network(config, data)
+    attach(config, baseline)
+    return Evaluator(baseline)
+
+
+def on(change: Callable[[ImageData], ImageData]) -> Change:
     """The accuracy on other images."""
-    return lambda s: training.evaluate(s.model, change(cast(ImageData, s.data)), precision=s.precision)[1]
+    return accuracy(lambda s: training.evaluate(s.model, change(cast(ImageData, s.data)), precision=s.precision)[1])
 
 
-def training_images(data: ImageData) -> ImageData:
-    return replace(data, test_images=data.train_images, test_labels=data.train_labels)
+def testing(change: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Change:
+    """The accuracy on what a test loader gives that changes every batch, raw images and labels."""
+
+    def loader(s: Pipeline) -> Any:
+        data = cast(ImageData, s.data)
+        images, labels = change(data.test_images, data.test_labels)
+        return test_batches(replace(data, test_images=images, test_labels=labels), 250)
+
+    @torch.no_grad()
+    def share(s: Pipeline) -> float:
+        s.model.eval()
+        pairs = [(s.model(images).argmax(1), labels) for images, labels in loader(s)]
+        return float(torch.cat([a == b for a, b in pairs]).float().mean())
+
+    return lambda pipeline: replace(accuracy(share)(pipeline), test_batches=loader)
+
+
+def cropped(images: Tensor) -> Tensor:
+    """Every image by its own offsets, the same at every evaluation."""
+    offsets = torch.randint(9, (len(images), 2), generator=torch.Generator().manual_seed(0))
+    return augment(images, offsets, torch.zeros(len(images), dtype=torch.bool), 4)
 
 
 @torch.no_grad()
-def right(model: nn.Module, data: ImageData, images: Tensor, most: int = 1) -> float:
+def right(s: Pipeline, change: Callable[[Tensor], Tensor] = lambda images: images, most: int = 1) -> float:
     """Share of test images whose label is among the `most` largest scores."""
-    best = model(normalize(images, data.mean, data.std)).topk(most, dim=1).indices
+    data = cast(ImageData, s.data)
+    best = s.model(normalize(change(data.test_images), data.mean, data.std)).topk(most, dim=1).indices
     return float((best == data.test_labels[:, None]).any(1).float().mean())
 
 
 def in_training_mode(s: Pipeline) -> float:
-    data = cast(ImageData, s.data)
     kept = copy.deepcopy(s.model.state_dict())
     s.model.train()
-    share = right(s.model, data, data.test_images)
+    share = right(s)
     s.model.load_state_dict(kept)
     return share
 
 
-def top_three(s: Pipeline) -> float:
-    data = cast(ImageData, s.data)
+def in_eval_mode(s: Pipeline, **settings: Any) -> float:
     s.model.eval()
-    return right(s.model, data, data.test_images, most=3)
+    return right(s, **settings)
 
 
-def augmented(s: Pipeline) -> float:
-    """Test images are cropped at random, anew at every evaluation."""
-    data = cast(ImageData, s.data)
-    count = len(data.test_labels)
+def cropped_anew(images: Tensor) -> Tensor:
+    return augment(images, torch.randint(9, (len(images), 2)), torch.zeros(len(images), dtype=torch.bool), 4)
+
+
+@torch.no_grad()
+def mean_of_batch_means(s: Pipeline, record: EpochRecord) -> EpochRecord:
+    """The test loss as the mean of batches of 100, of which the last is smaller."""
     s.model.eval()
-    crops = augment(data.test_images, torch.randint(9, (count, 2)), torch.zeros(count, dtype=torch.bool), 4)
-    return right(s.model, data, crops)
+    losses = [float(F.cross_entropy(s.model(x), y)) for x, y in test_batches(cast(ImageData, s.data), 100)]
+    return replace(record, test_loss=sum(losses) / len(losses))
 
 
 def best_so_far(pipeline: Pipeline) -> Pipeline:
@@ -77,27 +167,6 @@ def best_so_far(pipeline: Pipeline) -> Pipeline:
         return replace(record, accuracy=best[0])
 
     return recording(change)(pipeline)
-
-
-def dead_inputs(layer: nn.Module, record: LayerRecord) -> LayerRecord:
-    weight = cast(Tensor, layer.weight)
-    return replace(record, dead=tuple((weight == 0).all(3).all(2).all(0).tolist()))
-
-
-def nearly_dead(layer: nn.Module, record: LayerRecord) -> LayerRecord:
-    """Filters that are 99 % zeros count as dead."""
-    zero = (cast(Tensor, layer.weight).flatten(1) == 0).float().mean(1)
-    return replace(record, dead=tuple((zero > 0.5).tolist()))
-
-
-def unrounded_bits(layer: nn.Module, record: LayerRecord) -> LayerRecord:
-    quantizer = cast(Any, quantizer_of(layer))
-    return replace(record, bits=float(quantizer.logit_bit.tanh().abs() * (quantizer.max_bits - 2) + 2))
-
-
-def layers_averaged(s: Pipeline, record: EpochRecord) -> EpochRecord:
-    """The sparsity of the network is the plain mean over layers, whatever their size."""
-    return replace(record, unstructured_sparsity=sum(x.sparsity for x in record.layers) / len(record.layers))
 
 
 def record_of_last_epoch(pipeline: Pipeline) -> Pipeline:
@@ -125,79 +194,19 @@ def measured_before_training(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, train_epoch=train_epoch, measure=measure)
 
 
-def evaluation(change: Callable[[EvalResult], EvalResult]) -> Callable[[Pipeline], Pipeline]:
-    """The last evaluation, changed."""
-
-    def apply(pipeline: Pipeline) -> Pipeline:
-        def evaluate(s: Pipeline) -> tuple[EvalResult, float]:
-            result, share = pipeline.evaluate(s)  # type: ignore[misc]
-            return change(result), share
-
-        return replace(pipeline, evaluate=evaluate)
-
-    return apply
+def record_with(**changes: Callable[[EpochRecord], float]) -> Change:
+    """Records of which some fields are changed."""
+    return recording(lambda s, record: replace(record, **{name: fn(record) for name, fn in changes.items()}))
 
 
-def bops(change: Callable[[LayerStats], float]) -> Callable[[Pipeline], Pipeline]:
-    """Both counts with other BOPs in every layer, and the ratios that follow."""
-
-    def counted(stats: ModelStats) -> ModelStats:
-        return ModelStats(tuple(replace(layer, bops=change(layer)) for layer in stats.layers))
-
-    def apply(result: EvalResult) -> EvalResult:
-        dense = result.structured_bops_ratio * result.structured_stats.total_bops
-        structured, unstructured = counted(result.structured_stats), counted(result.unstructured_stats)
-        return EvalResult(
-            structured,
-            dense / structured.total_bops,
-            result.structured_mac_ratio,
-            unstructured,
-            dense / unstructured.total_bops,
-            result.unstructured_mac_ratio,
-        )
-
-    return evaluation(apply)
-
-
-def dense_bops(layer: LayerStats) -> float:
-    """Dense MACs from the non-zero ones; the structured count comes out too large as well."""
-    return layer.macs / max(1e-9, 1 - layer.pruning_ratio) * layer.bitwidth * 32
-
-
-def ratios_upside_down(result: EvalResult) -> EvalResult:
-    return replace(
-        result,
-        structured_bops_ratio=1 / result.structured_bops_ratio,
-        unstructured_bops_ratio=1 / result.unstructured_bops_ratio,
-    )
-
-
-def evaluator(make: Callable[[Pipeline], Evaluator]) -> Callable[[Pipeline], Pipeline]:
-    return lambda pipeline: replace(pipeline, evaluate=lambda s: evaluated(s, make(s)))
-
-
-def quantized_baseline(s: Pipeline) -> Evaluator:
-    config, data = s.expected.config, s.data
-    assert config is not None
-    assert data is not None
-    baseline = small_network(config, data)
-    attach(config, baseline)
-    return Evaluator(baseline)
-
-
-def larger_images(s: Pipeline) -> Evaluator:
-    config, data = s.expected.config, s.data
-    assert config is not None
-    assert data is not None
-    return Evaluator(small_network(config, data), input_size=(3, 64, 64))
-
-
-def saving(change: Callable[[dict[str, Any], int], dict[str, Any]]) -> Callable[[Pipeline], Pipeline]:
-    """Checkpoints whose contents are changed by fn(contents, epochs done)."""
+def saving(change: Callable[[State], Any]) -> Change:
+    """Checkpoints whose contents are changed before they are written."""
 
     def save(s: Pipeline, history: History, folder: Path) -> Path:
         path = parts_of.run_save(s, history, folder)
-        path.write_bytes(state_bytes(change(load_checkpoint(path), len(history))))
+        state = load_checkpoint(path)
+        change(state)
+        path.write_bytes(state_bytes(state))
         return path
 
     return lambda pipeline: replace(pipeline, save=save)
@@ -206,9 +215,9 @@ def saving(change: Callable[[dict[str, Any], int], dict[str, Any]]) -> Callable[
 def of_epoch_before(pipeline: Pipeline) -> Pipeline:
     kept: list[Any] = []
 
-    def change(state: dict[str, Any], done: int) -> dict[str, Any]:
+    def change(state: State) -> None:
         kept.append(state["model"])
-        return {**state, "model": kept[max(0, done - 2)]}
+        state["model"] = kept[max(0, len(kept) - 2)]
 
     return saving(change)(pipeline)
 
@@ -222,89 +231,86 @@ def never_saved_again(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, save=save)
 
 
-def without_statistics(state: dict[str, Any], done: int) -> dict[str, Any]:
-    """BatchNorm's running statistics are saved as they were at the start."""
-    fresh = {
-        name: torch.zeros_like(x) if name.endswith("running_mean") else torch.ones_like(x)
-        for name, x in state["model"].items()
-        if name.endswith(("running_mean", "running_var"))
-    }
-    return {**state, "model": {**state["model"], **fresh}}
+def saved_model(change: Callable[[str, Tensor], Tensor | None]) -> Change:
+    """Checkpoints whose tensors are changed by fn(name, tensor), None to leave one out."""
+
+    def apply(state: State) -> None:
+        changed = {name: change(name, tensor) for name, tensor in state["model"].items()}
+        state["model"] = {name: tensor for name, tensor in changed.items() if tensor is not None}
+
+    return saving(apply)
 
 
-def without_logits(state: dict[str, Any], done: int) -> dict[str, Any]:
-    return {**state, "model": {n: x for n, x in state["model"].items() if "logit_" not in n}}
+def as_at_the_start(name: str, tensor: Tensor) -> Tensor:
+    starts = {"running_mean": torch.zeros_like, "running_var": torch.ones_like}
+    return starts.get(name.rpartition(".")[2], torch.clone)(tensor)
 
 
-def in_half_precision(state: dict[str, Any], done: int) -> dict[str, Any]:
-    halved = {n: x.half().float() if x.is_floating_point() else x for n, x in state["model"].items()}
-    return {**state, "model": halved}
+def earlier_accuracies_lost(state: State) -> None:
+    for record in state["history"]["records"][:-1]:
+        record["accuracy"] = 0.5
 
 
+def reading(kind: str, change: Callable[..., Any]) -> Callable[..., Any]:
+    """Liveness that takes the constants of one kind of operation from `change(op, sources)`."""
+    whole = liveness._constant
+
+    def constant(op: Any, module: Any, sources: Any, shapes: Any) -> Any:
+        return change(op, sources) if op.kind == kind else whole(op, module, sources, shapes)
+
+    return constant
+
+
+def without_constants(writer: Any, op: Any, whole: Callable[..., int] = compaction._Writer._add) -> int:
+    """An addition behind which the constants of its removed channels are left out."""
+    removed, writer._removed = writer._removed, lambda source: np.zeros(writer.ops[source].channels)
+    try:
+        return whole(writer, op)
+    finally:
+        writer._removed = removed
+
+
+def layers_without_constants(*given: Any, whole: Callable[..., Any] = liveness._layer) -> Any:
+    return replace(whole(*given), carries_constants=False)
+
+
+def middle_tap(op: Any, module: nn.Module, whole: Callable[..., Any] = liveness._weight) -> Any:
+    weight = whole(op, module)
+    return weight[:, :, weight.shape[2] // 2, None]
+
+
+def live_alone(
+    ops: Any, constant: Any, reads: Any, kept_whole: Any, also: Any, whole: Callable[..., Any] = liveness._kept
+) -> Any:
+    """What is kept, without a look at who reads it."""
+    every = {name: np.isnan(values) for name, values in constant.items()}
+    return whole(ops, constant, reads, kept_whole, every | also)
+
+
+LIVENESS, COMPACTION = "src.pruning.liveness", "src.pruning.compaction"
+DROPPED = ("constants-dropped", "live-channel-removed")
+MISCOUNTED = {
+    "sparsity averaged over layers": "The network's sparsity is the plain mean over layers, whatever their size.",
+    "dead channels per input": "A channel counts as dead where its input slice is zero, instead of its filter.",
+    "nearly dead counts as dead": "A filter counts as dead when most of it is zero.",
+    "bits reported unrounded": "The records hold the bit width before it is rounded.",
+    "bits reported as configured": "The records hold the largest bit width instead of the learned one.",
+    "BOPs with 32-bit weights": "BOPs are counted as if no weight were quantized.",
+    "BOPs with the most bits": "BOPs are counted with 8 bits in every quantized layer.",
+    "BOPs with unrounded bits": "BOPs are counted with the bit width before it is rounded.",
+    "BOPs of the dense network": "BOPs are counted with dense multiply-adds although weights are zero.",
+    "BOPs with 8-bit activations": "Activations stay in 32 bits and are counted with 8.",
+    "ratios upside down": "Compressed over baseline instead of baseline over compressed.",
+    "ratios as shares saved": "A ratio is reported as the share of the baseline that is saved.",
+    "baseline of the quantized layers": "The baseline counts the quantized layers alone.",
+    "MACs without pixels": "Every non-zero weight counts as one multiply-add, however often it is used.",
+    "dead filters counted as removed": "A layer's cost after removal is counted of live filters and read inputs alone.",
+}
 FAULTS = (
     demonstration.FAULTS["sparsity of latent weights"],
-    Fault(
-        "sparsity averaged over layers",
-        "The network's sparsity is the plain mean over layers, whatever their size.",
-        ("sparsity-wrong",),
-        pipeline=recording(layers_averaged),
-    ),
-    Fault(
-        "dead channels per input",
-        "A channel counts as dead where its input slice is zero, instead of its filter.",
-        ("dead-per-input",),
-        pipeline=layers(dead_inputs),
-    ),
-    Fault(
-        "nearly dead counts as dead",
-        "A filter counts as dead when most of it is zero.",
-        ("dead-wrong",),
-        pipeline=layers(nearly_dead),
-        settings={"init_deadzone_logit": 0.6},
-    ),
-    Fault(
-        "bits reported unrounded",
-        "The records hold the bit width before it is rounded.",
-        ("bits-misreported",),
-        pipeline=layers(unrounded_bits),
-    ),
-    Fault(
-        "bits reported as configured",
-        "The records hold the largest bit width instead of the learned one.",
-        ("bits-misreported",),
-        pipeline=layers(lambda layer, record: replace(record, bits=8.0)),
-        settings={"init_bit_logit": 1.0},
-    ),
-    Fault(
-        "BOPs with 32-bit weights",
-        "BOPs are counted as if no weight were quantized.",
-        ("bops-wrong-bits",),
-        pipeline=bops(lambda layer: float(layer.macs) * 32 * 32),
-    ),
-    Fault(
-        "BOPs with the most bits",
-        "BOPs are counted with 8 bits in every quantized layer.",
-        ("bops-wrong-bits",),
-        pipeline=bops(lambda layer: float(layer.macs) * (8 if layer.quantized else 32) * 32),
-        settings={"init_bit_logit": 1.0},
-    ),
-    Fault(
-        "BOPs of the dense network",
-        "BOPs are counted with dense multiply-adds although weights are zero.",
-        ("bops-dense-density",),
-        pipeline=bops(dense_bops),
-    ),
-    Fault(
-        "BOPs with 8-bit activations",
-        "Activations stay in 32 bits and are counted with 8.",
-        ("bops-activation-bits",),
-        pipeline=bops(lambda layer: float(layer.macs) * layer.bitwidth * 8),
-    ),
-    Fault(
-        "ratios upside down",
-        "Compressed over baseline instead of baseline over compressed.",
-        ("ratio-wrong",),
-        pipeline=evaluation(ratios_upside_down),
+    *(
+        Fault(name, breaks, (NAMED[name].key,), pipeline=counted(NAMED[name]), settings={"init_bit_logit": 1.0})
+        for name, breaks in MISCOUNTED.items()
     ),
     Fault(
         "quantized baseline",
@@ -316,7 +322,61 @@ FAULTS = (
         "MACs of larger images",
         "Multiply-adds are counted for images of 64 x 64 pixels.",
         ("macs-wrong",),
-        pipeline=evaluator(larger_images),
+        pipeline=evaluator(lambda config, data: Evaluator(small_network(config, data), input_size=(3, 64, 64))),
+    ),
+    Fault(
+        "channels left misreported",
+        "The removed outputs of a layer are said to be those of its inputs.",
+        ("report-wrong",),
+        pipeline=evaluation(channels_misreported),
+    ),
+    Fault(
+        "constants not counted",
+        "The account gives no layer the channel of ones that carries its constants.",
+        DROPPED,
+        edits={f"{LIVENESS}._layer": layers_without_constants},
+    ),
+    Fault(
+        "padding ignored",
+        "Constants that are read beyond the border count as constants.",
+        DROPPED,
+        edits=dict.fromkeys((f"{LIVENESS}.is_padded", f"{COMPACTION}.is_padded"), lambda op: False),
+    ),
+    Fault(
+        "ReLU forgotten by the account",
+        "A constant below zero stays what it is behind ReLU.",
+        DROPPED,
+        edits={f"{LIVENESS}._constant": reading("relu", lambda op, sources: sources[0])},
+    ),
+    Fault(
+        "BatchNorm's shift dropped",
+        "A dead filter counts as zero behind BatchNorm, too.",
+        DROPPED,
+        edits={f"{LIVENESS}._constant": reading("batchnorm", lambda op, sources: sources[0])},
+    ),
+    Fault(
+        "an add of one branch",
+        "A sum counts as constant where its first branch is.",
+        DROPPED,
+        edits={f"{LIVENESS}._constant": reading("add", lambda op, sources: sources[0])},
+    ),
+    Fault(
+        "an add's constants dropped",
+        "Compaction leaves out what constant channels add to a sum.",
+        DROPPED,
+        edits={f"{COMPACTION}._Writer._add": without_constants},
+    ),
+    Fault(
+        "kernels judged by their middle",
+        "A kernel counts as zero where its middle weight is.",
+        DROPPED,
+        edits={f"{LIVENESS}._weight": middle_tap},
+    ),
+    Fault(
+        "unread channels kept",
+        "Every channel that is not constant is kept, whether something reads it or not.",
+        ("channels-not-removed",),
+        edits={f"{LIVENESS}._kept": live_alone},
     ),
     Fault(
         "history off by one",
@@ -334,7 +394,7 @@ FAULTS = (
         "epochs numbered from 0",
         "The first record is called epoch 0.",
         ("history-shifted",),
-        pipeline=recording(lambda s, record: replace(record, epoch=record.epoch - 1)),
+        pipeline=record_with(epoch=lambda record: record.epoch - 1),
     ),
     Fault(
         "best accuracy so far",
@@ -348,12 +408,68 @@ FAULTS = (
         ("coefficient-shifted", "history-shifted"),
         pipeline=recording(lambda s, record: replace(record, coefficient=s.coefficient(record.epoch))),
     ),
+    Fault(
+        "loss summed over steps",
+        "The record's training loss is the sum over the epoch's batches.",
+        ("loss-misreported", "report-wrong"),
+        pipeline=record_with(loss=lambda record: 10 * record.loss, task_loss=lambda record: 10 * record.task_loss),
+    ),
+    Fault(
+        "task loss of the record",
+        "The record's task loss is not the mean over the steps.",
+        ("loss-misreported",),
+        pipeline=record_with(task_loss=lambda record: 0.9 * record.task_loss),
+    ),
+    Fault(
+        "training accuracy flattered",
+        "The record's training accuracy is a few points too high.",
+        ("accuracy-wrong",),
+        pipeline=record_with(train_accuracy=lambda record: min(1.0, 1.1 * record.train_accuracy)),
+    ),
+    Fault(
+        "penalty recorded with its coefficient",
+        "The record's penalty is multiplied by the coefficient already.",
+        ("loss-misreported",),
+        pipeline=record_with(group_penalty=lambda record: record.coefficient * record.group_penalty),
+    ),
+    Fault(
+        "learning rate of the start recorded",
+        "The record always holds the learning rate that the run began with.",
+        ("rate-misreported",),
+        pipeline=recording(
+            lambda s, record: replace(record, learning_rate=s.expected.config.learning_rate)  # type: ignore[union-attr]
+        ),
+    ),
+    Fault(
+        "test loss averaged over batches",
+        "The test loss is the mean of batches of unequal size.",
+        ("test-loss-wrong",),
+        pipeline=recording(mean_of_batch_means),
+    ),
     demonstration.FAULTS["half of the test set"],
     Fault(
         "accuracy on training images",
         "The reported test accuracy is that of the training images.",
         ("accuracy-on-training",),
-        pipeline=accuracy(on(training_images)),
+        pipeline=on(lambda data: replace(data, test_images=data.train_images, test_labels=data.train_labels)),
+    ),
+    Fault(
+        "accuracy of a loader that crops",
+        "The test loader gives every image cropped, always the same way, and the accuracy is counted on them.",
+        ("test-loader-wrong",),
+        pipeline=testing(lambda images, labels: (cropped(images), labels)),
+    ),
+    Fault(
+        "accuracy of a loader that repeats",
+        "The test loader gives the first half of the images twice, and the accuracy is counted on them.",
+        ("test-loader-wrong",),
+        pipeline=testing(lambda *pair: tuple(torch.cat([part[: len(part) // 2]] * 2) for part in pair)),
+    ),
+    Fault(
+        "accuracy of a loader that mirrors",
+        "The test loader mirrors the images, and the accuracy is counted on them.",
+        ("test-loader-wrong",),
+        pipeline=testing(lambda images, labels: (images.flip(3), labels)),
     ),
     Fault(
         "evaluated in training mode",
@@ -365,25 +481,19 @@ FAULTS = (
         "top three accuracy",
         "An image counts as right where its label is among the three largest scores.",
         ("accuracy-wrong",),
-        pipeline=accuracy(top_three),
+        pipeline=accuracy(lambda s: in_eval_mode(s, most=3)),
     ),
     Fault(
         "accuracy in per cent",
         "Accuracy is reported as 97 instead of 0.97.",
         ("accuracy-wrong",),
-        pipeline=recording(lambda s, record: replace(record, accuracy=100 * record.accuracy)),
+        pipeline=record_with(accuracy=lambda record: 100 * record.accuracy),
     ),
     Fault(
         "test images augmented",
         "Test images are cropped at random, so no two evaluations agree.",
         ("evaluation-not-repeatable",),
-        pipeline=accuracy(augmented),
-    ),
-    Fault(
-        "loss summed over steps",
-        "The record's training loss is the sum over the epoch's batches.",
-        ("loss-misreported", "report-wrong"),
-        pipeline=recording(lambda s, record: replace(record, loss=10 * record.loss, task_loss=10 * record.task_loss)),
+        pipeline=accuracy(lambda s: in_eval_mode(s, change=cropped_anew)),
     ),
     Fault(
         "checkpoint of another epoch",
@@ -401,18 +511,36 @@ FAULTS = (
         "checkpoint without BatchNorm's statistics",
         "The running statistics are saved as they were at the start.",
         ("checkpoint-incomplete",),
-        pipeline=saving(without_statistics),
+        pipeline=saved_model(as_at_the_start),
     ),
     Fault(
         "checkpoint without logits",
         "The quantizers' logits are missing in the checkpoint.",
         ("checkpoint-incomplete",),
-        pipeline=saving(without_logits),
+        pipeline=saved_model(lambda name, tensor: None if "logit_" in name else tensor),
     ),
     Fault(
         "checkpoint in half precision",
         "The checkpoint holds weights rounded to 16 bits.",
         ("checkpoint-incomplete",),
-        pipeline=saving(in_half_precision),
+        pipeline=saved_model(lambda name, x: x.half().float() if x.is_floating_point() else x),
+    ),
+    Fault(
+        "checkpoint without moments",
+        "The checkpoint holds the optimizer's groups and none of its moments.",
+        ("checkpoint-not-resumable",),
+        pipeline=saving(lambda state: state["optimizer"].update(state={})),
+    ),
+    Fault(
+        "checkpoint of another configuration",
+        "The checkpoint says that the run had another seed.",
+        ("checkpoint-not-resumable",),
+        pipeline=saving(lambda state: state["config"].update(seed=77)),
+    ),
+    Fault(
+        "checkpoint's records differ",
+        "The records of earlier epochs in the checkpoint are not those of the run.",
+        ("checkpoint-not-resumable",),
+        pipeline=saving(earlier_accuracies_lost),
     ),
 )

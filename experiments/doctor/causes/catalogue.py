@@ -537,6 +537,22 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "removed channels are overcounted: a dead filter is not a zero channel before BatchNorm's shift.",
         "count the MACs of the network that exact removal leaves",
     ),
+    "live-channel-removed": (
+        "exact removal takes out channels on which the output depends.",
+        "a channel goes only where it is constant or nothing reads it: look at padding, and at both branches of an add",
+    ),
+    "constants-dropped": (
+        "the network that removal leaves lacks what constant channels contribute.",
+        "a dead filter gives BatchNorm's shift and no zero: keep it in a bias, in a channel of ones, or behind an add",
+    ),
+    "channels-not-removed": (
+        "channels that are constant, or that nothing reads, are kept and counted.",
+        "go backwards from the output as well: what no live channel reads can go",
+    ),
+    "test-loader-wrong": (
+        "the test loader gives other images or labels than the test set's.",
+        "read it beside the raw images: no crops, no other resampling, every label with its image",
+    ),
     "partial-test-set": (
         "only a part of the test set is evaluated.",
         "evaluate every test image once, the last batch included",

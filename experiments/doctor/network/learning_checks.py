@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.records import EpochView
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
-from experiments.doctor.training.record_checks import EpochView
 
 FEWEST_STEPS = 60  # updates below which accuracy is not judged
 
@@ -76,8 +76,8 @@ def _collapse(views: Sequence[EpochView], classes: int | None) -> Outcome:
 def _alive(views: Sequence[EpochView]) -> Outcome:
     _enough(views, 1)
     last = views[-1]
-    if not last.layers:
+    if not last.counted:
         raise NotApplicable("no layer is quantized")
-    dead = [layer.name for layer in last.layers if all(layer.dead)]
+    dead = last.dead_layers
     expected, measured = "a live filter in every layer", names(dead) or "all live"
     return Outcome(expected, measured, not dead, ["layer-died", "coefficient-too-large"])

@@ -8,7 +8,6 @@ Axis letters: O output channels.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,18 +16,10 @@ from experiments.doctor.checks.penalty import coefficient_outcome
 from experiments.doctor.expected import LOGITS, factor_of, kind_of
 from experiments.doctor.network.learning_checks import learning_checks
 from experiments.doctor.pipeline import Pipeline, is_plain
+from experiments.doctor.records import EpochView, StepMeans, few_right, records_outcome
 from experiments.doctor.report import TRAINING, Report
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 from experiments.doctor.training.continuity import Continuity
-from experiments.doctor.training.record_checks import (
-    EpochView,
-    StepMeans,
-    accuracy_is_off,
-    counted,
-    fault_of_epoch,
-    few_right,
-    same_layers,
-)
 from experiments.doctor.training.replay import Replay
 from src.training import EpochRecord, Step
 
@@ -105,7 +96,8 @@ class Watcher:
         """After an epoch was measured and before the next one starts."""
         self._read()
         means = StepMeans.of(self._epoch_losses, self._epoch_images) if self._epoch_whole else None
-        self.views.append(EpochView(record, means, few_right(self.pipeline), *counted(self.pipeline), self._last_rate))
+        known = {"means": means, "right": few_right(self.pipeline), "rate": self._last_rate}
+        self.views.append(EpochView.of(self.pipeline, record, **known))
         self._forget_epoch()
         self._continuity.epoch_done()
         self.logits.append(_logits(self.pipeline))
@@ -167,28 +159,7 @@ class Watcher:
         views = self._seen()
         if all(is_plain(view.record) for view in views):
             raise NotApplicable("no record of an epoch is made", "" if self.pipeline.measure else "measure")
-        if accuracy_is_off(views[-1], self.pipeline):  # the last stage sees how it was measured, and names why
-            views = [replace(view, right=None) for view in views]
-        likely: list[str | None] = []
-        wrong: list[str] = []
-        stale = 0
-        for place, view in enumerate(views):
-            record, number = view.record, self.first_epoch + place + 1
-            if record.epoch != number:
-                wrong.append(f"record {number} is of epoch {record.epoch}")
-                likely.append("history-shifted")
-                continue
-            fault, keys = fault_of_epoch(view, self.pipeline)
-            if fault:
-                wrong.append(f"epoch {number}: {fault}")
-                before = views[place - 1].layers if place else None
-                shifted = before is not None and before != view.layers and same_layers(record.layers, before)
-                stale += shifted
-                likely += ["history-shifted", "history-stale"] if shifted else keys
-        if stale:
-            likely = ["history-shifted", "history-stale", *likely]
-        measured = "; ".join(wrong[:2]) or f"{len(views)} records agree with the network"
-        return Outcome("epochs 1, 2, ..., each as the network then was", measured, not wrong, [*likely, "report-wrong"])
+        return records_outcome(self.pipeline, views, self.first_epoch)
 
     def _coefficient(self) -> Outcome:
         expected = self.pipeline.expected.coefficients
