@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.doctor.checks.optimizer import optimizer_checks
 from experiments.doctor.checks.penalty import penalty_checks
-from experiments.doctor.checks.quantizers import quantizer_checks, step_weight_checks
+from experiments.doctor.checks.quantizers import quantizer_checks
 from experiments.doctor.checks.reported import Reported, reported_checks
 from experiments.doctor.checks.step import step_checks
 from experiments.doctor.data.data_checks import data_checks
@@ -53,7 +53,6 @@ def first_steps(pipeline: Pipeline) -> Report:
     runner = CheckRunner(FIRST_STEPS, pipeline)
     with preserve_state(pipeline):
         step_checks(runner, pipeline)
-        step_weight_checks(runner, pipeline)
     return runner.report()
 
 

@@ -1,6 +1,6 @@
 """Are the quantizers where they should be, on, and set as was asked for; do they compute CoDeQ's values and gradients?
 
-Each quantizer is observed on a copy, in float64 where it can, at its own logits and at others, with its own weights and
+Each quantizer is observed on a copy, in float64, at its own logits and at others, with its own weights and
 with larger ones in between, in training and in eval mode; and so are the equations. Where the two differ, the equations
 with one mistake in them are observed as well. Axis letters: T weights of a layer.
 """
@@ -22,6 +22,7 @@ from experiments.doctor.causes.explain import explain
 from experiments.doctor.causes.quantizer_mutants import WRONG_GRADIENTS, WRONG_VALUES, range_read_off
 from experiments.doctor.expected import LOGITS, ExpectedQuantizer
 from experiments.doctor.pipeline import Pipeline
+from experiments.doctor.reference.objective import plain
 from experiments.doctor.reference.quantizer import Grid, QuantizerEquations, near_a_threshold
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names, preserve_state
 from utils_quantization import latent_weight, quantization, quantized_layers, quantizer_of, shared_quantized_weights
@@ -54,11 +55,6 @@ def quantizer_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     runner.check("all layers at once", "together, layers get what each gets alone", _together, pipeline)
 
 
-def step_weight_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
-    """First steps: what the network reads in a step and after it."""
-    runner.check("weights of a step", "a step reads the latent weights of now, quantized", _weights_of_steps, pipeline)
-
-
 def promised_quantizer(pipeline: Pipeline) -> ExpectedQuantizer:
     """The quantizer's expected settings. Raises NotApplicable where there are none, or no quantizer."""
     _layers(pipeline)
@@ -81,7 +77,7 @@ def bits_in_use(settings: ExpectedQuantizer, theta_bit: float) -> float:
 @torch.no_grad()
 def expected_weight(settings: ExpectedQuantizer, layer: nn.Module) -> tuple[Tensor, Grid]:
     """The quantized weights of a layer by the equations, of the layer's shape, float64 on the CPU, and their grid."""
-    w, (dz, bit), equations = _double(latent_weight(layer)), _tensors(logits(layer)), equations_of(settings)
+    w, (dz, bit), equations = plain(latent_weight(layer)), _tensors(logits(layer)), equations_of(settings)
     return equations(w, dz, bit), equations.grid(w, dz, bit)
 
 
@@ -124,14 +120,13 @@ class Answer:
     right: Observables
     scale: Mapping[str, float]
     sure: Tensor
-    tolerance: float
 
     def error(self, name: str) -> float:
         """How far an observable is off, as a multiple of what is tolerated."""
         found, right = (self.scaled(name, each) for each in (self.found, self.right))
         if name in VALUES:
-            return float((found - right).abs().amax()) / self.tolerance if len(found) else 0.0
-        return float((found - right).norm()) / max(1.0, float(found.norm())) / (10 * self.tolerance)
+            return float((found - right).abs().amax()) / TOLERANCE if len(found) else 0.0
+        return float((found - right).norm()) / max(1.0, float(found.norm())) / (10 * TOLERANCE)
 
     def scaled(self, name: str, of: Observables) -> Tensor:
         """An observable, (T,), in units of R or of the right gradient; without the weights that may fall anywhere."""
@@ -159,7 +154,7 @@ class Observed:
             return []
         layer = max(dict.fromkeys(wrong), key=wrong.count)
         answers = [answer for answer in self.answers if answer.case.layer == layer]
-        if not all(torch.equal(a.found["values"], observed(a.case)[0]["values"]) for a in answers):
+        if not all(torch.equal(a.found["values"], observed(a.case)["values"]) for a in answers):
             return ["evaluation-not-repeatable"]
         equations = equations_of(promised_quantizer(self._pipeline))
         off = [name for name in answers[0].found if not all(a.error(name) <= 1 for a in answers)]
@@ -186,7 +181,7 @@ class Observed:
             raise NotApplicable("no logit is learned")
         error, name, answer = max(errors, key=lambda entry: np.nan_to_num(entry[0], nan=np.inf))
         ok = error <= 1
-        share = error * answer.tolerance * (1 if name in VALUES else 10)
+        share = error * TOLERANCE * (1 if name in VALUES else 10)
         measured = f"{name}: largest difference {share:.2g}" + ("" if ok else f" ({answer.case.text})")
         return Outcome(expected, measured, ok, [] if ok else [*self.likely[:3], other], error)
 
@@ -212,7 +207,7 @@ def cases_of(pipeline: Pipeline) -> Iterator[Case]:
     spread = {round(place) for place in np.linspace(0, len(layers) - 1, 3)}
     kinds: set[type] = set()
     for place, (name, layer) in enumerate(layers):
-        quantizer, own, w = quantizer_of(layer), logits(layer), _double(latent_weight(layer))
+        quantizer, own, w = quantizer_of(layer), logits(layer), plain(latent_weight(layer))
         w = w[: max(1, MOST_WEIGHTS // w[0].numel())]
         if not w.any():
             continue  # no range, no grid
@@ -226,24 +221,17 @@ def cases_of(pipeline: Pipeline) -> Iterator[Case]:
 
 def answer_to(case: Case, equations: QuantizerEquations) -> Answer:
     """What the case's quantizer and the equations make of it."""
-    found, tolerance = observed(case)
     right, grid = predicted(equations, case), equations.grid(case.w, *_tensors(case.theta))
     scale = {name: max(float(value.norm()), 1e-12) for name, value in right.items()}
     scale |= dict.fromkeys(VALUES, max(float(grid.range), 1e-30))
-    return Answer(case, found, right, scale, ~near_a_threshold(case.w, grid, tolerance).flatten(), tolerance)
+    return Answer(case, observed(case), right, scale, ~near_a_threshold(case.w, grid, TOLERANCE).flatten())
 
 
-def observed(case: Case) -> tuple[Observables, float]:
-    """The observables of a copy of the case's quantizer, and what is tolerated: float32 where float64 raises."""
+def observed(case: Case) -> Observables:
+    """The observables of a copy of the case's quantizer, in float64."""
     graphs = {id(kept): kept.detach() for kept in vars(case.quantizer).values() if isinstance(kept, Tensor)}
-    for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32, SINGLE)):
-        try:
-            twin = copy.deepcopy(case.quantizer, graphs.copy()).cpu().to(dtype).train(case.training)
-            return observables(twin, case, {leaf: getattr(twin, leaf) for leaf in LOGITS}, dtype), tolerance
-        except RuntimeError:
-            if dtype == torch.float32:
-                raise
-    raise AssertionError  # the loop returns or raises
+    twin = copy.deepcopy(case.quantizer, graphs).cpu().double().train(case.training)
+    return observables(twin, case, {leaf: getattr(twin, leaf) for leaf in LOGITS})
 
 
 def predicted(equations: QuantizerEquations, case: Case) -> Observables:
@@ -251,15 +239,13 @@ def predicted(equations: QuantizerEquations, case: Case) -> Observables:
     equations = copy.deepcopy(equations)  # with a memory of its own
     dz, bit = (theta.requires_grad_() for theta in _tensors(case.own))
     thetas = dict(zip(LOGITS, (dz, bit), strict=True))
-    return observables(lambda w: equations(w, dz, bit, case.training), case, thetas, torch.float64)
+    return observables(lambda w: equations(w, dz, bit, case.training), case, thetas)
 
 
-def observables(
-    quantize: Callable[[Tensor], Tensor], case: Case, thetas: Mapping[str, Tensor], dtype: torch.dtype
-) -> Observables:
+def observables(quantize: Callable[[Tensor], Tensor], case: Case, thetas: Mapping[str, Tensor]) -> Observables:
     """The one observation of `quantize`, which reads `thetas` and has been called with its own logits before:
     values v at the case's logits, gradients of sum(c v), and the values when w was -3 w and when it is w again."""
-    w = case.w.to(dtype).clone().requires_grad_()
+    w = case.w.clone().requires_grad_()
     quantize(w)
     with torch.no_grad():
         for theta, value in zip(thetas.values(), case.theta, strict=True):
@@ -380,7 +366,7 @@ def _bits(pipeline: Pipeline) -> Outcome:
 def _bits_at(quantizer: nn.Module, theta: float) -> Tensor:
     twin = cast(Any, copy.deepcopy(quantizer))
     twin.logit_bit.fill_(theta)
-    return _double(twin.get_bitwidth())
+    return plain(twin.get_bitwidth())
 
 
 @torch.no_grad()
@@ -394,20 +380,18 @@ def _toggling(pipeline: Pipeline) -> Outcome:
         return [n for n, a, b in zip(layers, left, right, strict=True) if not torch.equal(a, b)]
 
     with preserve_state(pipeline):
-        first, before = weights(), weights()
+        before = weights()
         with quantization(pipeline.model, enabled=False):
             off = weights()
         after = weights()
-    if noisy := differing(first, before):
-        measured = f"two readings differ in {names(noisy)}"
-        likely = ["evaluation-not-repeatable", "toggle-broken"]
-        return Outcome("the same weights at every reading", measured, False, likely)
     wrong_off = differing(off, [latent_weight(layer).detach().nan_to_num() for layer in layers.values()])
     wrong_on = differing(before, after)
     parts = [f"off differs from the latent weights in {names(wrong_off)}"] if wrong_off else []
     parts += [f"on again differs in {names(wrong_on)}"] if wrong_on else []
     measured = "; ".join(parts) or "both exact"
-    return Outcome("exactly the latent, then exactly the same", measured, not parts, ["toggle-broken"])
+    return Outcome(
+        "exactly the latent, then exactly the same", measured, not parts, ["toggle-broken", "evaluation-not-repeatable"]
+    )
 
 
 # Weights that move, layers together, steps
@@ -465,16 +449,16 @@ def _together(pipeline: Pipeline) -> Outcome:
     return Outcome(expected, measured, not off + wrong, ["joint-quantization"])
 
 
-def _weights_of_steps(pipeline: Pipeline) -> Outcome:
-    """Each layer's weight when the network reads it in a step, and after the step, beside its latent weight of then."""
-    settings, smallest_first = promised_quantizer(pipeline), sorted(_layers(pipeline).items(), key=_size)
-    layers = dict(smallest_first[:LAYERS])
+def weights_of_steps(steps: Any, pipeline: Pipeline) -> Outcome:
+    """What the network reads in a step and after it, beside the latent weights of then."""
+    settings, quantized = promised_quantizer(pipeline), _layers(pipeline).items()
+    layers = dict(sorted(quantized, key=lambda entry: latent_weight(entry[1]).numel())[:LAYERS])
     wrong: dict[str, None] = {}
     step = 1
 
     def compare(name: str, when: str) -> None:
         right, grid = expected_weight(settings, layers[name])
-        off = _rms(_double(_read(layers[name])) - right) > SINGLE * float(grid.range)
+        off = _rms(plain(_read(layers[name])) - right) > SINGLE * float(grid.range)
         if off and not torch.equal(_read(layers[name]), latent_weight(layers[name])):  # off: said elsewhere
             wrong.setdefault(f"{name} {when} step {step}")
 
@@ -492,9 +476,8 @@ def _weights_of_steps(pipeline: Pipeline) -> Outcome:
             for name in layers:
                 compare(name, "after")
             step += 1
-    measured = (
-        f"others in {names(list(wrong))}" if wrong else f"{len(layers)} layers agree, in {STEPS} steps and after each"
-    )
+    agree = f"{len(layers)} layers agree, in {STEPS} steps and after each"
+    measured = f"others in {names(list(wrong))}" if wrong else agree
     return Outcome("the equations' weights, from the latent ones of now", measured, not wrong, ["weights-stale"])
 
 
@@ -508,15 +491,6 @@ def _tensors(theta: tuple[float, float]) -> tuple[Tensor, Tensor]:
     return torch.tensor(theta[0], dtype=torch.float64), torch.tensor(theta[1], dtype=torch.float64)
 
 
-def _size(entry: tuple[str, nn.Module]) -> int:
-    return latent_weight(entry[1]).numel()
-
-
 def _read(layer: nn.Module) -> Tensor:
     """The weight that the network reads, as it is now."""
     return cast(Tensor, layer.weight).clone()
-
-
-def _double(tensor: Tensor) -> Tensor:
-    """A detached copy in float64 on the CPU."""
-    return tensor.detach().double().cpu().clone()

@@ -27,6 +27,7 @@ from experiments.doctor.causes.step_mutants import (
     ranked,
 )
 from experiments.doctor.checks.optimizer import groups_by_parameter
+from experiments.doctor.checks.quantizers import weights_of_steps
 from experiments.doctor.expected import LOGITS, kind_of
 from experiments.doctor.network.network_checks import batch_of
 from experiments.doctor.observe import (
@@ -602,6 +603,7 @@ def _batch_loss(pipeline: Pipeline, images: Tensor, labels: Tensor) -> float:
 Check = Callable[[Steps, Pipeline], Outcome]
 CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("mode of the network", "BatchNorm and quantizers are on while training", modes_of_network),
+    ("weights of a step", "a step reads the latent weights of now, quantized", weights_of_steps),
     ("loss of a step", "the step reports and minimises the expected parts", loss_fits),
     ("gradients", "every learnable gets a finite gradient that is not zero", every_gradient),
     ("gradient of the task", "the step's gradient is that of the cross entropy", gradient_fits),
