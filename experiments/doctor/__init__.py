@@ -11,7 +11,7 @@ from experiments.doctor.examine import Examination, afterwards, before, examine,
 from experiments.doctor.expected import Expected
 from experiments.doctor.pipeline import Pipeline, PipelineParts, build_pipeline, run_measure
 from experiments.doctor.report import Report, report_figure, report_table
-from experiments.doctor.training.training_checks import Watcher
+from experiments.doctor.training.watcher import Watcher
 
 __all__ = [
     "Examination",

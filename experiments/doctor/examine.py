@@ -24,7 +24,7 @@ from experiments.doctor.network.network_checks import network_checks
 from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
-from experiments.doctor.training.training_checks import Watcher
+from experiments.doctor.training.watcher import Watcher
 from experiments.evaluator import EvalResult
 from experiments.pipeline import Run, load_run
 from src.runs import CHECKPOINT
@@ -60,10 +60,10 @@ def while_training(
     pipeline: Pipeline, folder: Path, on_epoch: Callable[[Any], None] | None = None
 ) -> tuple[Report, Reported]:
     """Train the expected epochs and watch; returns what was seen and what the pipeline reported of itself."""
-    watcher, reported = Watcher(pipeline), Reported()
+    watcher, reported = Watcher(pipeline, every_step=True), Reported()
     history = History(pipeline.expected.epochs or 1)
     try:
-        for record, path in train(_blaming_parts(pipeline), folder, watcher.step):
+        for record, path in train(watcher.listening(_blaming_parts(pipeline)), folder, watcher.step):
             watcher.epoch(record)
             history.records.append(record)
             reported.checkpoint = path

@@ -171,13 +171,14 @@ def test_a_watcher_that_misses_steps_raises_no_alarm(settings: dict[str, int], m
     monkeypatch.setitem(NETWORKS, "small", lambda classes, shortcut: small_network(config, small_data()))
     run = build_run(replace(config, model="small"), small_data())
     watcher = watched(run, **settings)
-    assert watcher.missed
+    assert watcher.seen.missed
     report = watcher.report()
     assert not report.faulty, report.text(passed=False)
     statuses = {finding.name: finding.status for finding in report.findings}
     assert statuses["records follow the epochs"] == PASSED
     assert statuses["coefficient applied"] == PASSED
-    watcher.views[-1] = replace(watcher.views[-1], record=replace(watcher.views[-1].record, coefficient=7.0))
+    last = watcher.seen.views[-1]
+    watcher.seen.views[-1] = replace(last, record=replace(last.record, coefficient=7.0))
     assert keys(watcher.report(), "coefficient applied")
 
 

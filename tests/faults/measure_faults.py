@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from experiments.doctor import Pipeline
 from experiments.doctor import pipeline as parts_of
 from experiments.doctor.causes.account_mutants import NAMED, AccountMutant
-from experiments.doctor.records import wrong_figures
 from experiments.doctor.reference.accounting import Account, layers_of
+from experiments.doctor.training.records import wrong_figures
 from experiments.evaluator import EvalResult, Evaluator
 from experiments.notebook import demonstration
 from experiments.notebook.demonstration import Fault, accuracy, evaluated, recording, small_network

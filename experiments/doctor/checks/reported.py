@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from experiments.doctor.causes.catalogue import causes
 from experiments.doctor.observe import Norm
 from experiments.doctor.pipeline import Pipeline, is_plain, run_test_batches
-from experiments.doctor.records import (
+from experiments.doctor.reference.accounting import disturb_
+from experiments.doctor.report import FAILED, Finding
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state, reseed
+from experiments.doctor.training.records import (
     ACCURACY_CLOSE,
     LOSS_CLOSE,
     EpochView,
@@ -28,9 +31,6 @@ from experiments.doctor.records import (
     few_right,
     noise,
 )
-from experiments.doctor.reference.accounting import disturb_
-from experiments.doctor.report import FAILED, Finding
-from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state, reseed
 from experiments.evaluator import EvalResult
 from experiments.pipeline import judge
 from src.data import steps_per_epoch
