@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from experiments.doctor import Pipeline
 from experiments.doctor import pipeline as parts_of
+from experiments.doctor.causes.step_mutants import changed, labels_as, piece, task_as
 from experiments.doctor.pipeline import PipelineParts
+from experiments.doctor.reference.objective import cross_entropy, smoothed
 from experiments.notebook import demonstration
 from experiments.notebook.demonstration import WIDTHS, Fault
 from experiments.pipeline import RunConfig
 from resnet import BasicBlock, ResNet
 from src import training
 from src.data import ImageData
-from utils_quantization import latent_weight, quantized_layers, shared_quantized_weights
+from tests.faults.mutated import step_fault, update_fault
+from utils_quantization import latent_weight, quantized_layers
 
 Step = Callable[..., training.StepLosses]
 
@@ -48,37 +51,6 @@ def with_batch(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Cal
         return lambda model, optimizer, images, labels, *rest: of(model, optimizer, *change(images, labels), *rest)
 
     return stepping(make)
-
-
-def task_loss(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Pipeline], Pipeline]:
-    """The pipeline's step, written out with another task loss."""
-
-    def step(
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: Tensor,
-        labels: Tensor,
-        objective: training.Objective,
-        coefficient: float,
-        precision: torch.dtype,
-    ) -> training.StepLosses:
-        with shared_quantized_weights(model):
-            scores = model(images).float()
-            task = compute(scores, labels)
-            logits = training.squared_logits(model, objective.lambda_dz, objective.lambda_bit)
-            groups = objective.penalty(model) if objective.penalty and coefficient else task.new_zeros(())
-            total = task + logits + coefficient * groups
-            optimizer.zero_grad()
-            total.backward()
-        optimizer.step()
-        correct = (scores.argmax(1) == labels).sum()
-        return training.StepLosses(*(part.detach() for part in (total, task, logits, groups, correct)))
-
-    return lambda pipeline: replace(pipeline, step=step)
-
-
-def reported(change: Callable[[training.StepLosses], training.StepLosses]) -> Callable[[Pipeline], Pipeline]:
-    return stepping(lambda of: lambda *rest: change(of(*rest)))
 
 
 def keep_quantized(model: nn.Module, _: Any) -> None:
@@ -185,22 +157,6 @@ def frozen(prefix: str) -> Callable[[nn.Module], None]:
     return change
 
 
-def loss_alone(
-    model: nn.Module, images: Tensor, labels: Tensor, objective: training.Objective, coefficient: float, *_: Any
-) -> training.StepLosses:
-    """The losses of a step without its update."""
-    scores = model(images).float().detach()
-    task, logits = (
-        F.cross_entropy(scores, labels),
-        training.squared_logits(model, objective.lambda_dz, objective.lambda_bit),
-    )
-    groups = objective.penalty(model) if objective.penalty and coefficient else task.new_zeros(())
-    correct = (scores.argmax(1) == labels).sum()
-    return training.StepLosses(
-        *(x.detach() for x in (task + logits + coefficient * groups, task, logits, groups, correct))
-    )
-
-
 def large_classifier(model: nn.Module) -> None:
     model.get_parameter("linear.weight").mul_(20)
 
@@ -267,37 +223,68 @@ FAULTS = (
         ("initial-weights", "gradient-missing"),
         parts=network(all_zero),
     ),
-    Fault(
+    step_fault(
         "loss divided by the batch",
         "The mean loss is divided by the batch size again, so the penalty weighs 48 times as much.",
-        ("loss-wrong",),
-        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels) / len(labels)),
+        task_as(lambda scores, labels: cross_entropy(scores, labels) / len(labels)),
     ),
-    Fault(
+    step_fault(
         "summed loss",
         "The loss is the sum over the batch, beside which the penalty weighs nothing.",
-        ("loss-wrong",),
-        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, reduction="sum")),
+        task_as(lambda scores, labels: len(labels) * cross_entropy(scores, labels)),
     ),
-    Fault(
+    step_fault(
         "loss on half of the batch",
         "The loss leaves out the second half of every batch.",
-        ("loss-wrong", "step-images-wrong", "step-gradient-wrong"),
-        pipeline=task_loss(
-            lambda scores, labels: F.cross_entropy(scores[: len(scores) // 2], labels[: len(labels) // 2])
-        ),
+        task_as(lambda scores, labels: cross_entropy(scores[: len(scores) // 2], labels[: len(labels) // 2])),
     ),
-    Fault(
-        "heavy label smoothing",
-        "The loss smooths labels by 0.5, which nobody asked for.",
-        ("loss-wrong",),
-        pipeline=task_loss(lambda scores, labels: F.cross_entropy(scores, labels, label_smoothing=0.5)),
+    step_fault(
+        "heavy label smoothing", "The loss smooths labels by 0.5, which nobody asked for.", task_as(smoothed(0.5))
     ),
-    Fault(
-        "labels mixed in the step",
-        "The step permutes the labels of its batch.",
-        ("step-labels-wrong",),
-        pipeline=with_batch(lambda images, labels: (images, labels.roll(1))),
+    step_fault(
+        "scores at half their size",
+        "The scores are divided by a temperature of 2 before the loss.",
+        piece("loss-wrong", transform=lambda scores: scores / 2),
+    ),
+    step_fault(
+        "binary losses",
+        "Every class has a binary loss of its own, as if an image could belong to several.",
+        task_as(lambda s, y: F.binary_cross_entropy_with_logits(s, F.one_hot(y, s.shape[1]).to(s))),
+    ),
+    step_fault(
+        "softmax in the step",
+        "The step takes the softmax of the scores, of which the cross entropy takes it again.",
+        piece("softmax-twice", transform=lambda scores: scores.softmax(1)),
+        "loss-wrong",
+    ),
+    step_fault(
+        "quantizers off in the step",
+        "The step trains the network with its quantizers switched off.",
+        piece("quantizers-off-in-training", quantized=False),
+        "quantizers-off",
+    ),
+    step_fault(
+        "labels mixed in the step", "The step permutes the labels of its batch.", labels_as(lambda y: y.roll(1))
+    ),
+    step_fault(
+        "labels in an order of their own",
+        "The step shuffles labels and leaves the images as they are.",
+        labels_as(lambda y: y[torch.randperm(len(y), generator=torch.Generator().manual_seed(5))]),
+    ),
+    step_fault(
+        "labels counted from 1",
+        "The step adds 1 to every label, and the last class becomes the first.",
+        labels_as(lambda y: (y + 1) % 10),
+    ),
+    step_fault(
+        "gradients clipped by value",
+        "Every entry of a gradient is clipped to 1e-3.",
+        piece("gradients-scaled", gradients=lambda g: {n: v.clamp(-1e-3, 1e-3) for n, v in g.items()}),
+    ),
+    step_fault(
+        "gradients divided by the batch",
+        "The gradients are divided by 24 before the update, and the loss is not.",
+        piece("gradients-scaled", gradients=lambda g: {n: v / 24 for n, v in g.items()}),
     ),
     Fault(
         "images blackened in the step",
@@ -323,22 +310,39 @@ FAULTS = (
         ("weights-reset", "stuck-at-chance"),
         pipeline=starts_again_every_epoch,
     ),
-    Fault(
+    update_fault(
         "weights decayed by hand",
         "The step shrinks all weights by a hundredth besides what the optimizer does.",
-        ("update-wrong", "changes-too-much"),
-        pipeline=after_each(lambda model, _: [p.mul_(0.99) for p in model.parameters() if p.dim() > 1]),
+        changed("update-wrong", lambda p, movement: movement - 0.01 * (p + movement)),
+        "changes-too-much",
     ),
-    Fault(
+    update_fault(
+        "averaged weights written back",
+        "After every step the weights are overwritten by their running average, of which the step is a tenth.",
+        changed("weights-averaged", lambda p, movement: 0.1 * movement),
+        "learning-rate-too-small",
+    ),
+    update_fault(
+        "a thousandth of an update",
+        "The step moves every parameter by a thousandth of what the optimizer says.",
+        changed("learning-rate-too-small", lambda p, movement: 1e-3 * movement),
+        "weights-averaged",
+    ),
+    update_fault(
+        "half precision written back",
+        "After every step the parameters are rounded to bfloat16.",
+        changed("update-wrong", lambda p, movement: (p + movement).bfloat16().float() - p),
+        "changes-too-much",
+    ),
+    step_fault(
         "reported loss without penalties",
         "The step reports the task loss as the total.",
-        ("loss-misreported",),
-        pipeline=reported(lambda losses: replace(losses, total=losses.task)),
+        piece("loss-misreported", report=lambda losses: losses._replace(total=losses.task)),
     ),
-    Fault(
+    step_fault(
         "no backward pass",
-        "The step computes the loss, and updates with the gradients that it never made.",
-        ("no-update", "gradient-missing"),
-        pipeline=stepping(lambda of: lambda model, optimizer, *rest: loss_alone(model, *rest)),
+        "The step computes the loss, and updates with gradients of 0.",
+        piece("gradient-missing", gradients=lambda found: {name: 0 * g for name, g in found.items()}),
+        "no-update",
     ),
 )

@@ -327,7 +327,6 @@ def _decay(by: float) -> Callable[[Update], Update]:
 UPDATE: tuple[Mutant[Update], ...] = (
     Mutant("ascent", lambda right: replace(right, gradient=lambda g: -g)),
     changed("update-wrong", lambda p, movement: 2 * movement),
-    changed("no-update", lambda p, movement: 0 * movement),
     Mutant("other-optimizer", lambda right: replace(right, rule=sgd)),
     Mutant("other-optimizer", lambda right: replace(right, rule=_signs)),
     Mutant("other-optimizer", lambda right: replace(right, rule=adam)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from experiments.doctor.expected import ExpectedGroup, kind_of
 from experiments.doctor.pipeline import Pipeline
@@ -15,26 +15,35 @@ from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, names
 
 ADAM_DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False}
 CLOSE = 1e-6
+Group = dict[str, Any]
 
 
 def optimizer_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the optimizer."""
-    runner.check("kind of optimizer", "the update rule is the expected one", _kind, pipeline)
-    runner.check("every parameter once", "all that should learn is in the optimizer, exactly once", _members, pipeline)
-    runner.check("rates and decays", "each group has the learning rate and the decay meant for it", _settings, pipeline)
-    runner.check("learning-rate schedule", "the weights' learning rate follows the expected shape", _schedule, pipeline)
+    for name, proves, check in (
+        ("kind of optimizer", "the update rule is the expected one", _kind),
+        ("every parameter once", "all that should learn is in the optimizer, exactly once", _members),
+        ("rates and decays", "each group has the learning rate and the decay meant for it", _settings),
+        ("learning-rate schedule", "the weights' learning rate follows the expected shape", _schedule),
+    ):
+        runner.check(name, proves, check, pipeline)
 
 
-def groups_by_parameter(optimizer: Any) -> dict[int, list[dict[str, Any]]]:
+def groups_by_parameter(optimizer: Any) -> dict[int, list[Group]]:
     """The groups that hold each parameter, by its id. Raises NotApplicable for an optimizer without groups."""
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise NotApplicable(f"{type(optimizer).__name__} has no param_groups to look into")
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, list[Group]] = {}
     for group in groups:
         for p in group["params"]:
             found.setdefault(id(p), []).append(group)
     return found
+
+
+def listed(found: Mapping[str, list[str]]) -> list[str]:
+    """`what: the first names` for each list that is not empty."""
+    return [f"{what}: {names(members)}" for what, members in found.items() if members]
 
 
 def _kind(pipeline: Pipeline) -> Outcome:
@@ -46,43 +55,40 @@ def _kind(pipeline: Pipeline) -> Outcome:
         raise NotApplicable(f"{kind} is not torch's and none is expected: what it does is judged by its steps")
     if not isinstance(optimizer, getattr(torch.optim, expected)):
         return Outcome(expected, kind, False, ["other-optimizer"])
-    odd = [
+    odd = {
         f"{name}={group.get(name)!r}"
         for group in optimizer.param_groups
         for name, default in ADAM_DEFAULTS.items()
         if expected.startswith("Adam") and group.get(name, default) != default
-    ]
-    likely = ["ascent" if any("maximize" in o for o in odd) else None, "other-optimizer"]
-    return Outcome(f"{expected} with torch's defaults", "; ".join([kind, *dict.fromkeys(odd)]), not odd, likely)
+    }
+    likely = ["ascent" if "maximize=True" in odd else None, "other-optimizer"]
+    return Outcome(f"{expected} with torch's defaults", "; ".join([kind, *sorted(odd)]), not odd, likely)
 
 
 def _members(pipeline: Pipeline) -> Outcome:
     holding = groups_by_parameter(pipeline.optimizer)
     own = dict(pipeline.model.named_parameters())
-    trainable = {name: p for name, p in own.items() if p.requires_grad}
-    missing = [name for name, p in trainable.items() if id(p) not in holding]
+    trainable = [name for name, p in own.items() if p.requires_grad]
+    missing = [name for name in trainable if id(own[name]) not in holding]
     twice = [name for name, p in own.items() if len(holding.get(id(p), [])) > 1]
-    known = {id(p) for p in own.values()}
-    foreign = sum(key not in known for key in holding)
+    foreign = len(holding.keys() - {id(p) for p in own.values()})
     frozen = _frozen(pipeline)
     parts = [f"{len(trainable) - len(missing)} of {len(trainable)} trainable parameters"]
-    parts += [f"missing: {names(missing)}"] if missing else []
-    parts += [f"more than once: {names(twice)}"] if twice else []
+    parts += listed({"missing": missing, "more than once": twice, "not trainable": frozen})
     parts += [f"{foreign} that are not the network's"] if foreign else []
-    parts += [f"not trainable: {names(frozen)}"] if frozen else []
     logits = [name for name in missing if kind_of(name) != "weights"]
-    likely: list[str | None] = []
-    if foreign and len(missing) == len(trainable):
-        likely += ["foreign-parameter"]
-    elif missing and foreign:  # it was built for what the network held before
-        likely += ["optimizer-built-before-quantizers", "logits-not-in-optimizer" if logits else "foreign-parameter"]
-    if logits and len(logits) == len(missing):
-        likely += ["logits-not-in-optimizer", "optimizer-built-before-quantizers"]
-    likely += ["parameter-twice"] if twice else []
-    likely += ["parameter-frozen"] if frozen else []
-    likely += ["bits-frozen" if any("logit_bit" in name for name in frozen) else None]
-    likely += ["parameter-not-in-optimizer"] if missing else []
-    likely += ["foreign-parameter"] if foreign else []
+    early = missing and foreign and len(missing) < len(trainable)  # built for what the network held before
+    likely = [
+        "foreign-parameter" if foreign and len(missing) == len(trainable) else None,
+        "optimizer-built-before-quantizers" if early else None,
+        "logits-not-in-optimizer" if logits and (early or logits == missing) else None,
+        "optimizer-built-before-quantizers" if logits and logits == missing else None,
+        "parameter-twice" if twice else None,
+        "parameter-frozen" if frozen else None,
+        "bits-frozen" if any("logit_bit" in name for name in frozen) else None,
+        "parameter-not-in-optimizer" if missing else None,
+        "foreign-parameter" if foreign else None,
+    ]
     ok = not (missing or twice or foreign or frozen)
     return Outcome(f"all {len(trainable)}, each once", "; ".join(parts), ok, likely)
 
@@ -101,28 +107,22 @@ def _frozen(pipeline: Pipeline) -> list[str]:
 
 
 def _settings(pipeline: Pipeline) -> Outcome:
-    expected = pipeline.expected.groups
-    holding = groups_by_parameter(pipeline.optimizer)
-    trainable = [(n, p) for n, p in pipeline.model.named_parameters() if p.requires_grad and id(p) in holding]
+    expected, holding = pipeline.expected.groups, groups_by_parameter(pipeline.optimizer)
+    held = {n: holding[id(p)][0] for n, p in pipeline.model.named_parameters() if p.requires_grad and id(p) in holding}
     if expected is None:
-        return _sensible(trainable, holding)
+        return _sensible(list(held.values()))
     wrong: dict[str, str] = {}
     likely: Counter[str] = Counter()
-    started = bool(pipeline.optimizer.state)
-    for name, p in trainable:
-        kind = kind_of(name)
-        group, want = holding[id(p)][0], expected[kind]
-        rate = group.get("base_lr", group["lr"]) if started else group["lr"]
-        decay = float(group.get("weight_decay", 0.0))
-        odd = _compare(kind, group, rate, decay, want, expected)
+    for name, group in held.items():
+        kind, decay = kind_of(name), float(group.get("weight_decay", 0.0))
+        rate = float(group[("base_lr" if pipeline.optimizer.state and "base_lr" in group else "lr")])
+        odd = _compare(kind, group.get("name"), rate, decay, expected)
         likely.update(odd)
         if odd:
             label = group.get("name", "a group without a name")
             wrong.setdefault(kind, f"{kind} ({name}) in {label}: rate {rate:g}, decay {decay:g}")
-    wanted = ", ".join(
-        f"{kind}: {expected[kind].learning_rate:g} / {expected[kind].decay:g}"
-        for kind in dict.fromkeys(kind_of(name) for name, _ in trainable)
-    )
+    kinds = dict.fromkeys(map(kind_of, held))
+    wanted = ", ".join(f"{kind}: {expected[kind].learning_rate:g} / {expected[kind].decay:g}" for kind in kinds)
     ranked = [key for key, _ in likely.most_common()]
     ranked.sort(key=lambda key: key not in ("wrong-group", "added-later"))  # they explain the wrong numbers
     measured = "; ".join(wrong.values()) or "as expected"
@@ -130,42 +130,34 @@ def _settings(pipeline: Pipeline) -> Outcome:
 
 
 def _compare(
-    kind: str,
-    group: dict[str, Any],
-    rate: float,
-    decay: float,
-    want: ExpectedGroup,
-    expected: Any,
+    kind: str, label: str | None, rate: float, decay: float, expected: Mapping[str, ExpectedGroup]
 ) -> list[str]:
-    """Keys of what is wrong with one parameter's group."""
+    """Keys of what is wrong with one parameter's group, which is called `label`."""
     odd: list[str] = []
-    off_rate = not _same(rate, want.learning_rate)
-    off_decay = not _same(decay, want.decay)
-    label = group.get("name")
+    meant = expected[kind]
+    off_rate, off_decay = not _same(rate, meant.learning_rate), not _same(decay, meant.decay)
     if label in expected and label != kind:
         odd.append("wrong-group")
     elif label not in expected and kind != "weights" and (off_rate or off_decay):
         odd.append("added-later")
     if off_rate:
+        large = meant.learning_rate and rate / meant.learning_rate > 9
+        odd += ["learning-rate-too-large"] if large else []
         odd.append("wrong-learning-rate" if rate else "learning-rate-zero")
-        if want.learning_rate and rate / want.learning_rate > 9:
-            odd.insert(0, "learning-rate-too-large")
     if off_decay:
-        meant = {p.decay for k, p in expected.items() if k != kind and p.decay}
-        misplaced = kind == "weights" or decay in meant
+        misplaced = kind == "weights" or decay in {p.decay for k, p in expected.items() if k != kind and p.decay}
         odd += ["decay-on-wrong-group", "wrong-decay"] if misplaced else ["wrong-decay", "decay-on-wrong-group"]
     return odd
 
 
-def _sensible(trainable: list[tuple[str, nn.Parameter]], holding: Any) -> Outcome:
+def _sensible(groups: list[Group]) -> Outcome:
     """Where none is expected: rates above 0, but at the start of a torch scheduler's warm-up."""
-    groups = [holding[id(p)][0] for _, p in trainable]
     if not groups:
         raise NotApplicable("no trainable parameter is in the optimizer")
-    rates = sorted({float(group.get("lr", math.nan)) for group in groups})
-    warm = all(group.get("initial_lr") for group in groups if group.get("lr") == 0.0)
-    shown = ", ".join(f"{rate:g}" for rate in rates) + (" at the start of a warm-up" if 0.0 in rates and warm else "")
-    ok = warm or 0.0 not in rates
+    shown = ", ".join(f"{rate:g}" for rate in sorted({float(group.get("lr", math.nan)) for group in groups}))
+    resting = [group for group in groups if group.get("lr") == 0.0]
+    ok = all(group.get("initial_lr") for group in resting)
+    shown += " at the start of a warm-up" if resting and ok else ""
     return Outcome("learning rates above 0; none is expected", shown, ok, ["learning-rate-zero"])
 
 
