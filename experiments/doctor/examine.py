@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.doctor.checks.network import network_checks
 from experiments.doctor.checks.optimizer import optimizer_checks
 from experiments.doctor.checks.penalty import penalty_checks
 from experiments.doctor.checks.quantizers import quantizer_checks
 from experiments.doctor.checks.reported import Reported, reported_checks
 from experiments.doctor.checks.step import step_checks
 from experiments.doctor.data.data_checks import data_checks
-from experiments.doctor.network.baseline_checks import baseline_checks
-from experiments.doctor.network.network_checks import network_checks
 from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state
@@ -43,7 +42,6 @@ def before(pipeline: Pipeline) -> Report:
         optimizer_checks(runner, pipeline)
         data_checks(runner, pipeline)
         network_checks(runner, pipeline)
-        baseline_checks(runner, pipeline)
         penalty_checks(runner, pipeline)
     return runner.report()
 

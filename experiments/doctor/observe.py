@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.causes.explain import Observables
-from experiments.doctor.network.network_checks import batch_of
+from experiments.doctor.data.loader_checks import good_batches
 from experiments.doctor.pipeline import Pipeline, step_losses
 from experiments.doctor.reference.objective import (
     Gradients,
@@ -90,6 +90,12 @@ def watched_step(pipeline: Pipeline, images: Tensor, labels: Tensor, coefficient
     seen.after = state_of_parts(pipeline.model)
     seen.modes_changed = any(module.training != training for module, training in modes.items())
     return seen
+
+
+def batch_of(pipeline: Pipeline, count: int = 128) -> tuple[Tensor, Tensor]:
+    """At most `count` images of the first batch, on the network's device."""
+    images, labels = good_batches(pipeline, 1)[0]
+    return images[:count].to(pipeline.device), labels[:count].to(pipeline.device)
 
 
 def state_of_parts(model: nn.Module) -> Gradients:

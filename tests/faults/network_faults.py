@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.doctor import Pipeline
 from experiments.notebook.demonstration import Fault
 from resnet import BasicBlock
+from src.pruning import ChannelGroups
+from tests.faults.step_faults import network
 
 
 def norms(**settings: float) -> Callable[[Pipeline], Pipeline]:
@@ -52,7 +55,67 @@ def stage_scaled(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
+def weights(change: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
+    """Every convolution's weight starts changed in place."""
+
+    def apply(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                change(module.weight.data)
+
+    return network(apply)
+
+
+def biased(model: nn.Module) -> None:
+    model.get_parameter("linear.bias").data.copy_(-0.4 * torch.arange(10.0))
+
+
+def slices_left_out(members: Any, names: Any) -> ChannelGroups:
+    return ChannelGroups(tuple(member for member in members if member.role != "slice"), names)
+
+
+def shared_first_layer(members: Any, names: Any) -> ChannelGroups:
+    """The stem's filters and slices alone are left in the groups."""
+    return ChannelGroups(tuple(member for member in members if not member.module.startswith("layer3")), names)
+
+
 FAULTS = (
+    Fault(
+        "groups without slices",
+        "The channel groups leave out the slices that read a channel.",
+        ("penalty-without-slices",),
+        edits={"src.pruning.groups.ChannelGroups": slices_left_out},
+    ),
+    Fault(
+        "groups without a stage",
+        "The channel groups leave out all layers of the last stage.",
+        ("penalty-without-slices", "penalty-wrong", "penalty-ignores-shortcut"),
+        edits={"src.pruning.groups.ChannelGroups": shared_first_layer},
+    ),
+    Fault(
+        "all weights start alike",
+        "Every convolution starts at 0.1, and nothing tells its filters apart.",
+        ("initial-weights",),
+        parts=weights(lambda weight: weight.fill_(0.1)),
+    ),
+    Fault(
+        "one random filter for all",
+        "Every filter of a convolution starts as a copy of the first.",
+        ("initial-weights",),
+        parts=weights(lambda weight: weight.copy_(weight[:1].clone().expand_as(weight))),
+    ),
+    Fault(
+        "weights start a hundred times too large",
+        "Convolutions start with a deviation a hundred times too large, which BatchNorm hides.",
+        ("weights-too-large",),
+        parts=weights(lambda weight: weight.mul_(100)),
+    ),
+    Fault(
+        "head's bias of another data set",
+        "The classifier's bias starts at the logarithm of the class shares of another, unbalanced data set.",
+        ("head-bias-wrong",),
+        parts=network(biased),
+    ),
     Fault(
         "an activation forgotten",
         "The first block lacks the ReLU behind its addition.",

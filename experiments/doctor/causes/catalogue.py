@@ -325,6 +325,14 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "weights start at 0 or at one value, so nothing tells channels apart.",
         "initialise with kaiming_normal_",
     ),
+    "weights-too-large": (
+        "weights start far too large: the network is unsure of nothing, or, behind BatchNorm, hardly turned by a step.",
+        "initialise with kaiming_normal_: deviation sqrt(2 / fan)",
+    ),
+    "head-bias-wrong": (
+        "the head's bias favours classes that are rare here, as if it were that of another data set.",
+        "start it at 0, or at the logarithm of the classes' own shares",
+    ),
     "batchnorm-momentum": (
         "BatchNorm's momentum is not between 0 and 0.5, so its statistics stand still or are the last batch's.",
         "torch's momentum is the share of the new batch: 0.1 is usual, what Keras calls 0.9",

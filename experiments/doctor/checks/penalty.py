@@ -19,7 +19,6 @@ from experiments.doctor.causes.explain import Observables
 from experiments.doctor.causes.step_mutants import PENALTY, fitted_penalty, ranked, scale_by_tensor
 from experiments.doctor.checks.step import relative, settled
 from experiments.doctor.expected import LOGITS
-from experiments.doctor.network.channel_group_checks import channel_group_checks
 from experiments.doctor.observe import grouping_of, objective_of, perturb_
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.reference.objective import Gradients, Grouping, Objective, gradients, parameter_name
@@ -40,7 +39,6 @@ def penalty_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
         runner.check(name, proves, check, pipeline, blame="coefficient-wrong")
     runner.check("penalty", "the coupled group lasso of the quantized weights, and its gradient", _penalty, pipeline)
     runner.check("dead groups", "the penalty stays right where groups are dead or small", _dead_groups, pipeline)
-    channel_group_checks(runner, pipeline)
 
 
 def _coefficients(pipeline: Pipeline) -> Outcome:

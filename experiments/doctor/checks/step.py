@@ -32,6 +32,7 @@ from experiments.doctor.expected import LOGITS, kind_of
 from experiments.doctor.observe import (
     Steps,
     StepTrace,
+    batch_of,
     compute_again,
     done,
     full_rates_,

@@ -17,7 +17,7 @@ from experiments.doctor.core.sources import labels_of_source
 from experiments.doctor.data.augmentation_checks import augmentation_checks
 from experiments.doctor.data.images import digest, some
 from experiments.doctor.data.loader_checks import good_batches, loader_checks
-from experiments.doctor.network.normalisation_checks import normalisation_checks
+from experiments.doctor.data.normalisation_checks import normalisation_checks
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome
 from src.data import ImageData

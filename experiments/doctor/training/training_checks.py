@@ -301,13 +301,19 @@ def _accuracies(seen: Watched, count: int) -> list[float]:
 
 
 def _chance(seen: Watched) -> Outcome:
-    best, classes = max(_accuracies(seen, 2)), seen.pipeline.expected.num_classes
+    """Above what guessing gives by luck: 1/K + 4 sqrt(1/K (1 - 1/K) / N) for N test images, and not back there."""
+    accuracies, classes = _accuracies(seen, 2), seen.pipeline.expected.num_classes
+    best, last = max(accuracies), max(accuracies[-2:])
     if classes is None or seen.steps < FEWEST_STEPS:
         raise NotApplicable(f"{100 * best:.1f}% after {seen.steps} steps, too few to tell")
-    floor = min(1.5 / classes, (1 + 1 / classes) / 2)
-    likely = ["labels-shuffled", "stuck-at-chance", "learning-rate-too-large"]
-    likely += ["test-labels-wrong", "batchnorm-in-eval"]
-    return Outcome(f"above {100 * floor:.0f}%", f"{100 * best:.1f}% at best", best > floor, likely)
+    count = len(seen.pipeline.data.test_labels) if seen.pipeline.data is not None else 0
+    deviation = math.sqrt((1 / classes) * (1 - 1 / classes) / count) if count else 0.0
+    floor = min(max(1.5 / classes, 1 / classes + 4 * deviation), (1 + 1 / classes) / 2)
+    stuck = ["labels-shuffled", "stuck-at-chance", "learning-rate-too-large", "test-labels-wrong", "batchnorm-in-eval"]
+    fell = ["accuracy-collapsed", "coefficient-too-large", "learning-rate-too-large"]
+    ok = best > floor and last > 1 / classes + 2 * deviation
+    measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
+    return Outcome(f"above {100 * floor:.1f}%", measured, ok, fell if best > floor else stuck)
 
 
 def _collapse(seen: Watched) -> Outcome:

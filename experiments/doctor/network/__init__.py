@@ -1,1 +1,0 @@
-"""Checks of the network, its channel groups and the account of compression."""
