@@ -152,7 +152,8 @@ def _starts(pipeline: Pipeline) -> Outcome:
 
 
 def _alike(weight: Tensor) -> bool:
-    return float((weight - weight[:1]).abs().max()) <= 1e-6 * float(weight.abs().max())
+    weight = weight.detach()
+    return bool((weight - weight[:1]).abs().max() <= 1e-6 * weight.abs().max())
 
 
 def _stay_alike(pipeline: Pipeline, weights: dict[str, Tensor]) -> bool:

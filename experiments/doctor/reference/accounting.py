@@ -186,6 +186,7 @@ def macs_of(network: nn.Module, size: Sequence[int]) -> dict[str, int]:
     return {**found, "": counter.get_total_flops() // 2}
 
 
+@torch.enable_grad()
 def needed_channels(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Which outputs (O,) and inputs (I,) of every layer are needed, by name; in eval mode, on images of noise.
 
@@ -208,7 +209,7 @@ def needed_channels(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor,
             hooks.append(module.register_forward_pre_hook(lambda _, inputs, n=name: read(n, inputs)))
             hooks.append(module.register_forward_hook(lambda _, inputs, output, n=name: made(n, output)))
     try:
-        with eval_mode(model), torch.enable_grad():
+        with eval_mode(model):
             scores = model(images.clone().requires_grad_())
     finally:
         for hook in hooks:
