@@ -166,13 +166,13 @@ class Observed:
             pairs = [(answer, of(answer)) for answer in answers]
             return {name: torch.cat([answer.scaled(name, each) for answer, each in pairs]) for name in chosen}
 
-        def ranked(chosen: Sequence[str], near: float) -> list[str]:
+        def ranked(chosen: Sequence[str]) -> list[str]:
             def predict(guess: QuantizerEquations) -> Observables:
                 return stacked(lambda answer: predicted(guess, answer.case), chosen)
 
-            return explain(stacked(lambda answer: answer.found, chosen), equations, mutants, predict, near=near)
+            return explain(stacked(lambda answer: answer.found, chosen), equations, mutants, predict)
 
-        return ranked(off, 0.3) or ranked(values, 0.3) or ranked(values or off, 0.7)
+        return ranked(off) or (ranked(values) if values else [])
 
     def outcome(self, chosen: Sequence[str], expected: str, other: str) -> Outcome:
         """The worst error of the chosen observables, and what explains it; `other`: where nothing does."""
