@@ -152,7 +152,7 @@ def test_a_chain_counted_by_hand() -> None:
     model.conv2.weight[:, 0] = 0  # nor channel 0 of conv1
     layers = layers_of(model, None, IMAGE)
     assert [layer.dense for layer in layers] == [3 * 2 * 9 * 36, 4 * 3 * 9 * 36, 2 * 4]
-    counted = Account().of_evaluation(layers)
+    counted = Account().figures(layers)
     assert counted["MACs of non-zero weights"].tolist() == [2 * 2 * 9 * 36, 4 * 2 * 9 * 36, 2 * 3]
     assert counted["dead filters"].tolist() == [0, 1, 0, *[0] * 4, *[0] * 2]
     needed = needed_channels(model, torch.randn(64, *IMAGE, generator=torch.Generator().manual_seed(0)))

@@ -17,11 +17,10 @@ from experiments.doctor import Pipeline
 from experiments.doctor import pipeline as parts_of
 from experiments.doctor.causes.account_mutants import NAMED, AccountMutant
 from experiments.doctor.reference.accounting import Account, layers_of
-from experiments.doctor.training.records import wrong_figures
-from experiments.evaluator import EvalResult, Evaluator
+from experiments.doctor.training.records import figures_of_record, wrong_figures
+from experiments.evaluator import EvalResult
 from experiments.notebook import demonstration
-from experiments.notebook.demonstration import Fault, accuracy, evaluated, recording, small_network
-from experiments.pipeline import attach
+from experiments.notebook.demonstration import Fault, accuracy, recording
 from src import training
 from src.data import ImageData, augment, normalize, test_batches
 from src.pruning import compaction, liveness
@@ -31,36 +30,36 @@ from src.training import EpochRecord, History
 
 Change = Callable[[Pipeline], Pipeline]
 State = dict[str, Any]
+LIVENESS, COMPACTION = "src.pruning.liveness", "src.pruning.compaction"
 
 
 def counted(mutant: AccountMutant) -> Change:
     """The pipeline whose records and evaluation hold what the account with this mistake gives."""
+    account = mutant.change(Account())
 
     def record(s: Pipeline, right: EpochRecord) -> EpochRecord:
         layers = [layer for layer in layers_of(s.model, s.expected.quantizer) if layer.quantized]
-        own, meant = mutant.change(Account()).of_record(layers), Account().of_record(layers)
-        flags = own["dead filters"].bool().split([len(mutant.change(Account()).dead(x.weight)) for x in layers])
-        changed = tuple(
-            replace(x, sparsity=float(zeros), dead=tuple(dead.tolist()), bits=float(bits))
-            for x, zeros, dead, bits in zip(right.layers, own["zeros"], flags, own["bits"], strict=True)
-        )
-        if not wrong_figures(own, meant):
+        own = account.figures(layers)
+        if not wrong_figures(figures_of_record(right), own):
             return right
-        network = (float(own[name]) for name in ("sparsity", "dead share", "mean bits"))
-        names = ("unstructured_sparsity", "structured_sparsity", "mean_bits")
-        return replace(right, layers=changed, **dict(zip(names, network, strict=True)))
+        flags = own["dead filters"].bool().split([len(account.dead(account.weight(x))) for x in layers])
+        rows = zip(right.layers, own["zeros"].tolist(), flags, own["bits"].tolist(), strict=True)
+        changed = tuple(replace(x, sparsity=z, dead=tuple(dead.tolist()), bits=bits) for x, z, dead, bits in rows)
+        unstructured, structured, bits = (float(own[name]) for name in ("sparsity", "dead share", "mean bits"))
+        network = {"unstructured_sparsity": unstructured, "structured_sparsity": structured, "mean_bits": bits}
+        return replace(right, layers=changed, **network)
 
     def result(s: Pipeline, right: EvalResult) -> EvalResult:
         layers = layers_of(s.model, s.expected.quantizer, (3, 32, 32))
-        layers = tuple(replace(x, left=float(right.structured_stats[x.name].macs)) for x in layers)
-        own = mutant.change(Account()).of_evaluation(layers)
-        stats = {}
-        for part, kind in (("structured_stats", "removal"), ("unstructured_stats", "non-zero weights")):
-            rows = zip(getattr(right, part).layers, own[f"MACs of {kind}"], own[f"BOPs of {kind}"], strict=True)
-            changed = tuple(replace(x, macs=int(macs), bops=float(bops)) for x, macs, bops in rows)
-            stats[part] = replace(getattr(right, part), layers=changed)
-        for kind, name in (("BOP", "bops"), ("MAC", "mac")):
-            stats[f"unstructured_{name}_ratio"], stats[f"structured_{name}_ratio"] = own[f"{kind} ratios"].tolist()
+        own = account.figures([replace(x, left=float(right.structured_stats[x.name].macs)) for x in layers])
+        stats: dict[str, Any] = {}
+        for part, kind in (("structured", "removal"), ("unstructured", "non-zero weights")):
+            held = getattr(right, f"{part}_stats")
+            rows = zip(held.layers, own[f"MACs of {kind}"].tolist(), own[f"BOPs of {kind}"].tolist(), strict=True)
+            changed = tuple(replace(x, macs=int(macs), bops=bops) for x, macs, bops in rows)
+            stats[f"{part}_stats"] = replace(held, layers=changed)
+        for name in ("bops", "mac"):
+            stats[f"unstructured_{name}_ratio"], stats[f"structured_{name}_ratio"] = own[f"{name} ratios"].tolist()
         return replace(right, **stats)
 
     return lambda pipeline: evaluation(result)(recording(record)(pipeline))
@@ -83,19 +82,6 @@ def channels_misreported(s: Pipeline, result: EvalResult) -> EvalResult:
     stats = result.structured_stats
     layers = tuple(replace(layer, null_out=layer.null_in) for layer in stats.layers)
     return replace(result, structured_stats=replace(stats, layers=layers))
-
-
-def evaluator(make: Callable[[Any, ImageData], Evaluator]) -> Change:
-    def evaluate(s: Pipeline) -> Any:
-        return evaluated(s, make(s.expected.config, cast(ImageData, s.data)))
-
-    return lambda pipeline: replace(pipeline, evaluate=evaluate)
-
-
-def quantized_baseline(config: Any, data: ImageData) -> Evaluator:
-    baseline = small_network(config, data)
-    attach(config, baseline)
-    return Evaluator(baseline)
 
 
 def on(change: Callable[[ImageData], ImageData]) -> Change:
@@ -251,14 +237,14 @@ def earlier_accuracies_lost(state: State) -> None:
         record["accuracy"] = 0.5
 
 
-def reading(kind: str, change: Callable[..., Any]) -> Callable[..., Any]:
-    """Liveness that takes the constants of one kind of operation from `change(op, sources)`."""
+def handed_on(kind: str) -> dict[str, Any]:
+    """The edit by which liveness hands on the first input's constants at operations of a kind."""
     whole = liveness._constant
 
     def constant(op: Any, module: Any, sources: Any, shapes: Any) -> Any:
-        return change(op, sources) if op.kind == kind else whole(op, module, sources, shapes)
+        return sources[0] if op.kind == kind else whole(op, module, sources, shapes)
 
-    return constant
+    return {f"{LIVENESS}._constant": constant}
 
 
 def without_constants(writer: Any, op: Any, whole: Callable[..., int] = compaction._Writer._add) -> int:
@@ -287,8 +273,28 @@ def live_alone(
     return whole(ops, constant, reads, kept_whole, every | also)
 
 
-LIVENESS, COMPACTION = "src.pruning.liveness", "src.pruning.compaction"
 DROPPED = ("constants-dropped", "live-channel-removed")
+EDITED: dict[str, tuple[str, dict[str, Any]]] = {
+    "constants not counted": (
+        "The account gives no layer the channel of ones that carries its constants.",
+        {f"{LIVENESS}._layer": layers_without_constants},
+    ),
+    "padding ignored": (
+        "Constants that are read beyond the border count as constants.",
+        dict.fromkeys((f"{LIVENESS}.is_padded", f"{COMPACTION}.is_padded"), lambda op: False),
+    ),
+    "an add's constants dropped": (
+        "Compaction leaves out what constant channels add to a sum.",
+        {f"{COMPACTION}._Writer._add": without_constants},
+    ),
+    "kernels judged by their middle": (
+        "A kernel counts as zero where its middle weight is.",
+        {f"{LIVENESS}._weight": middle_tap},
+    ),
+    "ReLU forgotten by the account": ("A constant below zero stays what it is behind ReLU.", handed_on("relu")),
+    "BatchNorm's shift dropped": ("A dead filter counts as zero behind BatchNorm, too.", handed_on("batchnorm")),
+    "an add of one branch": ("A sum counts as constant where its first branch is.", handed_on("add")),
+}
 MISCOUNTED = {
     "sparsity averaged over layers": "The network's sparsity is the plain mean over layers, whatever their size.",
     "dead channels per input": "A channel counts as dead where its input slice is zero, instead of its filter.",
@@ -301,6 +307,8 @@ MISCOUNTED = {
     "BOPs of the dense network": "BOPs are counted with dense multiply-adds although weights are zero.",
     "BOPs with 8-bit activations": "Activations stay in 32 bits and are counted with 8.",
     "ratios upside down": "Compressed over baseline instead of baseline over compressed.",
+    "quantized baseline": "The network is compared with a quantized one instead of the dense FP32 network.",
+    "MACs of larger images": "Multiply-adds are counted for images of 64 x 64 pixels.",
     "ratios as shares saved": "A ratio is reported as the share of the baseline that is saved.",
     "baseline of the quantized layers": "The baseline counts the quantized layers alone.",
     "MACs without pixels": "Every non-zero weight counts as one multiply-add, however often it is used.",
@@ -313,65 +321,12 @@ FAULTS = (
         for name, breaks in MISCOUNTED.items()
     ),
     Fault(
-        "quantized baseline",
-        "The network is compared with a quantized one instead of the dense FP32 network.",
-        ("baseline-wrong",),
-        pipeline=evaluator(quantized_baseline),
-    ),
-    Fault(
-        "MACs of larger images",
-        "Multiply-adds are counted for images of 64 x 64 pixels.",
-        ("macs-wrong",),
-        pipeline=evaluator(lambda config, data: Evaluator(small_network(config, data), input_size=(3, 64, 64))),
-    ),
-    Fault(
         "channels left misreported",
         "The removed outputs of a layer are said to be those of its inputs.",
         ("report-wrong",),
         pipeline=evaluation(channels_misreported),
     ),
-    Fault(
-        "constants not counted",
-        "The account gives no layer the channel of ones that carries its constants.",
-        DROPPED,
-        edits={f"{LIVENESS}._layer": layers_without_constants},
-    ),
-    Fault(
-        "padding ignored",
-        "Constants that are read beyond the border count as constants.",
-        DROPPED,
-        edits=dict.fromkeys((f"{LIVENESS}.is_padded", f"{COMPACTION}.is_padded"), lambda op: False),
-    ),
-    Fault(
-        "ReLU forgotten by the account",
-        "A constant below zero stays what it is behind ReLU.",
-        DROPPED,
-        edits={f"{LIVENESS}._constant": reading("relu", lambda op, sources: sources[0])},
-    ),
-    Fault(
-        "BatchNorm's shift dropped",
-        "A dead filter counts as zero behind BatchNorm, too.",
-        DROPPED,
-        edits={f"{LIVENESS}._constant": reading("batchnorm", lambda op, sources: sources[0])},
-    ),
-    Fault(
-        "an add of one branch",
-        "A sum counts as constant where its first branch is.",
-        DROPPED,
-        edits={f"{LIVENESS}._constant": reading("add", lambda op, sources: sources[0])},
-    ),
-    Fault(
-        "an add's constants dropped",
-        "Compaction leaves out what constant channels add to a sum.",
-        DROPPED,
-        edits={f"{COMPACTION}._Writer._add": without_constants},
-    ),
-    Fault(
-        "kernels judged by their middle",
-        "A kernel counts as zero where its middle weight is.",
-        DROPPED,
-        edits={f"{LIVENESS}._weight": middle_tap},
-    ),
+    *(Fault(name, breaks, DROPPED, edits=edits) for name, (breaks, edits) in EDITED.items()),
     Fault(
         "unread channels kept",
         "Every channel that is not constant is kept, whether something reads it or not.",
@@ -464,12 +419,6 @@ FAULTS = (
         "The test loader gives the first half of the images twice, and the accuracy is counted on them.",
         ("test-loader-wrong",),
         pipeline=testing(lambda *pair: tuple(torch.cat([part[: len(part) // 2]] * 2) for part in pair)),
-    ),
-    Fault(
-        "accuracy of a loader that mirrors",
-        "The test loader mirrors the images, and the accuracy is counted on them.",
-        ("test-loader-wrong",),
-        pipeline=testing(lambda images, labels: (images.flip(3), labels)),
     ),
     Fault(
         "evaluated in training mode",

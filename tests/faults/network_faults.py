@@ -74,23 +74,12 @@ def slices_left_out(members: Any, names: Any) -> ChannelGroups:
     return ChannelGroups(tuple(member for member in members if member.role != "slice"), names)
 
 
-def shared_first_layer(members: Any, names: Any) -> ChannelGroups:
-    """The stem's filters and slices alone are left in the groups."""
-    return ChannelGroups(tuple(member for member in members if not member.module.startswith("layer3")), names)
-
-
 FAULTS = (
     Fault(
         "groups without slices",
         "The channel groups leave out the slices that read a channel.",
         ("penalty-without-slices",),
         edits={"src.pruning.groups.ChannelGroups": slices_left_out},
-    ),
-    Fault(
-        "groups without a stage",
-        "The channel groups leave out all layers of the last stage.",
-        ("penalty-without-slices", "penalty-wrong", "penalty-ignores-shortcut"),
-        edits={"src.pruning.groups.ChannelGroups": shared_first_layer},
     ),
     Fault(
         "all weights start alike",

@@ -59,6 +59,12 @@ NAMED: dict[str, AccountMutant] = {
         left=lambda layer: 2 * layer.left,
         dense=lambda layer: 2.0 * layer.dense,
     ),
+    "MACs of larger images": _mutant(
+        "macs-wrong",
+        nonzero=lambda layer: 4.0 * float(layer.weight.count_nonzero()) * layer.pixels,
+        left=lambda layer: 4 * layer.left,
+        dense=lambda layer: 4.0 * layer.dense,
+    ),
     "MACs without pixels": _mutant("macs-wrong", nonzero=lambda layer: float(layer.weight.count_nonzero())),
     "dead filters counted as removed": _mutant("dead-counted-as-removed", left=_live_parts),
     "nothing removed": _mutant("channels-not-removed", left=lambda layer: float(layer.dense)),

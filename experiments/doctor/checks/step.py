@@ -32,7 +32,6 @@ from experiments.doctor.expected import LOGITS, kind_of
 from experiments.doctor.observe import (
     Steps,
     StepTrace,
-    batch_of,
     compute_again,
     done,
     full_rates_,

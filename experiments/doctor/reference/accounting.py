@@ -80,43 +80,34 @@ class Account:
     ratio: Callable[[float, float], float] = lambda dense, cost: dense / cost if cost else math.inf
     share: Callable[[Tensor, Tensor], Tensor] = lambda values, sizes: (values * sizes).sum() / sizes.sum()
 
-    def of_record(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        """What an epoch's record holds of its quantized layers, (L,), and of the network, (1,)."""
-        weights, dead = [self.weight(x) for x in layers], [self.dead(self.weight(x)).double().cpu() for x in layers]
-        zeros, bits = _numbers(_zeros(w) for w in weights), _numbers(map(self.bits, layers))
-        every = torch.cat(dead)
-        return {
-            "sparsity": self.share(zeros, _numbers(w.numel() for w in weights)).view(1),
-            "dead share": every.mean().view(1),
-            "mean bits": bits.mean().view(1),
-            "zeros": zeros,
-            "dead filters": every,
-            "bits": bits,
-            "dead zones": _numbers(x.dead_zone for x in layers),
-        }
-
-    def of_evaluation(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
-        """What an evaluation holds of all layers, (L,), and the ratios of the network, (2,), unstructured first."""
+    def figures(self, layers: Sequence[Layer]) -> dict[str, Tensor]:
+        """All figures of these layers, (L,), the ratios of the network, (2,), after removal last, and its own, (1,)."""
+        weights = [self.weight(x) for x in layers]
+        sizes, zeros = _numbers(w.numel() for w in weights), _numbers((w == 0).double().mean() for w in weights)
+        dead, bits = torch.cat([self.dead(w).double().cpu() for w in weights]), _numbers(map(self.bits, layers))
         macs = {"non-zero weights": _numbers(map(self.nonzero, layers)), "removal": _numbers(map(self.left, layers))}
         cost = _numbers(self.cost_bits(x) * self.activation(x) for x in layers)
-        paid = {key: _numbers(map(self.paid, layers, each.tolist())) for key, each in macs.items()}
+        bops = {key: cost * _numbers(map(self.paid, layers, each.tolist())) for key, each in macs.items()}
         dense = _numbers(map(self.dense, layers))
         dense_bops = dense * _numbers(map(self.dense_bits, layers)) * ACTIVATION_BITS
         return {
-            "bits": _numbers(map(self.bits, layers)),
-            "zeros": _numbers(_zeros(self.weight(x)) for x in layers),
-            "dead filters": torch.cat([self.dead(self.weight(x)).double().cpu() for x in layers]),
+            "zeros": zeros,
+            "dead filters": dead,
+            "bits": bits,
+            "dead zones": _numbers(x.dead_zone for x in layers),
+            "sparsity": self.share(zeros, sizes).view(1),
+            "dead share": dead.mean().view(1),
+            "mean bits": bits.mean().view(1),
             **{f"MACs of {key}": each for key, each in macs.items()},
-            **{f"BOPs of {key}": each * cost for key, each in paid.items()},
-            "MAC ratios": _numbers(self.ratio(float(dense.sum()), float(each.sum())) for each in macs.values()),
-            "BOP ratios": _numbers(
-                self.ratio(float(dense_bops.sum()), float((each * cost).sum())) for each in paid.values()
-            ),
+            **{f"BOPs of {key}": each for key, each in bops.items()},
+            "mac ratios": self._ratios(dense, macs),
+            "bops ratios": self._ratios(dense_bops, bops),
         }
 
-
-def _zeros(weight: Tensor) -> float:
-    return float((weight == 0).double().mean())
+    def _ratios(self, dense: Tensor, costs: dict[str, Tensor]) -> Tensor:
+        """NaN where pixels were not counted."""
+        whole = float(dense.sum())
+        return _numbers(self.ratio(whole, float(each.sum())) if whole else math.nan for each in costs.values())
 
 
 def _numbers(values: Any) -> Tensor:

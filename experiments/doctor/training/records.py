@@ -6,7 +6,7 @@ A figure that is wrong is explained by the mutant of the account that gives it. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ FALLBACK = {
     "MACs of non-zero weights": ("macs-wrong",),
     "MACs of removal": ("dead-counted-as-removed", "macs-wrong"),
     **dict.fromkeys(("BOPs of non-zero weights", "BOPs of removal"), ("bops-wrong", "bops-wrong-bits")),
-    **dict.fromkeys(("MAC ratios", "BOP ratios"), ("ratio-wrong", "baseline-wrong")),
+    **dict.fromkeys(("mac ratios", "bops ratios"), ("ratio-wrong", "baseline-wrong")),
 }
 """Causes where no mutant explains a figure, in the order in which figures follow from each other."""
 Fault = tuple[str, list[str]]
@@ -47,7 +47,7 @@ Fault = tuple[str, list[str]]
 
 
 def figures_of_record(record: EpochRecord) -> Observables:
-    """A record's figures under the names that `Account.of_record` gives them."""
+    """A record's figures under the names that `Account.figures` gives them."""
     layers = record.layers
     network = {
         "sparsity": [record.unstructured_sparsity],
@@ -64,7 +64,7 @@ def figures_of_record(record: EpochRecord) -> Observables:
 
 
 def figures_of_evaluation(result: EvalResult, layers: Sequence[Layer]) -> Observables:
-    """An evaluation's figures of these layers under the names that `Account.of_evaluation` gives them."""
+    """An evaluation's figures of these layers under the names that `Account.figures` gives them."""
     left, nonzero = result.structured_stats.layers, result.unstructured_stats.layers
     return _tensors(
         {
@@ -77,8 +77,8 @@ def figures_of_evaluation(result: EvalResult, layers: Sequence[Layer]) -> Observ
             "MACs of removal": [layer.macs for layer in left],
             "BOPs of non-zero weights": [layer.bops for layer in nonzero],
             "BOPs of removal": [layer.bops for layer in left],
-            "MAC ratios": [result.unstructured_mac_ratio, result.structured_mac_ratio],
-            "BOP ratios": [result.unstructured_bops_ratio, result.structured_bops_ratio],
+            "mac ratios": [result.unstructured_mac_ratio, result.structured_mac_ratio],
+            "bops ratios": [result.unstructured_bops_ratio, result.structured_bops_ratio],
         }
     )
 
@@ -97,15 +97,13 @@ def wrong_figures(found: Observables, right: Observables) -> Observables:
     return {name: found[name] for name in right if name in found and not is_right(name)}
 
 
-def fault_of_figures(
-    found: Observables, layers: Sequence[Layer], predict: Callable[[Account, Sequence[Layer]], Observables]
-) -> Fault:
+def fault_of_figures(found: Observables, layers: Sequence[Layer]) -> Fault:
     """What of the figures found is wrong; the mutants that give them explain it."""
-    right = predict(Account(), layers)
+    right = Account().figures(layers)
     wrong = wrong_figures(found, right)
     if not wrong:
         return "", []
-    keys = explain(wrong, Account(), MUTANTS, lambda account: predict(account, layers))
+    keys = explain(wrong, Account(), MUTANTS, lambda account: account.figures(layers))
     first = next(name for name in FALLBACK if name in wrong)
     if wrong[first].shape != right[first].shape:
         text = f"{first}: {len(wrong[first])} figures for {len(right[first])}"
@@ -161,9 +159,9 @@ class EpochView:
             odd = names(sorted(set(own) ^ set(claimed))) or "another order"
             fault: Fault = f"the layers are not those of the network: {odd}", ["report-wrong", "history-stale"]
         else:
-            fault = fault_of_figures(figures_of_record(record), layers, Account.of_record)
+            fault = fault_of_figures(figures_of_record(record), layers)
         dead = tuple(layer.name for layer in layers if not layer.weight.any())
-        return cls(record, **known, counted=Account().of_record(layers), fault_of_layers=fault, dead_layers=dead)
+        return cls(record, **known, counted=Account().figures(layers), fault_of_layers=fault, dead_layers=dead)
 
     def describes(self, other: EpochView) -> bool:
         """Whether the record is that of `other`'s network, which is not the one of its own epoch."""
@@ -300,7 +298,7 @@ def compression_outcome(pipeline: Pipeline, result: EvalResult, *, disturbed: bo
     layers = tuple(replace(layer, left=float(macs.get(layer.name, 0))) for layer in layers)
     odd = _odd_channels(needed_channels(model, images), result)
     odd["kept"] = odd["kept"] if disturbed else []  # others may be needed for other images alone
-    fault, likely = fault_of_figures(figures_of_evaluation(result, layers), layers, Account.of_evaluation)
+    fault, likely = fault_of_figures(figures_of_evaluation(result, layers), layers)
     wrong = [fault] if fault else []
     if not off <= SAME_OUTPUTS:
         wrong.append(f"without the removed channels outputs differ by {100 * off:.2g}%")
