@@ -197,8 +197,8 @@ def quantizer_of(layer: nn.Module) -> nn.Module:
 
 
 def latent_weight(layer: nn.Module) -> Tensor:
-    """The full-precision weight behind a layer: what the optimizer moves, parametrized or not."""
-    if parametrize.is_parametrized(layer, "weight"):
+    """The full-precision weight behind a layer: what the optimizer moves, where it is one tensor (weight norm's are two)."""
+    if parametrize.is_parametrized(layer, "weight") and hasattr(layer.parametrizations.weight, "original"):
         return cast(Tensor, layer.parametrizations.weight.original)  # type: ignore[union-attr]
     return cast(Tensor, layer.weight)
 

@@ -306,7 +306,9 @@ class _Replay:
     def _judge(self, armed: _Armed, steps: Steps, with_batch: bool) -> None:
         for name, _, check, needs_batch in _TAKEN_APART:
             shown = any(not outcome.ok for _, outcome in self._found[name])  # the first epoch's is told
-            if needs_batch == with_batch and not shown:
+            if check is update_by_rule and not armed.seen.updates and self._pipeline.expected.config is None:
+                self._reason = "the step made no update, as where gradients are added up"
+            elif needs_batch == with_batch and not shown:
                 try:
                     self._found[name].append((armed.place[0], check(steps, armed.twin)))
                 except NotApplicable as reason:
