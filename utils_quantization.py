@@ -197,9 +197,13 @@ def quantizer_of(layer: nn.Module) -> nn.Module:
 
 
 def latent_weight(layer: nn.Module) -> Tensor:
-    """The full-precision weight behind a layer: what the optimizer moves, where it is one tensor (weight norm's are two)."""
-    if parametrize.is_parametrized(layer, "weight") and hasattr(layer.parametrizations.weight, "original"):
-        return cast(Tensor, layer.parametrizations.weight.original)  # type: ignore[union-attr]
+    """The full-precision weight behind a layer: what the optimizer moves, parametrized or not.
+
+    A weight that is made of several tensors, as weight norm's, is its own.
+    """
+    if parametrize.is_parametrized(layer, "weight"):
+        held: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+        return cast(Tensor, held.original if hasattr(held, "original") else layer.weight)
     return cast(Tensor, layer.weight)
 
 

@@ -116,7 +116,148 @@ def averaged(pipeline: Pipeline) -> Pipeline:
     return around_epoch(lambda s, epoch: None, exchange)(after_each(follow)(pipeline))
 
 
+def other_batches(choose: Callable[[list[Any]], list[Any]]) -> Callable[[Pipeline], Pipeline]:
+    """The loader's batches of an epoch, others of them."""
+
+    def change(pipeline: Pipeline) -> Pipeline:
+        drawn = pipeline.train_batches
+        return replace(pipeline, train_batches=lambda s, epoch: choose(list(drawn(s, epoch))))
+
+    return change
+
+
+def every_second_step(pipeline: Pipeline) -> Pipeline:
+    """From epoch 5 on the loop calls the step on every second batch alone, and counts on."""
+
+    def halved(s: Pipeline, epoch: int) -> list[Any]:
+        return list(parts_of.run_batches(s, epoch))[::2]
+
+    def train_epoch(s: Pipeline, epoch: int) -> Iterator[training.Step]:
+        if epoch < 4:
+            yield from parts_of.run_epoch(s, epoch)
+            return
+        for step in parts_of.run_epoch(replace(s, train_batches=halved), epoch):
+            yield replace(step, index=2 * step.index, steps=2 * step.steps)
+
+    return replace(pipeline, train_epoch=train_epoch)
+
+
+def in_the_order_of(epoch: int) -> Callable[[Pipeline], Pipeline]:
+    return lambda pipeline: replace(pipeline, train_batches=lambda s, _: list(parts_of.run_batches(s, epoch)))
+
+
+def in_eval_mode(pipeline: Pipeline) -> Pipeline:
+    step = pipeline.step
+    return replace(pipeline, step=lambda model, *rest: step(model.eval(), *rest))
+
+
+class NoZeroGrad(NoUpdate):
+    """An optimizer that keeps the gradients of the step before."""
+
+    def zero_grad(self, **options: Any) -> None: ...
+
+    def step(self) -> None:
+        self.of.step()
+
+
+def without_zero_grad(pipeline: Pipeline) -> Pipeline:
+    step = pipeline.step
+    return replace(pipeline, step=lambda model, optimizer, *rest: step(model, NoZeroGrad(optimizer), *rest))  # type: ignore[arg-type]
+
+
+def penalty_detached(pipeline: Pipeline) -> Pipeline:
+    penalty = pipeline.objective.penalty
+    assert penalty is not None
+    return replace(pipeline, objective=replace(pipeline.objective, penalty=lambda model: penalty(model).detach()))
+
+
+def at_a_tenth(pipeline: Pipeline) -> Pipeline:
+    given = pipeline.lr_lambda
+    return replace(pipeline, lr_lambda=lambda done: given(done) / 10)
+
+
+def put_back(pipeline: Pipeline) -> Pipeline:
+    """Before epoch 4 the loop loads the weights of the start."""
+    kept = {name: value.clone() for name, value in pipeline.model.state_dict().items()}
+    return around_epoch(lambda s, epoch: s.model.load_state_dict(kept) if epoch == 3 else None)(pipeline)
+
+
+def statistics_cleared(pipeline: Pipeline) -> Pipeline:
+    def clear(s: Pipeline, epoch: int) -> None:
+        for module in s.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_running_stats()
+
+    return around_epoch(clear)(pipeline)
+
+
 FAULTS = (
+    Fault(
+        "half of the batches skipped from epoch 4",
+        "Later epochs stop after half of their batches.",
+        ("loader-incomplete",),
+        pipeline=from_epoch(4, other_batches(lambda batches: batches[: len(batches) // 2])),
+    ),
+    Fault(
+        "every second batch skipped from epoch 5",
+        "The loop counts every batch and trains every second one, once the run is under way.",
+        ("loader-incomplete",),
+        pipeline=every_second_step,
+    ),
+    Fault(
+        "half of the images twice from epoch 4",
+        "Later epochs read their first half twice and never the second.",
+        ("loader-repeats",),
+        pipeline=from_epoch(4, other_batches(lambda batches: 2 * batches[: len(batches) // 2])),
+    ),
+    Fault(
+        "batches repeated from epoch 3",
+        "Later epochs read their first five batches again at the end.",
+        ("loader-incomplete", "loader-repeats"),
+        pipeline=from_epoch(3, other_batches(lambda batches: batches + batches[:5])),
+    ),
+    Fault(
+        "one order from epoch 5",
+        "Later epochs read the images in the order of the fifth.",
+        ("loader-same-order",),
+        pipeline=from_epoch(5, in_the_order_of(4)),
+    ),
+    Fault(
+        "eval mode from epoch 3",
+        "Somebody measured in between, and the network stays in eval mode.",
+        ("batchnorm-in-eval",),
+        pipeline=from_epoch(3, in_eval_mode),
+    ),
+    Fault(
+        "gradients added up from epoch 6",
+        "Later steps add their gradient to the one before.",
+        ("gradients-accumulate",),
+        pipeline=from_epoch(6, without_zero_grad),
+    ),
+    Fault(
+        "penalty detached from epoch 4",
+        "Later losses hold the penalty's value and not its gradient.",
+        ("penalty-detached",),
+        pipeline=from_epoch(4, penalty_detached),
+    ),
+    Fault(
+        "a tenth of the rate from epoch 5",
+        "A second schedule divides the learning rate by ten in later epochs.",
+        ("learning-rate-schedule",),
+        pipeline=from_epoch(5, at_a_tenth),
+    ),
+    Fault(
+        "weights of the start put back",
+        "Before the fourth epoch the loop loads the state it began with.",
+        ("weights-reset",),
+        pipeline=put_back,
+    ),
+    Fault(
+        "statistics cleared every epoch",
+        "BatchNorm's statistics are reset before every epoch.",
+        ("batchnorm-in-eval", "evaluation-changes-model"),
+        pipeline=statistics_cleared,
+    ),
     Fault(
         "trained in float from epoch 5",
         "The quantizers are off in every later training step, and on again whenever something is measured.",

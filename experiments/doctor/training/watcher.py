@@ -118,7 +118,7 @@ class Watcher:
 
     def failed(self, error: BaseException, cause: str) -> None:
         """Training stopped with an error."""
-        self.seen.raised = (f"{type(error).__name__}: {error}", cause)
+        self.seen.raised = (f"{type(error).__name__}: {error}"[:300], cause)
 
     def report(self) -> Report:
         """What was seen so far."""
