@@ -219,6 +219,7 @@ class _Armed:
     twin: Pipeline
     seen: StepTrace
     hooks: ExitStack
+    left: dict[str, Tensor | None]  # the gradients of the step before
 
 
 class _Replay:
@@ -265,9 +266,11 @@ class _Replay:
             self._reason = f"network and optimizer cannot be copied: {type(error).__name__}"
             return
         seen, hooks = StepTrace(), ExitStack()
-        seen.before = state_of_parts(self._pipeline.model)
+        seen.before, left = state_of_parts(self._pipeline.model), gradients_left(self._pipeline.model)
         hooks.enter_context(watching_step(self._pipeline, seen))
-        self._armed = _Armed((epoch, index), replace(self._pipeline, model=model, optimizer=optimizer), seen, hooks)
+        self._armed = _Armed(
+            (epoch, index), replace(self._pipeline, model=model, optimizer=optimizer), seen, hooks, left
+        )
 
     def _take_apart(self, armed: _Armed, step: Step) -> None:
         seen, twin = armed.seen, armed.twin
@@ -288,6 +291,7 @@ class _Replay:
                     steps = Steps(*batch, twin, plain=seen, given=_applied(twin, seen.losses, armed.place[0]))
                     compute_again(steps)
                     self._judge(armed, steps, with_batch=True)
+                    self._explain_left(armed, steps)
         except NotApplicable as reason:
             self._reason = str(reason)
         except Exception as error:  # what cannot be computed a second time is not judged
@@ -313,6 +317,19 @@ class _Replay:
                     self._found[name].append((armed.place[0], check(steps, armed.twin)))
                 except NotApplicable as reason:
                     self._reason = str(reason)
+
+    def _explain_left(self, armed: _Armed, steps: Steps) -> None:
+        """Name gradients that add up, where without those that the step before left the gradient fits."""
+        for name in ("gradient in mid-run", "squared logits in mid-run"):
+            failed = [outcome for epoch, outcome in self._found[name] if epoch == armed.place[0] and not outcome.ok]
+            if not failed:
+                continue
+            pairs = {n: (g, armed.left.get(n)) for n, g in armed.seen.gradients.items()}
+            fresh = {n: g if g is None or old is None else g - old for n, (g, old) in pairs.items()}
+            again = replace(steps, plain=replace(armed.seen, gradients=fresh), explained=None)
+            if gradient_fits(again, armed.twin).ok:
+                named = replace(failed[0], likely=["gradients-accumulate", *failed[0].likely])
+                self._found[name][-1] = armed.place[0], named
 
 
 def _applied(pipeline: Pipeline, losses: StepLosses, epoch: int) -> float:
