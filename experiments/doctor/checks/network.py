@@ -71,7 +71,10 @@ def _why_it_raises(pipeline: Pipeline, images: Tensor) -> str:
 def _tensors(pipeline: Pipeline) -> Outcome:
     tensors = dict(pipeline.model.named_parameters()) | dict(pipeline.model.named_buffers())
     devices = sorted({str(tensor.device) for tensor in tensors.values()})
-    lost = [name for name, tensor in tensors.items() if not tensor.is_meta and not torch.isfinite(tensor).all()]
+    # An observer's range is infinite until it has seen a batch.
+    ranges = {n for n, _ in pipeline.model.named_buffers() if n.endswith(("min_val", "max_val"))}
+    held = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and name not in ranges}
+    lost = [name for name, tensor in held.items() if not torch.isfinite(tensor).all()]
     parts = [f"{len(tensors)} tensors on {', '.join(devices) or 'no device'}"]
     parts += [f"not finite: {names(lost)}"] if lost else []
     mixed = len(devices) > 1 or "meta" in devices
