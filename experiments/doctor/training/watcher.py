@@ -104,14 +104,13 @@ class Watcher:
 
     def epoch(self, record: EpochRecord) -> None:
         """After an epoch was measured and before the next one starts."""
-        seen, means, number = self.seen, None, len(self.seen.views) + 1
+        seen, means = self.seen, None
         if seen.epochs and not seen.epochs[-1].over:
             last = seen.epochs[-1]
             last.over = True
             last.whole &= self._every_step or self._next == (last.number + 1, 0)
             means = StepMeans.of(last.read(), last.images) if last.whole else None
-        # The test images are read again after epochs 1, 2, 4, 8, ... and by `report`.
-        right = few_right(self.pipeline) if number & (number - 1) == 0 else None
+        right = None if seen.views else few_right(self.pipeline)  # and of the last epoch, in `report`
         known = {"means": means, "right": right, "rate": self._last_rate}
         seen.views.append(EpochView.of(self.pipeline, record, **known))
         seen.logits.append(_logits(self.pipeline.model))
