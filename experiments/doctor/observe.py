@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,42 +141,29 @@ def watching_step(pipeline: Pipeline, seen: StepTrace) -> Iterator[None]:
             seen.passes.append(inputs[0].detach().clone())
             seen.model_in_eval |= not module.training
 
+    def read_norm(name: str, module: nn.Module, inputs: Any) -> None:
+        if torch.is_grad_enabled() and not module.training:
+            seen.norms_in_eval.add(name)
+        elif torch.is_grad_enabled() and name not in seen.means:
+            x = inputs[0].detach().float()
+            seen.means[name] = plain(x.mean([dim for dim in range(x.dim()) if dim != 1]))
+
+    def read_quantizer(name: str, module: Any, inputs: Any) -> None:
+        layer = name.partition(".parametrizations")[0]
+        if torch.is_grad_enabled():
+            seen.quantizers_seen.add(layer)
+            seen.quantizers_off |= set() if module.enabled else {layer}
+
     handles.append(pipeline.model.register_forward_pre_hook(read))
     for name, module in pipeline.model.named_modules():
-        if isinstance(module, Norm):
-            handles.append(module.register_forward_pre_hook(_norm_hook(seen, name)))
-        elif isinstance(module, FakeQuantParametrization):
-            handles.append(module.register_forward_pre_hook(_quantizer_hook(seen, name)))
+        if isinstance(module, Norm | FakeQuantParametrization):
+            look = read_norm if isinstance(module, Norm) else read_quantizer
+            handles.append(module.register_forward_pre_hook(partial(look, name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _norm_hook(seen: StepTrace, name: str) -> Any:
-    def look(module: nn.Module, inputs: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if not module.training:
-            seen.norms_in_eval.add(name)
-        elif name not in seen.means:
-            x = inputs[0].detach().float()
-            seen.means[name] = plain(x.mean([dim for dim in range(x.dim()) if dim != 1]))
-
-    return look
-
-
-def _quantizer_hook(seen: StepTrace, name: str) -> Any:
-    layer = name.partition(".parametrizations")[0]
-
-    def look(module: nn.Module, inputs: Any) -> None:
-        if torch.is_grad_enabled():
-            seen.quantizers_seen.add(layer)
-            if not module.enabled:
-                seen.quantizers_off.add(layer)
-
-    return look
 
 
 @dataclass

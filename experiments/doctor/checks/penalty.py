@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.causes.explain import Observables
-from experiments.doctor.causes.step_mutants import PENALTY, fitted_penalty, ranked, scale_by_tensor
-from experiments.doctor.checks.step import relative, settled
+from experiments.doctor.checks.step import compare_penalty, relative, tensors
 from experiments.doctor.expected import LOGITS
 from experiments.doctor.observe import grouping_of, objective_of, perturb_
 from experiments.doctor.pipeline import Pipeline
-from experiments.doctor.reference.objective import Gradients, Grouping, Objective, gradients, parameter_name
-from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
+from experiments.doctor.reference.objective import Grouping, Objective, gradients, parameter_name
+from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, preserve_state
 from utils_quantization import quantization, quantized_layers
 
 OUTWEIGHS = 40.0  # times the task loss at chance; the presets' peaks stay below 5
@@ -110,7 +110,7 @@ def _penalty(pipeline: Pipeline) -> Outcome:
         perturb_(pipeline)
         out, value = _compared(pipeline, grouping)
         stale = not out.ok and value == first
-        return Outcome(out.expected, out.measured, out.ok, ["penalty-stale" if stale else None, *out.likely], out.error)
+        return replace(out, likely=["penalty-stale", *out.likely]) if stale else out
 
 
 def _dead_groups(pipeline: Pipeline) -> Outcome:
@@ -122,43 +122,19 @@ def _dead_groups(pipeline: Pipeline) -> Outcome:
         perturb_(pipeline)
         dead = _shrink_and_zero_(pipeline, grouping)
         out, _ = _compared(pipeline, grouping)
-    expected = f"the same with {dead} of {grouping.count} groups set to zero and all others small"
-    return Outcome(expected, out.measured, out.ok, out.likely, out.error)
+    return replace(out, expected=f"the same with {dead} of {grouping.count} groups set to zero and all others small")
 
 
 def _compared(pipeline: Pipeline, grouping: Grouping) -> tuple[Outcome, float]:
     """The pipeline's penalty of the network as it stands against the reference; also its value."""
-    called: Callable[[], Tensor] = lambda: _called(pipeline)  # noqa: E731
-    reference = objective_of(pipeline, grouping)
-    found = _observed(pipeline.model, called)
+    found = _observed(pipeline.model, lambda: _called(pipeline))
 
     def predict(objective: Objective) -> Observables:
         factor = objective.coefficient(1.0)
-        found = _observed(pipeline.model, lambda: factor * objective.penalty(objective, pipeline.model))
-        return {**found, **objective.gradients(_tensors(found))}
+        meant = _observed(pipeline.model, lambda: factor * objective.penalty(objective, pipeline.model))
+        return {**meant, **objective.gradients(tensors(meant))}
 
-    right = predict(reference)
-    value, meant = float(found["value"]), float(right["value"])
-    slopes, target = _tensors(found), _tensors(right)
-    broken = [name for name, g in slopes.items() if not torch.isfinite(g).all()]
-    off = relative(slopes, target)
-    miss = max(abs(value - meant) / max(meant, 1e-12), off)
-    silent = not any(g.any() for g in slopes.values())
-    measured = f"value {value:.5g} for {meant:.5g}; gradient " + (
-        f"not finite for {names(broken)}" if broken else "missing" if silent else f"off by {100 * off:.2g}%"
-    )
-    ok = miss < CLOSE and not broken
-    likely = ["penalty-not-differentiable"] if broken else ["penalty-detached"] if silent else []
-    if not ok and not broken:
-        found = settled(found, right, CLOSE, CLOSE)
-        fitted = [*fitted_penalty(found, right), *scale_by_tensor(found, right)]
-        likely += ranked(found, reference, PENALTY, fitted, predict)
-    wanted = f"sum of the 2-norms of {grouping.count} groups"
-    return Outcome(wanted, measured, ok, [*likely, "penalty-wrong"], miss / CLOSE), value
-
-
-def _tensors(observed: Observables) -> Gradients:
-    return {name: value for name, value in observed.items() if value.dim()}
+    return compare_penalty(found, objective_of(pipeline, grouping), predict, CLOSE), float(found["value"])
 
 
 def _observed(model: nn.Module, penalty: Callable[[], Tensor]) -> Observables:

@@ -25,6 +25,7 @@ from experiments.doctor.causes.step_mutants import (
     fitted_penalty,
     fitted_update,
     ranked,
+    scale_by_tensor,
 )
 from experiments.doctor.checks.optimizer import groups_by_parameter, listed
 from experiments.doctor.checks.quantizers import weights_of_steps
@@ -239,7 +240,8 @@ def every_gradient(steps: Steps, pipeline: Pipeline) -> Outcome:
     found = done(steps.plain).gradients
     broken = [n for n, g in found.items() if g is not None and not torch.isfinite(g).all()]
     missing = [n for n, g in found.items() if g is None or not g.any()]
-    asleep = _asleep(steps, pipeline, missing) if missing else []
+    asleep = [] if steps.right is None or pipeline.expected.groups is not None else missing
+    asleep = [n for n in asleep if found[n] is not None and not n.endswith("original") and _is_silent(steps, n)]
     missing = [n for n in missing if n not in asleep]
     quantized = [n for n in missing if n.endswith("parametrizations.weight.original")]
     logits = [n for n in missing if kind_of(n) != "weights"]
@@ -258,19 +260,9 @@ def every_gradient(steps: Steps, pipeline: Pipeline) -> Outcome:
     return Outcome(f"all {count}", measured, not missing and not broken, likely)
 
 
-def _asleep(steps: Steps, pipeline: Pipeline, missing: list[str]) -> list[str]:
-    """Which of these get a gradient as soon as no parameter is 0: a branch that starts with a scale of 0."""
-    if pipeline.expected.groups is not None:
-        return []
-    with preserve_state(pipeline), torch.no_grad():
-        pipeline.model.train()
-        for p in trainable(pipeline.model).values():
-            if not p.any():
-                p.add_(0.1)
-        with torch.enable_grad():
-            seen = watched_step(pipeline, steps.images, steps.labels, 0.0, steps.calls)
-    awake = {n for n, g in seen.gradients.items() if g is not None and float(g.abs().max()) > 0}
-    return [n for n in missing if n in awake]
+def _is_silent(steps: Steps, name: str) -> bool:
+    """Whether the parameter should have a gradient of 0 now, as a branch has whose scale starts at 0."""
+    return not _right(steps)[f"gradient of {name}"].any()
 
 
 def squared_logits(steps: Steps, pipeline: Pipeline) -> Outcome:
@@ -313,23 +305,41 @@ def penalty_added(steps: Steps, pipeline: Pipeline) -> Outcome:
             total = factor * objective.penalty(objective, pipeline.model)
             return {"value": plain(total), **_weights(gradients(total, pipeline.model))}
 
-    right = predict(reference)
-    target = {n: g for n, g in right.items() if n != "value"}
     # the difference of two gradients carries the rounding of both
-    noise = relative(_weights(slopes[0]), {}) / max(relative(target, {}), 1e-15) / steps.coefficient
-    close = 0.02 + 1e-4 * noise
-    miss, off = relative(found, target), float((value - right["value"]).abs() / right["value"].clamp(min=1e-12))
-    ok = max(miss, off) < close
-    likely: list[str | None] = []
-    if not ok:
-        seen = settled({"value": plain(value), **found}, right, close, close)
-        likely += ["loss-misreported" if miss < close else None]
-        likely += [] if size else ["penalty-detached" if value else "penalty-not-in-loss"]
-        likely += ranked(seen, reference, PENALTY, fitted_penalty(seen, right), predict)
-        likely += ["coefficient-not-applied", "penalty-wrong"]
-    measured = f"loss {float(value):.4g} for {float(right['value']):.4g}, gradient off by {100 * miss:.2g}%"
-    wanted = f"the norms of {grouping.count} groups, times the coefficient"
-    return Outcome(wanted, measured, ok, likely, max(miss, off) / close)
+    noise = relative(_weights(slopes[0]), {}) / max(relative(tensors(predict(reference)), {}), 1e-15)
+    close = 0.02 + 1e-4 * noise / steps.coefficient
+    out = compare_penalty({"value": plain(value), **found}, reference, predict, close)
+    absent = [] if size or value else ["penalty-not-in-loss"]
+    return replace(out, likely=[*absent, *out.likely, "coefficient-not-applied"])
+
+
+def compare_penalty(
+    found: Observables, reference: Objective, predict: Callable[[Objective], Observables], close: float
+) -> Outcome:
+    """A penalty's value and gradients against the reference's, within `close`; and which mistake explains them."""
+    assert reference.grouping is not None
+    right = predict(reference)
+    value, meant = float(found["value"]), float(right["value"])
+    slopes = tensors(found)
+    broken = [name for name, g in slopes.items() if not torch.isfinite(g).all()]
+    silent = not any(g.any() for g in slopes.values())
+    off, miss = abs(value - meant) / max(meant, 1e-12), relative(slopes, tensors(right))
+    ok = max(off, miss) < close and not broken
+    likely = ["penalty-not-differentiable"] if broken else ["penalty-detached"] if silent else []
+    if not ok and not broken:
+        likely += ["loss-misreported"] if miss < close else []
+        found = settled(found, right, close, close)
+        fitted = [*fitted_penalty(found, right), *scale_by_tensor(found, right)]
+        likely += ranked(found, reference, PENALTY, fitted, predict)
+    measured = f"value {value:.5g} for {meant:.5g}; gradient "
+    measured += f"not finite for {names(broken)}" if broken else "missing" if silent else f"off by {100 * miss:.2g}%"
+    wanted = f"sum of the 2-norms of {reference.grouping.count} groups"
+    return Outcome(wanted, measured, ok, [*likely, "penalty-wrong"], max(off, miss) / close)
+
+
+def tensors(observed: Observables) -> Gradients:
+    """The observables that are no single numbers."""
+    return {name: value for name, value in observed.items() if value.dim()}
 
 
 def _weights(grads: Gradients) -> Gradients:
