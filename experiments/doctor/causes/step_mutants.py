@@ -286,7 +286,7 @@ def fitted_penalty(found: Observables, right: Observables) -> list[ObjectiveMuta
 
 def scale_by_tensor(found: Observables, right: Observables) -> list[ObjectiveMutant]:
     """Every tensor's gradient times a number of its own, as hooks do, where the loss is right."""
-    if any(distance(found[name], right[name]) for name in found if not found[name].dim()):
+    if any(distance(found[name], right[name]) for name in ("total", "value") if name in found):
         return []
     by_name = {n: scale_of({n: value}, right) or 0.0 for n, value in found.items() if value.numel() > 1}
 

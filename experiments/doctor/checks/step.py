@@ -310,7 +310,7 @@ def penalty_added(steps: Steps, pipeline: Pipeline) -> Outcome:
     close = 0.02 + 1e-4 * noise / steps.coefficient
     out = compare_penalty({"value": plain(value), **found}, reference, predict, close)
     absent = [] if size or value else ["penalty-not-in-loss"]
-    return replace(out, likely=[*absent, *out.likely, "coefficient-not-applied"])
+    return replace(out, likely=[*absent, *out.likely[:-1], "coefficient-not-applied", *out.likely[-1:]])
 
 
 def compare_penalty(
