@@ -288,7 +288,7 @@ def scale_by_tensor(found: Observables, right: Observables) -> list[ObjectiveMut
     """Every tensor's gradient times a number of its own, as hooks do, where the loss is right."""
     if any(distance(found[name], right[name]) for name in ("total", "value") if name in found):
         return []
-    by_name = {n: scale_of({n: value}, right) or 0.0 for n, value in found.items() if value.numel() > 1}
+    by_name = {n: scale_of({n: v.reshape(-1)}, {n: right[n].reshape(-1)}) or 0.0 for n, v in found.items()}
 
     def each(g: Gradients) -> Gradients:
         return {n: v * by_name.get(n, by_name.get(f"gradient of {n}", 1.0)) for n, v in g.items()}
