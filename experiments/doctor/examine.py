@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.doctor.checks.data import data_checks
 from experiments.doctor.checks.network import network_checks
 from experiments.doctor.checks.optimizer import optimizer_checks
 from experiments.doctor.checks.penalty import penalty_checks
 from experiments.doctor.checks.quantizers import quantizer_checks
 from experiments.doctor.checks.reported import Reported, reported_checks
 from experiments.doctor.checks.step import step_checks
-from experiments.doctor.data.data_checks import data_checks
 from experiments.doctor.pipeline import Pipeline, train
 from experiments.doctor.report import AFTERWARDS, BEFORE, FIRST_STEPS, NOT_JUDGED, TRAINING, Finding, Report
 from experiments.doctor.runner import RAISED, CheckRunner, PartFailed, preserve_state

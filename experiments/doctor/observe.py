@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.causes.explain import Observables
-from experiments.doctor.data.loader_checks import good_batches
+from experiments.doctor.checks.data import good_batches
 from experiments.doctor.pipeline import Pipeline, step_losses
 from experiments.doctor.reference.objective import (
     Gradients,

@@ -33,6 +33,7 @@ SUBJECTS = {
     "baseline": "the architecture",
     "expected.lambda_dz": "the loss",
     "expected.penalty": "the penalty",
+    "expected.crop_padding": "the augmentation",
     "expected.coefficients": "the penalty's schedule",
     "expected.groups": "the learning rates",
     "expected.quantizer": "the quantizers' settings",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from experiments.doctor.causes.quantizer_mutants import WRONG_GRADIENTS, WRONG_VALUES
+from experiments.doctor.checks.augmentation import Affine, affine_of
 from experiments.doctor.checks.quantizers import gradients
-from experiments.doctor.data.images import Affine, affine_of
 from experiments.doctor.reference.quantizer import Grid, QuantizerEquations
 from src.quantizer import DeadZoneLDZCompander
 

@@ -265,6 +265,22 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "split before anything else; compare the two parts by a hash of each image",
     ),
     "train-is-test": ("the loader trains on test images.", "give the training loader the training part"),
+    "test-near-training": (
+        "many test images are nearly the same as training images (compressed again, brighter, noisy).",
+        "split by what the images come from (the photograph, the video, the writer), before any copy is made",
+    ),
+    "images-wrong": (
+        "the training images are not those that the data set came with (layout, shift, resampling).",
+        "show some images; compare their bytes with the source",
+    ),
+    "test-images-wrong": (
+        "the test images are not those that the data set came with (layout, shift, resampling).",
+        "show some test images; compare their bytes with the source and with what the test loader gives",
+    ),
+    "test-images-augmented": (
+        "the test loader crops or mirrors images.",
+        "give the test loader the images as they are, normalised alone",
+    ),
     "images-repeated": (
         "a part of the data holds the same images more than once.",
         "count distinct images by a hash of their bytes; look at how the part was indexed",
@@ -297,6 +313,30 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "augmentation-missing": (
         "images are not augmented although the configuration says so.",
         "hand crop_padding and flip to the loader",
+    ),
+    "augmentation-partial": (
+        "only some images are augmented.",
+        "draw a crop and a flip for every image of every batch",
+    ),
+    "augmentation-stops": (
+        "later epochs are not augmented as the first one is.",
+        "look at what the loader does by the number of the epoch",
+    ),
+    "augmentation-range": (
+        "crops or flips are not uniform draws: some places never occur, or too often.",
+        "offsets from 0 to 2 x crop_padding, both included, and a flip with probability 1/2",
+    ),
+    "augmentation-shared": (
+        "the images of a batch share one crop or flip.",
+        "draw offsets (B, 2) and flips (B,) for a batch, not one for all of it",
+    ),
+    "augmentation-repeated": (
+        "the same crops or flips come again: for an image in every epoch, or for every batch.",
+        "draw them from a generator that goes on from batch to batch and is seeded with the epoch",
+    ),
+    "augmentation-tied": (
+        "the row of a crop and its column are not drawn independently.",
+        "index the row with offsets[:, 0] and the column with offsets[:, 1]",
     ),
     "loader-same-order": (
         "every epoch draws the same images, crops and flips in the same order.",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.doctor.checks.data import good_batches
 from experiments.doctor.checks.quantizers import expected_weight
-from experiments.doctor.data.loader_checks import good_batches
 from experiments.doctor.observe import batch_of, grouping_of, perturb_
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.reference.objective import Grouping, cross_entropy, parameter_name, plain

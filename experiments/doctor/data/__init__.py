@@ -1,1 +1,0 @@
-"""Checks of images, labels, augmentation and loader."""
