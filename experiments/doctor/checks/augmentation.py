@@ -1,8 +1,8 @@
 """Before training: every augmented image is traced back to the raw one it was made of, and the draws are judged.
 
 A crop is the raw image on black, moved by (row - p, column - p), and half of the images are mirrored. The key of a
-patch is its scalar product with random whole numbers, exact in float64, so one convolution gives the keys at all places
-of an image, and equal keys say which raw image lies where.
+patch, summed over its channels, is its scalar product with random whole numbers, exact in float64: one convolution
+gives the keys at all places of an image, and equal keys say which raw image lies where.
 
 Judged are counts: of n independent draws, each with the share s. By Chernoff's bound n KL(count / n, s) exceeds t with
 probability at most 2 exp(-t). SURE = 20 makes that 4e-9 a count: for the two hundred counts of a healthy run less than
@@ -29,9 +29,9 @@ from experiments.doctor.pipeline import Batch, Pipeline
 from experiments.doctor.runner import NotApplicable, Outcome
 
 SURE = 20.0  # nats
-TRACED = 1024  # images of the first epoch; half as many of later ones
+TRACED = 1024  # images of the first epoch; half as many of later ones, or, of a small set, a quarter
 WHOLE = 4096  # a training set up to this size is walked through in later epochs, too
-SIDE = 24  # of the patch that tells images apart
+SIDE = 16  # of the patch that tells images apart
 GUESSED = 4  # padding that is looked for where none is promised
 HELD = 8  # copies of an image that are told apart
 
@@ -116,13 +116,17 @@ class Trace:
 
 
 class Epoch(NamedTuple):
-    """What an epoch of the loader gave. labels: of the batches that were walked; whole: whether those are all."""
+    """What an epoch of the loader gave. labels: of the batches that were walked; whole: whether those are all.
+
+    fault: what is wrong with the form of a batch, or an empty string.
+    """
 
     number: int
     labels: Tensor
     batches: int
     traces: list[Trace]
     whole: bool
+    fault: str
 
 
 class Patches:
@@ -131,7 +135,7 @@ class Patches:
     def __init__(self, images: Tensor, reach: int) -> None:
         self.images, self.reach = images.cpu().contiguous(), reach
         self.side = min(SIDE, *(size - 2 * reach for size in images.shape[2:]))
-        numbers = np.random.default_rng(0).integers(2**31, size=(1, images.shape[1], self.side, self.side))
+        numbers = np.random.default_rng(0).integers(2**31, size=(1, 1, self.side, self.side))
         self._kernel = torch.from_numpy(numbers.astype(float))
         self._held: dict[float, tuple[int, ...]] = {}
         for part in torch.arange(len(images)).split(1000):
@@ -144,7 +148,8 @@ class Patches:
         """The keys of the patch at every place, (N, 2 reach + 1, 2 reach + 1)."""
         top, left = ((size - self.side) // 2 - reach for size in images.shape[2:])
         wide = self.side + 2 * reach
-        return F.conv2d(images[:, :, top : top + wide, left : left + wide].double(), self._kernel)[:, 0].numpy()
+        middle = images[:, :, top : top + wide, left : left + wide].sum(1, keepdim=True).double()
+        return F.conv2d(middle, self._kernel)[:, 0].numpy()
 
     def find(self, images: Tensor) -> list[list[Trace]]:
         """For every image all ways in which it shows a raw one, those on black first; images: uint8 (N, C, H, W)."""
@@ -169,10 +174,10 @@ class Patches:
 class Tracer:
     """Finds the raw images behind a loader's. Raises NotApplicable where they are not known.
 
-    usable: whether a batch's form is sound; promised: whether crops and flips are all that may happen to an image.
+    fault_of: what is wrong with the form of a batch; promised: whether images are cropped and mirrored and no more.
     """
 
-    def __init__(self, pipeline: Pipeline, usable: Callable[[Batch], bool]) -> None:
+    def __init__(self, pipeline: Pipeline, fault_of: Callable[[Batch], str]) -> None:
         data, expected = pipeline.data, pipeline.expected
         if data is None:
             raise NotApplicable("the raw images are not known", "data")
@@ -184,7 +189,7 @@ class Tracer:
             if self.promised:
                 raise NotApplicable(f"a crop with padding {self.padding} leaves too little of an image to find it")
             self.padding = min(data.train_images.shape[2:]) // 4
-        self.pipeline, self.data, self._usable = pipeline, data, usable
+        self.pipeline, self.data, self._fault_of = pipeline, data, fault_of
         self.raw, self.tests = Patches(data.train_images, self.padding), Patches(data.test_images, self.padding)
         self._affine: Affine | None = None
         self._epochs: list[Epoch] | None = None
@@ -206,18 +211,21 @@ class Tracer:
     def _epoch(self, number: int) -> Epoch:
         """All of epoch 0 and of a small set, with traces from all over it; else the first batches alone."""
         meant = self.batches or 1 + len(self.data.train_labels) // 32
-        whole = number == 0 or len(self.data.train_labels) <= WHOLE
-        most = TRACED if number == 0 else TRACED // 2
+        small = len(self.data.train_labels) <= WHOLE
+        whole = number == 0 or small
+        most = TRACED // (1 if number == 0 else 4 if small else 2)
         each = max(2, math.ceil(most / meant)) if whole else most
-        labels, traces, complete = list[Tensor](), list[Trace](), True
+        labels, traces, complete, fault = list[Tensor](), list[Trace](), True, ""
         for batch in self.pipeline.train_batches(self.pipeline, number):
             if len(labels) > meant + 1 or (not whole and len(traces) >= most):
                 complete = False
                 break
-            if self._usable(batch):
-                traces += self.trace(batch, number, len(labels), each)
-                labels.append(hard(batch[1]).cpu())
-        return Epoch(number, torch.cat(labels) if labels else torch.zeros(0).long(), len(labels), traces, complete)
+            wrong = self._fault_of(batch)
+            fault = fault or wrong
+            traces += [] if wrong else self.trace(batch, number, len(labels), each)
+            labels.append(torch.zeros(0).long() if wrong else hard(batch[1]).cpu())
+        held = torch.cat(labels) if labels else torch.zeros(0).long()
+        return Epoch(number, held, len(labels), traces, complete, fault)
 
     def trace(self, batch: Batch, epoch: int, number: int, most: int) -> list[Trace]:
         """The first `most` images of a batch."""
@@ -301,9 +309,10 @@ def augmentation(tracer: Tracer) -> Outcome:
     measured += f", {tests} are test images" if tests else ""
     if tracer.promised:
         measured += f", {border} on something else than black" if border else ""
-        odds = list(oddities(tracer.epochs, tracer.padding, tracer.pipeline.expected))
-        found += [(text, [key]) for text, key in odds] if not tests else []
         found += [("", ["augmentation-wrong"])] if lost or border else []
+        if not (lost or border):
+            odds = oddities(tracer.epochs, tracer.padding, tracer.pipeline.expected)
+            found += [(text, [key]) for text, key in odds]
     measured = "; ".join([measured, *(text for text, _ in found if text)])
     likely = [key for _, keys in found for key in keys]
     return Outcome(f"all {count} found among the training images, with their labels", measured, not found, likely)
@@ -325,12 +334,14 @@ def _odd_draws(
     what: str, traces: dict[int, list[Trace]], drawn: Callable[[Trace], object], padding: int
 ) -> Iterator[tuple[str, str]]:
     """The first thing that is wrong with the draws of an epoch, or with those of two epochs together."""
-    share = 1 / (2 * padding + 1) ** 2 if padding else 0.5
+    fair = 1 / (2 * padding + 1) ** 2 if padding else 0.5
     plain: object = (padding, padding) if padding else False
     for number, part in traces.items():
         where = f" in epoch {number + 1}" if number else ""
-        most, count = next(iter(Counter(map(drawn, part)).most_common(1)), (None, 0))
-        if count >= (0.3 if padding else 0.8) * len(part) and odd(count, len(part), share):
+        draws = Counter(map(drawn, part))
+        most, count = next(iter(draws.most_common(1)), (None, 0))
+        share = max(fair, sum(n**2 for n in draws.values()) / max(len(part), 1) ** 2)  # that two draws are the same
+        if count >= (0.3 if padding else 0.8) * len(part) and odd(count, len(part), fair):
             key = "augmentation-missing" if count == len(part) else "augmentation-partial"
             key = "augmentation-stops" if number else key
             yield f"the same {what} in {count} of {len(part)}{where}", key if most == plain else "augmentation-range"
@@ -347,7 +358,7 @@ def _odd_draws(
         for same_thing in (lambda trace: trace.indices, lambda trace: (trace.batch, trace.place)):
             held = {same_thing(trace): trace for trace in first}
             pairs = [(held[same_thing(trace)], trace) for trace in second if same_thing(trace) in held]
-            if same := _alike(pairs, drawn, share):
+            if same := _alike(pairs, drawn, fair):
                 yield f"{same} with the same {what} in epochs {a + 1} and {b + 1}", "augmentation-repeated"
                 return
 

@@ -36,8 +36,7 @@ ALIKE, CLOSER = 0.995, 0.02  # quantile of a training image's likeness to the ne
 
 def data_checks(runner: CheckRunner, pipeline: Pipeline) -> None:
     """Add the findings about the data."""
-    usable = functools.partial(_usable, pipeline)
-    tracer = functools.cache(lambda: Tracer(pipeline, usable))
+    tracer = functools.cache(lambda: Tracer(pipeline, lambda batch: fault_of_batch(batch, pipeline)))
 
     def check(name: str, proves: str, run: Callable[..., Outcome], given: Any = pipeline) -> None:
         runner.check(name, proves, run, given, blame="loader-raises")
@@ -195,6 +194,9 @@ def _coverage(pipeline: Pipeline, tracer: Callable[[], Tracer]) -> Outcome:
         short = epoch.batches not in fits and (epoch.whole or epoch.batches > max(fits))
         if short or not where:
             parts.append(f"{epoch.batches} batches for {meant[0]}{where}")
+        if epoch.fault:
+            parts.append(f"{epoch.fault}{where}")
+        likely += ["loader-not-finite" if "not finite" in epoch.fault else "loader-shapes"] if epoch.fault else []
         likely += ["loader-repeats" if repeats or more else None, "loader-incomplete" if short else None]
     return Outcome("all images, each once", ", ".join(parts), not any(likely), likely)
 
@@ -322,7 +324,7 @@ def _balance(pipeline: Pipeline) -> Outcome:
         measured += f"; their shares differ by {100 * distance:.1f}%"
     for (part, held), (_, known) in zip(counts.items(), _source_of(pipeline) or (), strict=False):
         fair = fair_counts(np.bincount(known, minlength=classes), config.limit if config else None)
-        unfair = np.abs(held / held.sum() * fair.sum() - fair) > 1 + fair / 4
+        unfair = np.abs(held / held.sum() * fair.sum() - fair) > 1 + 0.4 * fair
         measured += f"; {part}: class {unfair.argmax()} should have {fair[unfair.argmax()]:.0f}" if unfair.any() else ""
         skewed |= bool(unfair.any())
     likely = ["class-missing"] if missing else ["labels-unbalanced"]
