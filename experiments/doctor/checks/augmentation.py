@@ -264,7 +264,7 @@ class Tracer:
     def affine(self, images: Tensor, patches: Patches) -> Affine | None:
         """The normalisation by which most of the images are found: the promised one, or one of the usual ones."""
         expected, unit = self.pipeline.expected, grey_gaps(self.data.train_images)
-        raw = self.data.train_images.double().transpose(0, 1).flatten(1) / 255
+        raw = some(self.data.train_images).double().transpose(0, 1).flatten(1) / 255
         usual = [(raw.mean(1).numpy(), raw.std(1).numpy()), (np.zeros(len(raw)), np.ones(len(raw)))]
         usual += [(np.full(len(raw), 0.5), np.full(len(raw), 0.5))]
         promised = [] if expected.mean is None else [(np.array(expected.mean), np.array(expected.std))]
@@ -286,9 +286,14 @@ def hard(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.dim() == 2 else labels
 
 
+def some(images: Tensor) -> Tensor:
+    """At most 1,000 to 2,000 images, evenly spread."""
+    return images[:: max(1, len(images) // 1000)]
+
+
 def grey_gaps(images: Tensor) -> list[int]:
     """The least distance of grey levels that occur, per channel: 17 where there are 16 of them."""
-    levels = (torch.cat([channel.unique(), channel.new_zeros(1)]).unique().int() for channel in images.unbind(1))
+    levels = (torch.cat([channel.unique(), channel.new_zeros(1)]).unique().int() for channel in some(images).unbind(1))
     return [int(level.diff().min()) if len(level) > 1 else 1 for level in levels]
 
 
