@@ -99,6 +99,22 @@ def batch_of(pipeline: Pipeline, count: int = 128) -> tuple[Tensor, Tensor]:
     return images[:count].to(pipeline.device), labels[:count].to(pipeline.device)
 
 
+def network_batch(pipeline: Pipeline, count: int = 128) -> tuple[Tensor, Tensor]:
+    """`batch_of` as the network reads it, with whole-number labels.
+
+    Raises NotApplicable where the step prepares the images, so that what the network reads is not known.
+    """
+    images, labels = batch_of(pipeline, count)
+    if not images.is_floating_point():
+        raise NotApplicable(f"the step prepares the loader's images, which are {images.dtype}")
+    return images, hard_labels(labels)
+
+
+def hard_labels(labels: Tensor) -> Tensor:
+    """The most likely class, (N,), of labels that are a probability a class."""
+    return labels.argmax(1) if labels.dim() == 2 else labels
+
+
 def state_of_parts(model: nn.Module) -> Gradients:
     """All parameters and buffers by name, float64 on the CPU."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.doctor.checks.data import good_batches
 from experiments.doctor.checks.quantizers import expected_weight
-from experiments.doctor.observe import batch_of, grouping_of, perturb_
+from experiments.doctor.observe import grouping_of, hard_labels, network_batch, perturb_
 from experiments.doctor.pipeline import Pipeline
 from experiments.doctor.reference.objective import Grouping, cross_entropy, parameter_name, plain
 from experiments.doctor.runner import CheckRunner, NotApplicable, Outcome, PartFailed, names, preserve_state
@@ -85,7 +85,7 @@ def _tensors(pipeline: Pipeline) -> Outcome:
 @torch.no_grad()
 def _network(pipeline: Pipeline) -> Outcome:
     """Forward twice in eval mode, noting which layers run."""
-    images, _ = batch_of(pipeline, 16)
+    images, _ = network_batch(pipeline, 16)
     model, used = pipeline.model, set[str]()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     hooks = [m.register_forward_pre_hook(lambda *_, name=n: used.add(name)) for n, m in layers.items()]
@@ -161,7 +161,7 @@ def _alike(weight: Tensor) -> bool:
 
 def _stay_alike(pipeline: Pipeline, weights: dict[str, Tensor]) -> bool:
     """Whether the loss gives filters that are zero nothing that tells them apart. A zero branch alone learns."""
-    images, labels = batch_of(pipeline, 32)
+    images, labels = network_batch(pipeline, 32)
     with preserve_state(pipeline), torch.enable_grad():
         pipeline.model.train()
         loss = cross_entropy(pipeline.model(images), labels)
@@ -182,7 +182,7 @@ def _huge(scales: dict[str, float]) -> bool:
 def _head_cost(pipeline: Pipeline, head: nn.Module) -> float:
     """How many nats the head's bias alone costs more than none: -mean log softmax(bias)[label] - ln K."""
     bias, classes = cast(Tensor | None, head.bias), pipeline.expected.num_classes
-    labels = torch.cat([labels for _, labels in good_batches(pipeline, 4)])
+    labels = torch.cat([hard_labels(labels) for _, labels in good_batches(pipeline, 4)])
     if bias is None or len(bias) != classes:
         return 0.0
     scores = bias.detach().double().cpu().log_softmax(0)
@@ -191,7 +191,7 @@ def _head_cost(pipeline: Pipeline, head: nn.Module) -> float:
 
 def _first_loss(pipeline: Pipeline) -> Outcome:
     _untrained(pipeline)
-    images, labels = batch_of(pipeline)
+    images, labels = network_batch(pipeline)
     with preserve_state(pipeline), autocast(images.device, pipeline.precision):
         pipeline.model.train()
         scores = scores_of(pipeline, images)
@@ -216,7 +216,7 @@ def _output_error(pipeline: Pipeline) -> Outcome:
         raise NotApplicable("the network has no quantizer")
     if pipeline.expected.config and pipeline.expected.config.stem_bits:
         raise NotApplicable("the stem has a grid of its own, which is not expected")
-    images, _ = batch_of(pipeline, 64)
+    images, _ = network_batch(pipeline, 64)
     generator = torch.Generator().manual_seed(0)
     with preserve_state(pipeline), torch.no_grad():
         pipeline.model.train()  # BatchNorm's own statistics mean nothing yet
@@ -262,7 +262,7 @@ def _same_network(pipeline: Pipeline) -> Outcome:
                 raise NotApplicable("the baseline is another architecture")
             return Outcome("the baseline's tensors", f"not those: {names(odd)}", False, ["network-differs"])
         baseline.load_state_dict(own)
-        images, _ = batch_of(pipeline, 32)
+        images, _ = network_batch(pipeline, 32)
         off = {f"in {mode} mode": _difference(pipeline, baseline, images, mode) for mode in ("training", "eval")}
         before, after = _float_state(pipeline.model), baseline.state_dict()
         moved = [n for n in before if before[n].is_floating_point() and _relative(before[n], after[n]) > CLOSE]
@@ -302,7 +302,7 @@ def _groups(pipeline: Pipeline) -> Outcome:
     if pipeline.expected.penalty is None:
         raise NotApplicable("no penalty on channel groups is expected")
     grouping = grouping_of(pipeline)
-    images, _ = batch_of(pipeline, 8)
+    images, _ = network_batch(pipeline, 8)
     random = np.random.default_rng(0)
     live, unheld = set[str](), set[str]()
     with preserve_state(pipeline):
