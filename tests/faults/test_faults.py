@@ -53,6 +53,12 @@ def test_healthy_run_has_no_finding(settings: Mapping[str, Any], tmp_path: Path)
     assert len(report.findings) > 40
 
 
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_healthy_pipeline_of_another_form_is_not_called_wrong(name: str) -> None:
+    report = examine(FOREIGN[name].build())
+    assert not report.failed, report.text(passed=False)
+
+
 def test_causes_of_faults_are_known_to_the_doctor() -> None:
     unknown = {(fault.name, key) for fault in FAULTS.values() for key in fault.causes if key not in CAUSES}
     assert not unknown
