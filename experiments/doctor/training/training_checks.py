@@ -301,7 +301,10 @@ def _accuracies(seen: Watched, count: int) -> list[float]:
 
 
 def _chance(seen: Watched) -> Outcome:
-    """Above what guessing gives by luck: 1/K + 4 sqrt(1/K (1 - 1/K) / N) for N test images, and not back there."""
+    """Above what guessing gives by luck: 1/K + 4 sqrt(1/K (1 - 1/K) / N) for N test images.
+
+    Where the best epoch is below 2/K, that could be luck all the same: the last epochs have to be above chance, too.
+    """
     accuracies, classes = _accuracies(seen, 2), seen.pipeline.expected.num_classes
     best, last = max(accuracies), max(accuracies[-2:])
     if classes is None or seen.steps < FEWEST_STEPS:
@@ -311,7 +314,7 @@ def _chance(seen: Watched) -> Outcome:
     floor = min(max(1.5 / classes, 1 / classes + 4 * deviation), (1 + 1 / classes) / 2)
     stuck = ["labels-shuffled", "stuck-at-chance", "learning-rate-too-large", "test-labels-wrong", "batchnorm-in-eval"]
     fell = ["accuracy-collapsed", "coefficient-too-large", "learning-rate-too-large"]
-    ok = best > floor and last > 1 / classes + 2 * deviation
+    ok = best > floor and (best > 2 / classes or last > 1 / classes + 2 * deviation)
     measured = f"{100 * best:.1f}% at best, {100 * last:.1f}% in the last two epochs"
     return Outcome(f"above {100 * floor:.1f}%", measured, ok, fell if best > floor else stuck)
 
