@@ -134,6 +134,16 @@ def settings_by_parameter(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     return {name: {key: value for key, value in group.items() if key != "params"} for name, group in held.items()}
 
 
+def _hook_bases(kind: type) -> None:
+    """torch calls hooks in the `step` of an optimizer's own class alone; a class that wraps another's calls both."""
+    for base in kind.__mro__[:-1]:
+        step = vars(base).get("step")
+        if step is not None and base is not torch.optim.Optimizer and not hasattr(step, "hooked"):
+            hooked: Any = torch.optim.Optimizer.profile_hook_step(step)
+            hooked.hooked = True
+            base.step = hooked  # type: ignore[attr-defined]
+
+
 @contextmanager
 def watching_step(pipeline: Pipeline, seen: StepTrace) -> Iterator[None]:
     """Inside, what one step of the pipeline does is written down in `seen`."""
@@ -150,6 +160,7 @@ def watching_step(pipeline: Pipeline, seen: StepTrace) -> Iterator[None]:
         seen.settings = settings_by_parameter(pipeline)
 
     if isinstance(pipeline.optimizer, torch.optim.Optimizer):
+        _hook_bases(type(pipeline.optimizer))
         handles.append(pipeline.optimizer.register_step_pre_hook(before_update))
 
     def read(module: nn.Module, inputs: Any) -> None:
@@ -262,11 +273,14 @@ def compute_again(steps: Steps) -> None:
 def _one(
     steps: Steps, pipeline: Pipeline, coefficient: float, left: dict[str, Tensor | None] | None = None
 ) -> tuple[StepTrace, dict[str, Tensor | None]]:
-    """One watched step that starts with the gradients `left`; returns also those that it leaves."""
+    """One watched step that starts with the gradients `left`; returns also those that it leaves.
+
+    They are turned round: added to the step's own ones, they change its direction, which clipping does not undo.
+    """
     with preserve_state(pipeline):
         for name, p in pipeline.model.named_parameters():
             kept = (left or {}).get(name)
-            p.grad = None if kept is None else kept.clone()
+            p.grad = None if kept is None else kept.flatten().flip(0).view_as(kept).clone()
         seen = watched_step(pipeline, steps.images, steps.labels, coefficient, steps.calls)
         return seen, {name: p.grad for name, p in pipeline.model.named_parameters()}
 

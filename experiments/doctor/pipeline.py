@@ -9,6 +9,7 @@ Axis letters: N batch.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from experiments.doctor.expected import Expected
 from experiments.evaluator import EvalResult, Evaluator
@@ -59,6 +61,7 @@ class Pipeline:
     save(pipeline, history, folder) -> path of the checkpoint, called after every epoch.
     baseline(): the full-precision network that the compression is compared with.
     fresh(): a network like `model`, quantizers attached, into which a checkpoint is loaded.
+    schedulers: that a step moves on; they are put back with the optimizer.
     expected: what the parts should do, from the configuration; where it knows nothing, nothing is compared.
     """
 
@@ -79,6 +82,7 @@ class Pipeline:
     save: Callable[[Pipeline, History, Path], Path] | None = None
     baseline: Callable[[], nn.Module] | None = None
     fresh: Callable[[], nn.Module] | None = None
+    schedulers: tuple[LRScheduler, ...] = ()
 
     @classmethod
     def of_run(cls, run: Run) -> Pipeline:
@@ -126,7 +130,8 @@ class Pipeline:
         behind the loaders, (images, labels) or ((images, labels), (test images, test labels)), tensors or arrays
         (N, C, H, W), (N, H, W, C) or (N, H, W). epochs: to train; without it the examination ends with the first steps.
         measure: fn() -> accuracy from 0 to 1, called after every epoch, or fn(pipeline, means, epoch, seconds) ->
-        accuracy or EpochRecord. parts: any other field of Pipeline.
+        accuracy or EpochRecord. parts: any other field of Pipeline. torch's learning-rate schedulers are found by
+        their optimizer.
         """
         expected = expected or Expected()
         expected = expected if epochs is None else replace(expected, epochs=epochs)
@@ -152,6 +157,7 @@ class Pipeline:
             test_batches=testing_batches if tests is not None else None,
             data=None if data is None else raw_images(data, expected.num_classes),
             measure=None if measure is None else _measuring(measure),
+            schedulers=_schedulers_of(optimizer),
             **parts,
         )
 
@@ -388,6 +394,12 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return []
+
+
+def _schedulers_of(optimizer: Any) -> tuple[LRScheduler, ...]:
+    """An optimizer does not know its schedulers; they know it."""
+    known = (o for o in gc.get_objects() if issubclass(type(o), LRScheduler))  # isinstance asks proxies, too
+    return tuple(scheduler for scheduler in known if scheduler.optimizer is optimizer)
 
 
 def _fresh(config: RunConfig, data: ImageData) -> nn.Module:

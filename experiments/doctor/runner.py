@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,9 +98,11 @@ class CheckRunner:
 
 @contextmanager
 def preserve_state(pipeline: Pipeline) -> Iterator[None]:
-    """Afterwards parameters, buffers, gradients, modes, optimizer and random numbers are what they were before, bit for
-    bit, also after an exception."""
+    """Afterwards parameters, buffers, gradients, modes, optimizer, schedulers and random numbers are what they were
+    before, bit for bit, also after an exception."""
     restore = [_keep_random_numbers(), _keep_model(pipeline.model), _keep_optimizer(pipeline.optimizer, pipeline.model)]
+    states = [(scheduler, copy.deepcopy(scheduler.state_dict())) for scheduler in pipeline.schedulers]
+    restore += [functools.partial(scheduler.load_state_dict, state) for scheduler, state in states]
     try:
         yield
     finally:
@@ -199,8 +203,6 @@ def _keep_optimizer(optimizer: Any, model: nn.Module) -> Callable[[], None]:
 
 def copy_except(thing: Any, kept: dict[int, Any]) -> Any:
     """A deep copy in which the objects of `kept` (by id) stay themselves."""
-    import copy
-
     return copy.deepcopy(thing, dict(kept))
 
 

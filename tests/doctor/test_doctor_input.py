@@ -208,6 +208,29 @@ def test_training_is_watched_with_a_number_of_epochs_alone(measure: Any) -> None
     assert "the training (give epochs=)" in unwatched.headline
 
 
+@pytest.mark.parametrize("clearing", [True, False])
+def test_a_step_with_a_schedule_and_clipping_starts_its_schedule_anew_and_clears_its_gradients(clearing: bool) -> None:
+    """Gradients that add up keep their length where they are clipped, and on one batch their direction, too."""
+    own = Own()
+    schedule = torch.optim.lr_scheduler.LambdaLR(own.optimizer, lambda t: 1 - t / 1000)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(own.model(images), labels)
+        if clearing:
+            own.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(own.model.parameters(), 0.1)
+        own.optimizer.step()
+        schedule.step()
+        return loss.detach()
+
+    pipeline = own.pipeline(step)
+    report = before(pipeline) + first_steps(pipeline)
+    assert (schedule.last_epoch, own.optimizer.param_groups[0]["lr"]) == (0, 0.05)
+    assert report.faulty != clearing, report.text(passed=False)
+    assert clearing or "gradients-accumulate" in causes_of(report)
+
+
 # What cannot be used.
 
 

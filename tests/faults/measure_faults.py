@@ -411,7 +411,7 @@ FAULTS = (
     Fault(
         "accuracy of a loader that crops",
         "The test loader gives every image cropped, always the same way, and the accuracy is counted on them.",
-        ("test-images-augmented",),
+        ("test-loader-wrong", "test-images-augmented"),
         pipeline=testing(lambda images, labels: (cropped(images), labels)),
     ),
     Fault(

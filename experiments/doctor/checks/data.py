@@ -149,7 +149,8 @@ def _epochs(pipeline: Pipeline) -> Outcome:
         raise NotApplicable("the loader gives no batch that can be used")
     tells = len(labels[0]) >= 16 and len(labels[0].unique()) > 1
     same = [(a, b) for a, b in combinations(labels, 2) if tells and torch.equal(labels[a], labels[b])]
-    listed = pipeline.data is None and pipeline.train_batches(pipeline, 0) is pipeline.train_batches(pipeline, 1)
+    first, second = (pipeline.train_batches(pipeline, epoch) for epoch in (0, 1))
+    listed = first is second and (pipeline.data is None or isinstance(first, (list, tuple)))
     measured = f"{len(labels)} epochs begin differently"
     if same:
         measured = f"epochs {same[0][0] + 1} and {same[0][1] + 1} begin with the same labels"

@@ -350,6 +350,8 @@ def fresh_gradients(steps: Steps, pipeline: Pipeline) -> Outcome:
     """The same step made twice gives the same gradients: none is left over from the step before."""
     if steps.calls > 1:
         raise NotApplicable(f"gradients are added up over {steps.calls} calls")
+    if done(steps.plain).inside:
+        raise NotApplicable("the optimizer calls backward itself")
     first, again = gradients_of(done(steps.plain)), gradients_of(done(steps.again))
     absent = _absent(pipeline, list(first))  # what the optimizer does not hold, it cannot clear
     miss = relative(
