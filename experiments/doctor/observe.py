@@ -121,6 +121,11 @@ def state_of_parts(model: nn.Module) -> Gradients:
     return {name: plain(tensor) for name, tensor in tensors.items()}
 
 
+def equal_tensors(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same shape and values, on whatever device."""
+    return left.shape == right.shape and torch.equal(left, right.to(left.device))
+
+
 def gradients_left(model: nn.Module) -> dict[str, Tensor | None]:
     """The gradient of every trainable parameter, None where it has none."""
     return {n: None if p.grad is None else plain(p.grad) for n, p in model.named_parameters() if p.requires_grad}

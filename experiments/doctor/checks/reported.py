@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.doctor.causes.catalogue import causes
-from experiments.doctor.observe import Norm
+from experiments.doctor.observe import Norm, equal_tensors
 from experiments.doctor.pipeline import Pipeline, is_plain, run_test_batches
 from experiments.doctor.reference.accounting import disturb_
 from experiments.doctor.report import FAILED, Finding
@@ -146,11 +146,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether two state dicts have the same names and equal tensors, bit for bit."""
     return left.keys() == right.keys() and all(equal_tensors(left[name], right[name]) for name in left)
-
-
-def equal_tensors(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same shape and values, on whatever device."""
-    return left.shape == right.shape and torch.equal(left.cpu(), right.cpu())
 
 
 def _last_record(pipeline: Pipeline, reported: Reported) -> Outcome:

@@ -35,6 +35,7 @@ from experiments.doctor.observe import (
     StepTrace,
     compute_again,
     done,
+    equal_tensors,
     full_rates_,
     gradients_of,
     grouping_of,
@@ -472,7 +473,7 @@ def only_what_it_should(steps: Steps, pipeline: Pipeline) -> Outcome:
     """
     seen, open_ = done(steps.plain), pipeline.expected.groups is None
     learnables = _movements(pipeline, seen)
-    changed = {n for n in seen.before if not _equal(seen.before[n], seen.after.get(n, seen.before[n]))}
+    changed = {n for n in seen.before if not equal_tensors(seen.before[n], seen.after.get(n, seen.before[n]))}
     still = [n for n in learnables if n not in changed and not _may_stand_still(pipeline, seen, n)]
     norms = {n: m for n, m in pipeline.model.named_modules() if is_norm(m) and not (open_ and n in seen.norms_in_eval)}
     statistics = {f"{n}.{b}" for n in norms for b in ("running_mean", "running_var", "num_batches_tracked")}
@@ -502,10 +503,6 @@ def only_what_it_should(steps: Steps, pipeline: Pipeline) -> Outcome:
     ]
     measured = "; ".join([f"{all_ - len(still)} of {all_} learnables moved", *listed(odd)])
     return Outcome("all learnables, BatchNorm's statistics", measured, not any(odd.values()), likely)
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)
 
 
 def _may_stand_still(pipeline: Pipeline, seen: StepTrace, name: str) -> bool:

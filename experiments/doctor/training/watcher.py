@@ -24,6 +24,7 @@ from experiments.doctor.observe import (
     Steps,
     StepTrace,
     compute_again,
+    equal_tensors,
     gradients_left,
     other_images,
     state_of_parts,
@@ -194,7 +195,7 @@ class _Edges:
         if module is not self._model or not real or not torch.is_grad_enabled() or not module.training:
             return
         self._start, before = (now := _state(module)), self._last or {}
-        changed = [n for n in now if n not in before or not _same(before[n], now[n])]
+        changed = [n for n in now if n not in before or not equal_tensors(before[n], now[n])]
         jump = _length([now[n] - before[n] for n in self._seen.learnable if n in changed and n in before])
         self._seen.gaps.append(Gap(self._number, changed, jump, self._way))
         self.close()
@@ -355,10 +356,6 @@ def _state(model: nn.Module) -> State:
     """Copies of all parameters and buffers, where they are."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left, right)
 
 
 def _length(tensors: list[Tensor]) -> float:
